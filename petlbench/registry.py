@@ -1,0 +1,111 @@
+"""Names to classes: methods, tasks, data sets and backbones, found through entry points and imported only when used."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from functools import cache
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from petlbench.errors import UserError
+
+if TYPE_CHECKING:
+    from petlbench.backbones.base import Backbone
+    from petlbench.datasets.base import Source
+    from petlbench.method import Method
+    from petlbench.task import Task
+
+T = TypeVar("T")
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """`: did you mean 'lora'?` for the closest of `names`, else nothing; to follow the complaint in a message."""
+    close = get_close_matches(name, list(names), n=1)
+    return f": did you mean '{close[0]}'?" if close else ""
+
+
+def one_line(error: BaseException) -> str:
+    """Type and message of an exception with all white space collapsed."""
+    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+
+
+class Registry(Generic[T]):
+    """The classes that installed distributions offer in one entry-point group.
+
+    Nothing is imported until `get`, so that listing is instant and one broken plug-in cannot disturb the others.
+    """
+
+    def __init__(self, group: str, kind: str, base: str) -> None:
+        """`kind` is what messages call an entry; `base` is 'module:attribute' of the class all must derive from."""
+        self.group = group
+        self.kind = kind
+        self.base = base
+
+    def names(self, pattern: str = "*") -> list[str]:
+        """Sorted names that match a shell wildcard."""
+        return sorted(name for name in self._points() if fnmatchcase(name, pattern))
+
+    def origin(self, name: str) -> str:
+        """The distribution that offers `name`; all of them, joined by 'and', where several claim it."""
+        return " and ".join(sorted(_distribution(point) for point in self._claims(name)))
+
+    def target(self, name: str) -> str:
+        """What the entry point says: 'module:attribute'."""
+        return self._claims(name)[0].value
+
+    def get(self, name: str) -> type[T]:
+        """Import and return the class called `name`; UserError if unknown, claimed twice, broken or of another kind."""
+        claims = self._claims(name)
+        if len(claims) > 1:
+            raise UserError(
+                f"{self.kind} '{name}' is offered by several distributions ({self.origin(name)}): uninstall all but one"
+            )
+        point = claims[0]
+        where = f"{self.kind} '{name}' (entry point {point.value} of distribution {_distribution(point)})"
+        try:
+            found = point.load()
+        except (Exception, SystemExit) as error:  # somebody else's import may raise anything
+            raise UserError(f"{where} cannot be imported: {one_line(error)}: mend or uninstall it") from error
+        base = self._base()
+        if not (isinstance(found, type) and issubclass(found, base)):
+            raise UserError(f"{where} is not a subclass of {base.__module__}.{base.__qualname__}: mend or uninstall it")
+        return found
+
+    def _base(self) -> type[T]:
+        module, _, attribute = self.base.partition(":")
+        base: type[T] = getattr(import_module(module), attribute)
+        return base
+
+    def _points(self) -> dict[str, list[EntryPoint]]:
+        return _installed(self.group, tuple(sys.path))
+
+    def _claims(self, name: str) -> list[EntryPoint]:
+        points = self._points()
+        if name not in points:
+            plural = self.group.rpartition(".")[2]
+            hint = did_you_mean(name, points) or ":"
+            raise UserError(f"unknown {self.kind} '{name}'{hint} `petlbench list {plural}` shows all")
+        return points[name]
+
+
+@cache
+def _installed(group: str, path: tuple[str, ...]) -> dict[str, list[EntryPoint]]:
+    """Entry points by name. Reading them costs milliseconds, and every look-up asks; `path` is where they are found."""
+    points: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(group=group):
+        points.setdefault(point.name, []).append(point)
+    return points
+
+
+def _distribution(point: EntryPoint) -> str:
+    return point.dist.name if point.dist else "unknown"
+
+
+METHODS: Registry[Method] = Registry("petlbench.methods", "method", "petlbench.method:Method")
+TASKS: Registry[Task] = Registry("petlbench.tasks", "task", "petlbench.task:Task")
+DATASETS: Registry[Source] = Registry("petlbench.datasets", "data set", "petlbench.datasets.base:Source")
+BACKBONES: Registry[Backbone] = Registry("petlbench.backbones", "backbone", "petlbench.backbones.base:Backbone")

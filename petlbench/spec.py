@@ -1,0 +1,191 @@
+"""What is run and what is left behind: frozen, validated models. Imports neither torch nor any method or task."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+SCHEMA_VERSION = 1
+
+Positive = Annotated[int, Field(gt=0)]
+Outcome = Literal["ok", "oom", "diverged", "failed", "timeout"]
+
+
+class Frozen(BaseModel):
+    """Immutable and closed: an unknown key is an error, never ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Recipe(Frozen):
+    """How a cell is trained and evaluated. The same for every method unless a suite says otherwise."""
+
+    steps: Positive = Field(300, description="optimizer steps")
+    batch_size: Positive = Field(32, description="training samples per step")
+    eval_batch_size: Positive = Field(128, description="samples per evaluation batch")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW decay; biases and one-dimensional gains are exempt")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW moment decays")
+    eps: float = Field(1e-6, gt=0, description="AdamW epsilon")
+    warmup: float = Field(0.1, ge=0, le=1, description="share of the steps with a rising rate")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="the rate after warm-up")
+    clip_norm: float = Field(5.0, gt=0, description="global gradient-norm clip")
+    validations: Positive = Field(1, description="evaluations on validation, evenly spaced; the best is kept for test")
+    train_limit: Positive | None = Field(None, description="training rows used; all when null")
+    eval_limit: Positive | None = Field(None, description="validation and test rows used; all when null")
+    beams: Positive = Field(1, description="beam width of generation; 1 is greedy")
+    lr_factors: tuple[float, ...] = Field((1.0,), min_length=1, description="trials: lr times each; best on validation")
+
+
+class MethodSpec(Frozen):
+    """A method by registry name, the name of its variant (free text, shown in tables) and its configuration."""
+
+    name: str
+    variant: str = ""
+    config: dict[str, Any] = {}
+    recipe: dict[str, Any] = {}
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}:{self.variant}" if self.variant else self.name
+
+
+class BackboneSpec(Frozen):
+    """A backbone by registry name and its configuration."""
+
+    name: str
+    config: dict[str, Any] = {}
+
+
+class Cell(Frozen):
+    """One (method, task, dataset, backbone, seed, recipe): the unit of work, failure, resumption and caching."""
+
+    method: str
+    variant: str = ""
+    method_config: dict[str, Any] = {}
+    task: str
+    dataset: str
+    dataset_config: dict[str, Any] = {}
+    backbone: str
+    backbone_config: dict[str, Any] = {}
+    seed: int = 0
+    recipe: Recipe = Recipe()
+
+    @property
+    def digest(self) -> str:
+        """Eight hex digits of SHA-256 over the cell's canonical JSON."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+    @property
+    def id(self) -> str:
+        """A file-name-safe, readable, unique name."""
+        parts = [self.task, self.dataset, self.method, *([self.variant] if self.variant else []), self.backbone]
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join([*parts, f"s{self.seed}"])) + f"_{self.digest}"
+
+    @property
+    def label(self) -> str:
+        """What a person reads in a progress line."""
+        variant = f":{self.variant}" if self.variant else ""
+        return f"{self.method}{variant} on {self.task}:{self.dataset} ({self.backbone}, seed {self.seed})"
+
+
+class Suite(Frozen):
+    """What a YAML file holds: methods x tasks x backbones x seeds, and one recipe with overrides."""
+
+    name: str
+    description: str = ""
+    methods: tuple[MethodSpec, ...] = Field(min_length=1)
+    tasks: tuple[str, ...] = Field(min_length=1, description="`task` or `task:dataset`")
+    backbones: tuple[BackboneSpec, ...] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    recipe: dict[str, Any] = Field({}, description="fields of Recipe, for every cell")
+    task_recipes: dict[str, dict[str, Any]] = Field({}, description="fields of Recipe by task name")
+    dataset_configs: dict[str, dict[str, Any]] = Field({}, description="options by data set name")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_stand_for_specs(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+
+        def spec(item: Any) -> Any:
+            return {"name": item} if isinstance(item, str) else item
+
+        lists = {k: [spec(i) for i in data[k]] for k in ("methods", "backbones") if isinstance(data.get(k), list)}
+        return {**data, **lists}
+
+
+class Parameters(Frozen):
+    """Counts of trainable scalars, split by owner, and what they are a percentage of."""
+
+    method: int = Field(description="trainable, inserted or unfrozen by the method")
+    head: int = Field(description="trainable, in the task's head")
+    host: int = Field(description="trainable, in host parts that every method trains (such as a visual projection)")
+    trainable: int = Field(description="method + head + host")
+    total: int = Field(description="all parameters of the adapted backbone and the head")
+    percent: float = Field(description="100 * trainable / total")
+    stored_bytes: int | None = Field(None, description="size of the saved adapter file")
+
+
+class Memory(Frozen):
+    """Bytes. The accounting is exact, and the same on every run with one `saved_backend`; peaks are the machine's."""
+
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    saved_bytes: int = Field(description="tensors saved for backward by one training step, deduplicated by storage")
+    accounted_bytes: int = Field(description="the four above together")
+    saved_backend: str = Field(description="what the saved bytes depend on: device and attention implementation")
+    peak_allocated_bytes: int | None = Field(None, description="CUDA only")
+    peak_reserved_bytes: int | None = Field(None, description="CUDA only")
+    peak_rss_bytes: int | None = Field(None, description="peak resident memory of the cell's process")
+
+
+class Timing(Frozen):
+    """Seconds. `phases` sum to `total_seconds`; `other` is the remainder; training never includes evaluation."""
+
+    phases: dict[str, float]
+    total_seconds: float
+    train_seconds: float = Field(description="data + forward + backward + optimizer, over all trials")
+    step_seconds: float | None = Field(None, description="median of a training step after warm-up")
+    latency_seconds: float | None = Field(None, description="median of one prediction, batch of one")
+    jobs: int = Field(1, description="cells that ran at the same time; more than 1 marks contended timings")
+    threads: int = 1
+
+
+class Trial(Frozen):
+    """One learning rate tried; selection uses the validation score only."""
+
+    lr: float
+    outcome: Outcome
+    validation: dict[str, float] = {}
+    best_step: int | None = None
+    losses: tuple[tuple[int, float], ...] = Field((), description="(step, training loss), thinned")
+
+
+class Record(Frozen):
+    """What one cell left behind."""
+
+    schema_version: int = SCHEMA_VERSION
+    cell: Cell
+    outcome: Outcome
+    reason: str = ""
+    started: str = Field("", description="UTC, ISO 8601")
+    main_metric: str = ""
+    metrics: dict[str, float] = Field({}, description="on test, after the one test evaluation")
+    validation: dict[str, float] = {}
+    chosen_lr: float | None = None
+    trials: tuple[Trial, ...] = ()
+    parameters: Parameters | None = None
+    memory: Memory | None = None
+    timing: Timing | None = None
+    step_flops: int | None = Field(None, description="floating-point operations of one training step")
+    samples: str | None = Field(None, description="per-sample test scores: JSON file name, beside the record")
+    fingerprints: dict[str, str] = {}
+    notes: tuple[str, ...] = Field((), description="what a reader of the row must know, such as skipped images")
+    environment: dict[str, Any] = {}

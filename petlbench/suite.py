@@ -1,0 +1,245 @@
+"""Suites to cells: read a YAML file, apply the command line's filters, and check everything before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from itertools import product
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from petlbench.datasets import base as sources
+from petlbench.errors import UserError
+from petlbench.registry import BACKBONES, DATASETS, METHODS, TASKS, Registry, did_you_mean, one_line
+from petlbench.spec import BackboneSpec, Cell, MethodSpec, Recipe, Suite
+
+PACKAGED = Path(__file__).with_name("suites")
+
+M = TypeVar("M", bound=BaseModel)
+Spec = TypeVar("Spec", MethodSpec, BackboneSpec)
+Pair = tuple[str, str]  # (task, data set)
+
+
+def suite_names(pattern: str = "*") -> list[str]:
+    """Sorted names of the packaged suites that match a shell wildcard."""
+    return sorted(path.stem for path in PACKAGED.glob("*.yaml") if fnmatchcase(path.stem, pattern))
+
+
+def load_suite(name_or_path: str | Path) -> Suite:
+    """A packaged suite by name, or a user's YAML file by path; UserError in one line for whatever is wrong with it."""
+    text = str(name_or_path)
+    path = Path(name_or_path)
+    if text in suite_names():
+        path = PACKAGED / f"{text}.yaml"
+    elif path.suffix not in (".yaml", ".yml") and not path.is_file():
+        hint = did_you_mean(text, suite_names()) or ":"
+        raise UserError(f"unknown suite '{text}'{hint} `petlbench list suites` shows all, or give a .yaml file")
+    try:
+        data = yaml.safe_load(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"suite {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date
+        raise UserError(f"suite {path} is not valid YAML: {one_line(error)}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"suite {path} must be a mapping with the keys {', '.join(Suite.model_fields)}")
+    return validated(Suite, {"name": path.stem, **data}, str(path))
+
+
+def expand(
+    suite: Suite,
+    *,
+    methods: Sequence[str] | None = None,
+    tasks: Sequence[str] | None = None,
+    backbone: str | None = None,
+    seeds: Sequence[int] | None = None,
+    limit: int | None = None,
+    data_root: Path | None = None,
+) -> list[Cell]:
+    """The suite's cells, seed by seed, so that the first seed's table is complete first.
+
+    `methods`, `tasks` and `backbone` select by name or wildcard (methods also by `name:variant`, tasks also by
+    `task:dataset`); what the suite lacks is taken with its default configuration. `limit` caps the training,
+    validation and test rows. `data_root` is where data sets lie (default: PETLBENCH_DATA).
+
+    Every name, configuration, recipe and data set is checked here; UserError says in one line what is wrong.
+    """
+    where = f"suite '{suite.name}'"
+    specs = _select(suite.methods, methods, METHODS, lambda name: MethodSpec(name=name))
+    bodies = _select(suite.backbones, None if backbone is None else [backbone], BACKBONES, _backbone_spec)
+    pairs = _select_tasks(suite.tasks, tasks)
+    _check_names(suite, where)
+    for spec in specs:
+        validated(METHODS.get(spec.name).Config, spec.config, f"{where}: method {spec.label}: config")
+    for body in bodies:
+        validated(BACKBONES.get(body.name).Config, body.config, f"{where}: backbone {body.name}: config")
+    _check_sources(suite, pairs, data_root or sources.data_root(), where)
+    _check_abilities(pairs, bodies, where)
+
+    recipes = {(spec.label, task): _recipe(suite, spec, task, limit, where) for spec in specs for task, _ in pairs}
+    cells = [
+        Cell(
+            method=spec.name,
+            variant=spec.variant,
+            method_config=spec.config,
+            task=task,
+            dataset=dataset,
+            dataset_config=suite.dataset_configs.get(dataset, {}),
+            backbone=body.name,
+            backbone_config=body.config,
+            seed=seed,
+            recipe=recipes[spec.label, task],
+        )
+        for seed, (task, dataset), body, spec in product(seeds or suite.seeds, pairs, bodies, specs)
+    ]
+    _check_distinct(cells, where)
+    return cells
+
+
+def validated(model: type[M], data: Mapping[str, Any], where: str) -> M:
+    """`model` from `data`; UserError with `where`, the first offending key's path and what is wrong, in one line."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first, *others = error.errors(include_url=False)
+    keys = [str(part) for part in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(model, keys[:-1])
+        what = "unknown key" + (did_you_mean(keys[-1], known) or f": known keys are {', '.join(known) or '(none)'}")
+    else:
+        what = " ".join(first["msg"].split())
+        if isinstance(first["input"], str | int | float):
+            what += f", got {first['input']!r:.60}"
+    more = f" (and {len(others)} more)" if others else ""
+    raise UserError(": ".join(filter(None, [where, ".".join(keys), what])) + more)
+
+
+def _fields_at(model: type[BaseModel], path: Iterable[str]) -> list[str]:
+    """The keys of the model that `path` leads to, through sequences and optional fields."""
+    for part in path:
+        if part in model.model_fields:
+            model = _model_in(model.model_fields[part].annotation) or model
+    return list(model.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for argument in get_args(annotation) if (found := _model_in(argument))), None)
+
+
+def _backbone_spec(name: str) -> BackboneSpec:
+    return BackboneSpec(name=name)
+
+
+def _select(
+    specs: Sequence[Spec], patterns: Sequence[str] | None, registry: Registry[Any], default: Callable[[str], Spec]
+) -> list[Spec]:
+    """Those of `specs` that the patterns name, in the patterns' order; what the suite lacks, with its defaults."""
+    if patterns is None:
+        return list(specs)
+    pool = list(specs)
+    chosen: dict[int, Spec] = {}
+    for pattern in patterns:
+        if not any(_matches(spec, pattern) for spec in pool):
+            pool += [default(name) for name in registry.names(pattern) or [_unknown(registry, pattern)]]
+        chosen |= {i: spec for i, spec in enumerate(pool) if _matches(spec, pattern)}
+    return list(chosen.values())
+
+
+def _matches(spec: MethodSpec | BackboneSpec, pattern: str) -> bool:
+    label = spec.label if isinstance(spec, MethodSpec) else spec.name
+    return fnmatchcase(spec.name, pattern) or fnmatchcase(label, pattern)
+
+
+def _select_tasks(entries: Sequence[str], patterns: Sequence[str] | None) -> list[Pair]:
+    """(task, data set) of the entries that the patterns name, like `_select`."""
+    if patterns is None:
+        return [_resolve(entry) for entry in entries]
+    chosen: dict[str, Pair] = {}
+    for pattern in patterns:
+        task_pattern, _, dataset_pattern = pattern.partition(":")
+        same_task = [(entry, _resolve(entry)) for entry in entries if fnmatchcase(entry.split(":")[0], task_pattern)]
+        hits = {entry: pair for entry, pair in same_task if fnmatchcase(pair[1], dataset_pattern or "*")}
+        if not hits:
+            names = TASKS.names(task_pattern) or [_unknown(TASKS, task_pattern)]
+            hits = {":".join(pair): pair for pair in (_resolve(f"{name}:{dataset_pattern}") for name in names)}
+        chosen |= hits
+    return list(chosen.values())
+
+
+def _resolve(entry: str) -> Pair:
+    task, _, dataset = entry.partition(":")
+    return task, dataset or TASKS.get(task).default_dataset
+
+
+def _unknown(registry: Registry[Any], pattern: str) -> str:
+    """Raise the registry's UserError for a pattern that no name matches."""
+    registry.origin(pattern)
+    raise AssertionError(pattern)
+
+
+def _check_names(suite: Suite, where: str) -> None:
+    """The keys that are names must exist, or an override would be silently without effect."""
+    keyed: list[tuple[str, Registry[Any], Iterable[str]]] = [
+        ("task_recipes", TASKS, suite.task_recipes),
+        ("dataset_configs", DATASETS, suite.dataset_configs),
+    ]
+    for key, registry, names in keyed:
+        for name in names:
+            try:
+                registry.origin(name)
+            except UserError as error:
+                raise UserError(f"{where}: {key}: {error}") from None
+
+
+def _check_sources(suite: Suite, pairs: Sequence[Pair], root: Path | None, where: str) -> None:
+    """Each task must exist and be served by its data set; each data set must be usable."""
+    for task, dataset in pairs:
+        TASKS.get(task)
+        served = DATASETS.get(dataset).tasks
+        if task not in served:
+            raise UserError(
+                f"{where}: data set '{dataset}' does not serve task '{task}', only {', '.join(sorted(served))}"
+            )
+    for dataset in dict.fromkeys(dataset for _, dataset in pairs):
+        source = DATASETS.get(dataset)
+        config = validated(source.Config, suite.dataset_configs.get(dataset, {}), f"{where}: dataset_configs.{dataset}")
+        source(config, root).check()
+
+
+def _check_abilities(pairs: Sequence[Pair], bodies: Sequence[BackboneSpec], where: str) -> None:
+    """Each backbone must be able to do what each task needs."""
+    for (task, _), body in product(pairs, bodies):
+        reason = TASKS.get(task)().refuses(BACKBONES.get(body.name))
+        if reason:
+            raise UserError(f"{where}: backbone '{body.name}' cannot serve task '{task}': {reason}")
+
+
+def _recipe(suite: Suite, spec: MethodSpec, task: str, limit: int | None, where: str) -> Recipe:
+    """The layers of a cell's recipe, weakest first; each is checked alone, so that a message names its place."""
+    layers: dict[str, Mapping[str, Any]] = {
+        f"recipe of task {task}": TASKS.get(task).recipe,
+        f"recipe of method {spec.name}": METHODS.get(spec.name).recipe,
+        "recipe": suite.recipe,
+        f"task_recipes.{task}": suite.task_recipes.get(task, {}),
+        f"methods.{spec.label}.recipe": spec.recipe,
+        "--limit": {} if limit is None else {"train_limit": limit, "eval_limit": limit},
+    }
+    merged: dict[str, Any] = {}
+    for name, layer in layers.items():
+        validated(Recipe, layer, f"{where}: {name}")
+        merged |= layer
+    return Recipe.model_validate(merged)
+
+
+def _check_distinct(cells: Iterable[Cell], where: str) -> None:
+    """Cells that no table could tell apart are a mistake, also where their configurations differ."""
+    seen: set[str] = set()
+    for cell in cells:
+        key = f"{cell.label} {cell.backbone_config}"
+        if key in seen:
+            raise UserError(f"{where}: {cell.label} occurs twice: give each a `variant` of its own, or remove one")
+        seen.add(key)
