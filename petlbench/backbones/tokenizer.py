@@ -1,0 +1,24 @@
+"""The tokenizer of small backbones: whole words of a closed vocabulary, letters for all others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # BART's ids 0 to 3
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,?!'\"-/()&:;%$#+*"
+
+
+def build_tokenizer(words: Iterable[str]) -> Tokenizer:
+    """Lower-case WordPiece over `words`, then single characters, so that any English text can be spelt."""
+    pieces = [*SPECIAL, *sorted(set(words)), *CHARACTERS, *(f"##{c}" for c in CHARACTERS)]
+    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>", max_input_chars_per_word=64))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    ids = [(token, vocabulary[token]) for token in ("<s>", "</s>")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ids)
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    tokenizer.add_special_tokens(list(SPECIAL))
+    return tokenizer

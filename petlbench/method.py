@@ -1,0 +1,69 @@
+"""The base class of methods: written once, against sites."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from petlbench.backbones.base import Backbone, Snapshot, Stack
+
+
+class MethodConfig(BaseModel):
+    """Options of a method; every field says meaning, range and the source of its default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StackedConfig(MethodConfig):
+    """Options of a method that goes into whole stacks."""
+
+    stacks: tuple[str, ...] | None = Field(
+        None, description="roles (vision, encoder, decoder, fusion) it goes into; null: all that the backbone offers"
+    )
+
+
+class Method(ABC):
+    """One way of adapting a backbone. Knows sites; knows no task's code, data set, optimizer or device."""
+
+    Config: ClassVar[type[MethodConfig]] = MethodConfig
+    recipe: ClassVar[dict[str, Any]] = {}  # its authors' training options, where they differ from the default
+
+    def __init__(self, config: MethodConfig | None = None) -> None:
+        self.config: Any = config if config is not None else self.Config()
+
+    @abstractmethod
+    def adapt(self, backbone: Backbone) -> Backbone:
+        """Freeze, insert, and return the backbone to use: the same object, or a wrapper that is a Backbone."""
+
+    def merge(self) -> None:
+        """Fold what was inserted into the weights, where that is possible."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be merged into the weights")
+
+    def stacks(self, backbone: Backbone) -> list[Stack]:
+        """The stacks this method goes into. Raises ValueError for a role that the backbone does not offer."""
+        roles = getattr(self.config, "stacks", None) or backbone.roles()
+        if unknown := set(roles) - set(backbone.roles()):
+            raise ValueError(f"no stack '{unknown.pop()}' in this backbone: it has {', '.join(backbone.roles())}")
+        return [backbone.stack(role) for role in roles]
+
+
+def train(*modules: nn.Module) -> None:
+    """Let all parameters of these modules train."""
+    for module in modules:
+        module.requires_grad_(True)
+
+
+def train_biases(module: nn.Module) -> None:
+    """Let every parameter called `bias` train (not tables whose name merely contains the word)."""
+    for name, parameter in module.named_parameters():
+        if name.rpartition(".")[2] == "bias":
+            parameter.requires_grad_(True)
+
+
+def adapt(method: Method, backbone: Backbone) -> tuple[Backbone, Snapshot]:
+    """The adapted backbone, and the handle whose `restore` gives the original back bit for bit."""
+    handle = Snapshot(backbone)
+    return method.adapt(backbone), handle

@@ -1,0 +1,75 @@
+"""Small random backbones in double precision, for the tests of everything that touches one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BartConfig
+
+from petlbench.backbones.base import Backbone, Stack
+from petlbench.backbones.vl_bart import VLBart, VLBartConfig
+
+SMALL: dict[str, Any] = {
+    "image_size": 32,
+    "vision_width": 16,
+    "vision_layers": 2,
+    "vision_heads": 2,
+    "vision_ffn": 24,
+    "width": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "heads": 4,
+    "ffn": 40,
+    "max_positions": 64,
+}
+
+
+def randomise(module: nn.Module, seed: int = 0, std: float = 0.3) -> nn.Module:
+    """Every parameter drawn anew, about one for gains and zero for all else; in double precision."""
+    generator = torch.Generator().manual_seed(seed)
+    module.double()
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            gain = float(parameter.ndim == 1 and name.endswith("weight"))
+            parameter.copy_(gain + torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * std)
+    return module
+
+
+def small_vl_bart(seed: int = 0, std: float = 0.3, **sizes: Any) -> VLBart:
+    """A random VLBart in double precision and evaluation mode."""
+    backbone = VLBart(VLBartConfig(**SMALL | sizes))
+    randomise(backbone, seed, std)
+    return backbone.eval()
+
+
+def bart_config(width: int, heads: int, ffn: int) -> BartConfig:
+    """Without dropout; the number of layers is the caller's."""
+    sides = {
+        f"{side}_{k}": v for side in ("encoder", "decoder") for k, v in (("attention_heads", heads), ("ffn_dim", ffn))
+    }
+    return BartConfig(d_model=width, dropout=0.0, attn_implementation="eager", **sides)
+
+
+class Bare(Backbone):
+    """Stacks and nothing else: enough for a method to adapt."""
+
+    abilities = frozenset()
+
+    def __init__(self, **stacks: Stack) -> None:
+        super().__init__()
+        self.stacks.update(stacks)
+
+    def host_parameters(self) -> set[str]:
+        return set()
+
+    def _absent(self, *args: Any, **options: Any) -> Any:
+        raise NotImplementedError
+
+    images = texts = text_of = embed_image = embed_text = fuse = _absent
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    """A seeded normal tensor in double precision."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
