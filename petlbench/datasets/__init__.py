@@ -1,0 +1,1 @@
+"""Data sources: one file each, every one yielding rows of a task's schema."""

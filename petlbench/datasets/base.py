@@ -1,0 +1,64 @@
+"""The seam between data and tasks."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Split = Literal["train", "validation", "test"]
+
+
+class SourceConfig(BaseModel):
+    """Options of a data source; a suite sets them under `dataset_configs`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Source(ABC):
+    """One data source. `root` is where its files lie (None: not given); sources that need none ignore it."""
+
+    Config: ClassVar[type[SourceConfig]] = SourceConfig
+    tasks: ClassVar[frozenset[str]]
+
+    def __init__(self, config: SourceConfig, root: Path | None = None) -> None:
+        self.config = config
+        self.root = root
+
+    @abstractmethod
+    def load(self, task: str, split: Split, limit: int | None = None) -> Dataset:
+        """Rows of `task`'s schema (petlbench.datasets.schemas), images decoded lazily, at most `limit`.
+
+        Raises UserError, in one line, when files are missing, truncated or not what they should be.
+        """
+
+    def check(self) -> None:  # noqa: B027 -- a source that needs no files has nothing to check
+        """Raise UserError when the source cannot be used at all, before anything runs. Cheap."""
+
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the results must know, such as how many images were skipped; asked after `load`."""
+        return ()
+
+    @abstractmethod
+    def fingerprint(self, task: str) -> str:
+        """A hex digest of what `load` would give: content, not location."""
+
+
+def data_root() -> Path | None:
+    """`PETLBENCH_DATA`, or None."""
+    value = os.environ.get("PETLBENCH_DATA")
+    return Path(value) if value else None
+
+
+def cache_dir() -> Path:
+    """Where generated data is kept: `PETLBENCH_CACHE`, else `petlbench` under `XDG_CACHE_HOME` or `~/.cache`."""
+    value = os.environ.get("PETLBENCH_CACHE")
+    if value:
+        return Path(value)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "petlbench"

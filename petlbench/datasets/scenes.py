@@ -1,0 +1,211 @@
+"""The embedded default data: scenes of shapes (source domain) and of handwritten digits (target domain).
+
+The same scenes underlie all four tasks. A split is generated once, kept as one Parquet file of scenes under
+`cache_dir()/scenes/<digest>`, and turned into rows of a task on loading. No network; a laboratory animal, not a claim
+about real pictures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tempfile
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from PIL import Image
+from pydantic import Field
+
+from ..errors import UserError
+from . import base, scene_language, scene_world
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset, Features
+
+GENERATOR_VERSION = 1  # to be raised with any change to what is generated beyond the scenes that the digest looks at
+DIGEST_SCENES = 64
+EXPRESSIONS_PER_SCENE = 2
+QUESTIONS_PER_SCENE = 2
+# Pictures are compressed already, and checksums cover pages but not statistics.
+PARQUET = {"write_page_checksum": True, "write_statistics": False, "use_dictionary": False, "compression": "none"}
+
+
+class ScenesConfig(base.SourceConfig):
+    """How many scenes, how large, and which."""
+
+    seed: int = Field(default=0, ge=0, lt=2**32, description="another seed, other scenes")
+    image_size: int = Field(default=48, ge=48, le=96, description="pixels a side")
+    train_scenes: int = Field(default=6000, gt=0, description="scenes to train on; two rows each for rec and vqa")
+    validation_scenes: int = Field(default=512, gt=0, description="scenes to choose on")
+    test_scenes: int = Field(default=512, gt=0, description="scenes to report on")
+
+    def count(self, split: base.Split) -> int:
+        return int(getattr(self, f"{split}_scenes"))
+
+
+class Scenes(base.Source):
+    """Generated scenes of one domain. Needs no files."""
+
+    Config: ClassVar[type[base.SourceConfig]] = ScenesConfig
+    config: ScenesConfig
+    tasks = frozenset({"rec", "vqa", "captioning", "retrieval"})
+    domain: ClassVar[scene_world.Domain]
+
+    def load(self, task: str, split: base.Split, limit: int | None = None) -> Dataset:
+        """Rows of `task`; two for each scene in rec and vqa, one with five captions in captioning and retrieval."""
+        from datasets import Dataset, DatasetInfo
+
+        from .schemas import BY_TASK
+
+        self._known(task)
+        scenes = self._scenes(split)
+        rows = _rows(task, scenes.slice(0, limit), BY_TASK[task]).slice(0, limit)
+        fingerprint = hashlib.sha256(f"{self.digest} {task} {split} {limit}".encode()).hexdigest()[:16]
+        return Dataset(rows, info=DatasetInfo(features=BY_TASK[task]), fingerprint=fingerprint)
+
+    def fingerprint(self, task: str) -> str:
+        """A hex digest of the configuration and of the content itself: the first scenes of each split."""
+        self._known(task)
+        return hashlib.sha256(f"{self.digest} {task}".encode()).hexdigest()
+
+    @cached_property
+    def digest(self) -> str:
+        """Hex digest of what is generated, for all tasks together."""
+        sha = hashlib.sha256(f"{GENERATOR_VERSION} {self.domain} {self.config.model_dump_json()}".encode())
+        for split in scene_world.SPLITS:
+            for index in range(min(DIGEST_SCENES, self.config.count(split))):
+                scene, said = _describe(self.domain, self.config, split, index)
+                sha.update(scene.image.tobytes())
+                sha.update(repr(said).encode())
+        return sha.hexdigest()
+
+    def _known(self, task: str) -> None:
+        if task not in self.tasks:
+            raise UserError(f"{self.domain}: no rows for task {task!r}; choose one of {', '.join(sorted(self.tasks))}")
+
+    def _scenes(self, split: base.Split) -> pa.Table:
+        """The scenes of a split from the cache, or generated; an unusable cache costs time, nothing else."""
+        path = base.cache_dir() / "scenes" / self.digest[:16] / f"{split}.parquet"
+        table = _read(path, self.config.count(split))
+        if table is None:
+            table = generate(self.domain, self.config, split)
+            _write(table, path)
+        return table
+
+
+class Shapes(Scenes):
+    """The source domain: ten geometric figures on light gradients."""
+
+    domain = "shapes"
+
+
+class Digits(Scenes):
+    """The target domain: handwritten digits (UCI, by way of scikit-learn) on grainy textures; the splits share none."""
+
+    domain = "digits"
+
+
+def _describe(
+    domain: scene_world.Domain, config: ScenesConfig, split: base.Split, index: int
+) -> tuple[scene_world.Scene, dict[str, list[Any]]]:
+    """A scene and all that the tasks say about it, as list columns."""
+    scene = scene_world.make_scene(domain, split, config.seed, index, config.image_size)
+    rng = scene_world.stream(domain, split, config.seed, index, purpose=2)
+    referred = scene_language.expressions(scene, rng, EXPRESSIONS_PER_SCENE)
+    asked = scene_language.questions(scene, rng, QUESTIONS_PER_SCENE)
+    return scene, {
+        "expression": [text for text, _ in referred],
+        "box": [list(map(float, scene.objects[target].box)) for _, target in referred],
+        "question": [question for question, _, _ in asked],
+        "answer": [answer for _, answer, _ in asked],
+        "answer_type": [kind for _, _, kind in asked],
+        "captions": scene_language.captions(scene, rng),
+    }
+
+
+@lru_cache(maxsize=3)  # the splits of one source, for when the cache directory cannot be written
+def generate(domain: scene_world.Domain, config: ScenesConfig, split: base.Split) -> pa.Table:
+    """All scenes of a split, one row each: image_id, image (PNG) and the columns of `_describe`."""
+    import pyarrow as pa
+
+    rows = []
+    for index in range(config.count(split)):
+        scene, said = _describe(domain, config, split, index)
+        png = io.BytesIO()
+        Image.fromarray(scene.image).save(png, "PNG", compress_level=1)
+        image = {"bytes": png.getvalue(), "path": None}
+        rows.append({"image_id": f"{domain}-{split}-{index:05d}", "image": image, **said})
+    return pa.Table.from_pylist(rows, schema=_scene_schema())
+
+
+def _scene_schema() -> pa.Schema:
+    import pyarrow as pa
+
+    texts = pa.list_(pa.string())
+    return pa.schema(
+        {
+            "image_id": pa.string(),
+            "image": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
+            "expression": texts,
+            "box": pa.list_(pa.list_(pa.float32(), 4)),
+            "question": texts,
+            "answer": texts,
+            "answer_type": texts,
+            "captions": texts,
+        }
+    )
+
+
+def _rows(task: str, scenes: pa.Table, features: Features) -> pa.Table:
+    """Scenes turned into rows of a task's schema; scenes with several samples repeat."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    scenes = scenes.combine_chunks()
+    if task in ("captioning", "retrieval"):
+        columns = {name: scenes[name] for name in ("image_id", "image", "captions")}
+        columns["sample_id"] = scenes["image_id"]
+    else:
+        own = {"rec": ("expression", "box"), "vqa": ("question", "answer", "answer_type")}[task]
+        parents = pc.list_parent_indices(scenes[own[0]])
+        columns = {name: scenes[name].take(parents) for name in ("image_id", "image")}
+        columns |= {name: pc.list_flatten(scenes[name]) for name in own}
+        nth = [str(i) for texts in scenes[own[0]].to_pylist() for i in range(len(texts))]
+        columns["sample_id"] = pc.binary_join_element_wise(columns["image_id"], task, pa.array(nth), "-")
+    if task == "vqa":
+        answers = columns["answer"].combine_chunks()
+        columns["answers"] = pa.ListArray.from_arrays(list(range(len(answers) + 1)), answers)
+    return pa.table({name: columns[name] for name in features}).cast(features.arrow_schema)
+
+
+def _read(path: Path, count: int) -> pa.Table | None:
+    """A cached split, or None when it is missing, truncated or damaged (pages carry checksums)."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path, page_checksum_verification=True, partitioning=None)
+    except (OSError, pa.ArrowException):
+        return None
+    return table if table.num_rows == count and table.schema.equals(_scene_schema()) else None
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    """Put a split into the cache, whole or not at all; processes that race write the same content."""
+    import pyarrow.parquet as pq
+
+    partial: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
+            partial = Path(file.name)
+            pq.write_table(table, file, **PARQUET)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:  # the cache is a convenience: read-only or full disks must not stop a run
+        if partial:
+            partial.unlink(missing_ok=True)

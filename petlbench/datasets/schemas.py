@@ -1,0 +1,36 @@
+"""The row schema of each task. A data source yields these columns, in this order, and nothing else."""
+
+from __future__ import annotations
+
+from datasets import Features, Image, List, Value
+
+REC = Features(
+    {
+        "sample_id": Value("string"),
+        "image_id": Value("string"),
+        "image": Image(),
+        "expression": Value("string"),
+        "box": List(Value("float32"), length=4),  # x, y, width, height in pixels of the stored image
+    }
+)
+VQA = Features(
+    {
+        "sample_id": Value("string"),
+        "image_id": Value("string"),
+        "image": Image(),
+        "question": Value("string"),
+        "answers": List(Value("string")),  # all annotators' answers, ten in VQAv2; one stands for unanimity
+        "answer_type": Value("string"),
+    }
+)
+CAPTIONING = Features(
+    {
+        "sample_id": Value("string"),
+        "image_id": Value("string"),
+        "image": Image(),
+        "captions": List(Value("string")),
+    }
+)
+RETRIEVAL = CAPTIONING
+
+BY_TASK = {"rec": REC, "vqa": VQA, "captioning": CAPTIONING, "retrieval": RETRIEVAL}
