@@ -1,0 +1,128 @@
+"""Referring expression comprehension: the box that an expression speaks of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from petlbench.backbones.base import IMAGE, Backbone, Tokens
+from petlbench.datasets import schemas
+from petlbench.metrics.boxes import acc_at, iou_xywh
+from petlbench.task import Batch, Row, Scores, Task, enlarged, initialised_head
+from petlbench.visual import draw_boxes
+
+
+class PointingHead(nn.Module):
+    """Points at visual tokens: softmax over them, expected centre plus an offset; width and height beside it.
+
+    (B, N, d) fused states -> (B, 4) boxes (cx, cy, w, h) in units of the backbone's image side.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.point = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1))
+        self.box = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 4))
+
+    def log_weights(self, visual: Tokens) -> Tensor:
+        """(B, N): the logarithm of how much each visual token is pointed at; -inf for all others."""
+        scores = self.point(visual.states).squeeze(-1)
+        return scores.masked_fill(~visual.mask, -torch.inf).log_softmax(-1)
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        visual = tokens.of_type(IMAGE)
+        weights = self.log_weights(visual).exp().unsqueeze(-1)
+        offset, size = self.box((weights * visual.states).sum(1)).split(2, dim=-1)
+        centre = (weights * visual.positions).sum(1)
+        # Softplus, not sigmoid: on a wide image a box can be wider than the image's short side.
+        return torch.cat([centre + 0.25 * offset.tanh(), F.softplus(size - 1)], dim=-1)
+
+
+def corners(boxes: Tensor) -> Tensor:
+    """(…, 4) cx, cy, w, h -> x1, y1, x2, y2."""
+    centre, size = boxes.split(2, dim=-1)
+    return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
+
+
+def generalised_iou(a: Tensor, b: Tensor) -> Tensor:
+    """(B, 4), (B, 4) corners -> (B,). Rezatofighi et al., CVPR 2019."""
+    inner = (torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])).clamp_min(0).prod(-1)
+    area = (a[:, 2:] - a[:, :2]).prod(-1) + (b[:, 2:] - b[:, :2]).prod(-1) - inner
+    hull = (torch.maximum(a[:, 2:], b[:, 2:]) - torch.minimum(a[:, :2], b[:, :2])).prod(-1)
+    return inner / area - (hull - area) / hull
+
+
+def pointing_loss(head: PointingHead, tokens: Tokens, boxes: Tensor) -> Tensor:
+    """Cross-entropy of pointing at the visual token nearest to the centre of each box (B, 4)."""
+    visual = tokens.of_type(IMAGE)
+    distance = (visual.positions - boxes[:, None, :2]).norm(dim=-1).masked_fill(~visual.mask, torch.inf)
+    return F.nll_loss(head.log_weights(visual), distance.argmin(-1))
+
+
+class ReferringExpressions(Task):
+    """TransVG's setting: L1 and GIoU losses, both of weight one, on a single box; Acc@0.5.
+
+    `pointing` is the weight of a further loss, which only pre-training uses: from scratch, the box losses alone stay
+    for thousands of steps where every box is predicted in the middle of the image.
+    """
+
+    name: ClassVar[str] = "rec"
+    default_dataset: ClassVar[str] = "digits"
+    main_metric: ClassVar[str] = "acc_50"
+    needs: ClassVar[frozenset[str]] = frozenset({"fuse", "ground"})
+    features = schemas.REC
+
+    def __init__(self, pointing: float = 0.0) -> None:
+        self.pointing = pointing
+
+    def head(self, backbone: Backbone) -> nn.Module:
+        return initialised_head(PointingHead(backbone.width), backbone, self.name)
+
+    def collate(self, rows: Sequence[Row], backbone: Backbone, rng: np.random.Generator | None) -> Batch:
+        images = backbone.images([row["image"] for row in rows])
+        text = backbone.texts([row["expression"] for row in rows], max_length=64)
+        x, y, width, height = torch.tensor([row["box"] for row in rows], dtype=torch.float32).unbind(-1)
+        boxes = torch.stack([x + width / 2, y + height / 2, width, height], dim=-1) * images.scale[:, None]
+        return Batch(images, {"expression": text}, {"boxes": boxes})
+
+    def _fused(self, backbone: Backbone, batch: Batch) -> Tokens:
+        text = backbone.embed_text(batch.texts["expression"])
+        return backbone.fuse(text, backbone.embed_image(batch.images), task=self.name)
+
+    def loss(self, backbone: Backbone, head: nn.Module, batch: Batch) -> Tensor:
+        fused, boxes = self._fused(backbone, batch), batch.extras["boxes"]
+        found = head(fused)
+        giou = generalised_iou(corners(found), corners(boxes))
+        loss = F.l1_loss(found, boxes, reduction="sum") / len(boxes) + (1 - giou).mean()
+        if self.pointing:
+            assert isinstance(head, PointingHead)
+            loss = loss + self.pointing * pointing_loss(head, fused, boxes)
+        return loss
+
+    def predict(self, backbone: Backbone, head: nn.Module, batch: Batch, *, beams: int = 1) -> list[list[float]]:
+        """Boxes (x, y, width, height) in pixels of the stored image."""
+        found = head(self._fused(backbone, batch)) / batch.images.scale[:, None]
+        centre, size = found.split(2, dim=-1)
+        boxes: list[list[float]] = torch.cat([centre - size / 2, size], dim=-1).tolist()
+        return boxes
+
+    def score(self, rows: Sequence[Row], predictions: Sequence[Any]) -> Scores:
+        boxes = np.array([row["box"] for row in rows], dtype=np.float64)
+        ious = iou_xywh(np.array(predictions, dtype=np.float64), boxes)
+        metrics = {"acc_50": acc_at(ious, 0.5), "mean_iou": float(ious.mean())}
+        samples = {"acc_50": (ious >= 0.5).astype(float).tolist(), "mean_iou": ious.tolist()}
+        return Scores(metrics, samples, [row["sample_id"] for row in rows])
+
+    def picture(self, row: Row, prediction: Any) -> tuple[Image, str]:
+        """The target in green, the prediction in red, the overlap in the caption."""
+        image = enlarged(row["image"])
+        factor = image.width / row["image"].width
+        boxes = [([factor * x for x in box], colour) for box, colour in ((row["box"], "lime"), (prediction, "red"))]
+        drawn = draw_boxes(image, [(tuple(box), "", colour) for box, colour in boxes])
+        overlap = iou_xywh(np.array([prediction], dtype=np.float64), np.array([row["box"]], dtype=np.float64))[0]
+        return drawn, f"{row['expression']} (IoU {overlap:.2f})"

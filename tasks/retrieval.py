@@ -1,0 +1,106 @@
+"""Image-text retrieval: symmetric contrastive training, recall at K in both directions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from petlbench.backbones.base import Backbone, Images, Texts
+from petlbench.datasets import schemas
+from petlbench.metrics.recall import ranks, recall
+from petlbench.task import Batch, Row, Scores, Task, initialised_head
+
+MAX_CAPTION = 40  # tokens, special ones included
+CAPTIONS_PER_IMAGE = 2  # drawn per training step
+
+
+class RetrievalHead(nn.Module):
+    """Two projections to a common space and a temperature, as in CLIP."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.image, self.text = nn.Linear(width, width), nn.Linear(width, width)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
+
+    def similarity(self, image: Tensor, text: Tensor) -> Tensor:
+        """(I, d), (C, d) unit vectors -> (I, C) logits; the scale is capped at 100 as in CLIP."""
+        return self.log_scale.clamp_max(math.log(100.0)).exp() * image @ text.T
+
+
+def contrastive_loss(logits: Tensor, own: Tensor) -> Tensor:
+    """Symmetric InfoNCE with several positives: `own` (I, C) is True where the caption is the image's own.
+
+    Each row's target is spread evenly over its own items, so that no caption of an image counts as a negative of it.
+    """
+    target = own.to(logits.dtype)
+    by_image = -(target * logits.log_softmax(1)).sum(1) / target.sum(1)
+    by_text = -(target * logits.log_softmax(0)).sum(0) / target.sum(0)
+    return (by_image.mean() + by_text.mean()) / 2
+
+
+class Retrieval(Task):
+    """Every caption of an image counts as its own, in the loss as well as in the metric."""
+
+    name: ClassVar[str] = "retrieval"
+    default_dataset: ClassVar[str] = "digits"
+    main_metric: ClassVar[str] = "mean_r1"
+    keeps_predictions: ClassVar[bool] = False  # they are embeddings
+    needs: ClassVar[frozenset[str]] = frozenset({"embed", "fuse"})
+    features = schemas.RETRIEVAL
+
+    def head(self, backbone: Backbone) -> nn.Module:
+        return initialised_head(RetrievalHead(backbone.width), backbone, self.name)
+
+    def collate(self, rows: Sequence[Row], backbone: Backbone, rng: np.random.Generator | None) -> Batch:
+        images = backbone.images([row["image"] for row in rows])
+        drawn = [_draw(row["captions"], rng) for row in rows]
+        owners = torch.tensor([i for i, captions in enumerate(drawn) for _ in captions])
+        ids = [row["image_id"] for row in rows]
+        same = torch.tensor([[a == b for b in ids] for a in ids])  # an image may come twice in a batch
+        texts = backbone.texts([caption for captions in drawn for caption in captions], max_length=MAX_CAPTION)
+        return Batch(images, {"captions": texts}, {"owners": owners, "own": same[:, owners]})
+
+    def _embed_images(self, backbone: Backbone, head: nn.Module, images: Images) -> Tensor:
+        assert isinstance(head, RetrievalHead)
+        pooled = backbone.fuse(backbone.embed_image(images), task=self.name).mean()
+        return F.normalize(head.image(pooled), dim=-1)
+
+    def _embed_texts(self, backbone: Backbone, head: nn.Module, texts: Texts) -> Tensor:
+        assert isinstance(head, RetrievalHead)
+        pooled = backbone.fuse(backbone.embed_text(texts), task=self.name).mean()
+        return F.normalize(head.text(pooled), dim=-1)
+
+    def loss(self, backbone: Backbone, head: nn.Module, batch: Batch) -> Tensor:
+        assert isinstance(head, RetrievalHead)
+        image = self._embed_images(backbone, head, batch.images)
+        text = self._embed_texts(backbone, head, batch.texts["captions"])
+        return contrastive_loss(head.similarity(image, text), batch.extras["own"])
+
+    def predict(self, backbone: Backbone, head: nn.Module, batch: Batch, *, beams: int = 1) -> list[Any]:
+        """Per row: the image's embedding (d,) and its captions' embeddings (C, d)."""
+        image = self._embed_images(backbone, head, batch.images).float().cpu().numpy()
+        text = self._embed_texts(backbone, head, batch.texts["captions"]).float().cpu().numpy()
+        owners = batch.extras["owners"].cpu().numpy()
+        return [(image[i], text[owners == i]) for i in range(len(image))]
+
+    def score(self, rows: Sequence[Row], predictions: Sequence[Any]) -> Scores:
+        """Per-sample scores are per image: its own hit, and the share of its captions that find it, averaged."""
+        images = np.stack([image for image, _ in predictions])
+        texts = np.concatenate([text for _, text in predictions])
+        owners = np.concatenate([np.full(len(text), i) for i, (_, text) in enumerate(predictions)])
+        by_image, by_text = ranks(images, texts, owners)
+        hits = np.bincount(owners, weights=by_text == 0) / np.bincount(owners)
+        samples = {"mean_r1": (((by_image == 0) + hits) / 2).tolist()}
+        return Scores(recall(images, texts, owners), samples, [row["sample_id"] for row in rows])
+
+
+def _draw(captions: Sequence[str], rng: np.random.Generator | None) -> list[str]:
+    if rng is None or len(captions) <= CAPTIONS_PER_IMAGE:
+        return list(captions)
+    return [captions[int(i)] for i in rng.choice(len(captions), CAPTIONS_PER_IMAGE, replace=False)]
