@@ -1,0 +1,131 @@
+"""Bytes: an exact accounting that holds on every device, and the peaks that the machine shows."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from petlbench.spec import Memory
+
+Key = tuple[torch.device, int]
+
+
+def _key(storage: torch.UntypedStorage) -> Key:
+    """What tells one living storage from another; on the meta device nothing has an address."""
+    return storage.device, storage.data_ptr() or storage._cdata
+
+
+def storages(tensors: Iterable[Tensor]) -> dict[Key, torch.UntypedStorage]:
+    """The distinct storages under `tensors`: views and shared tensors come down to one."""
+    found = (t.untyped_storage() for t in tensors)
+    return {_key(s): s for s in found}
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages under `tensors`, each counted whole."""
+    return sum(s.nbytes() for s in storages(tensors).values())
+
+
+def _weights(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    return chain.from_iterable(chain(m.parameters(), m.buffers()) for m in modules)
+
+
+class SavedTensors:
+    """Counts what autograd saves for backward inside the `with` block.
+
+    Each storage counts once and whole, whatever views of it are saved; parameters and buffers of `modules` do not
+    count. Everything counted stays alive until the block ends, so that no address is freed and taken for one already
+    counted: wrap the forward pass alone, and backward releases memory as ever. What a checkpointed region saves while
+    it is recomputed, and what a custom function keeps outside `save_for_backward`, is invisible to autograd's hooks
+    and not counted.
+    """
+
+    def __init__(self, *modules: nn.Module) -> None:
+        self._modules = modules
+        self._excluded: set[Key] = set()
+        self._kept: dict[Key, torch.UntypedStorage] = {}
+        self._hooks: saved_tensors_hooks | None = None
+        self.saved_bytes = 0
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        key = _key(storage)
+        if key not in self._excluded and key not in self._kept:
+            self._kept[key] = storage
+            self.saved_bytes += storage.nbytes()
+        return tensor
+
+    def __enter__(self) -> SavedTensors:
+        self.saved_bytes = 0
+        self._excluded = set(storages(_weights(self._modules)))
+        self._hooks = saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._hooks is not None
+        self._hooks.__exit__(kind, error, trace)
+        self._kept.clear()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in an optimizer's state, however nested."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from chain.from_iterable(map(_tensors, value.values()))
+    elif isinstance(value, (list, tuple)):
+        yield from chain.from_iterable(map(_tensors, value))
+
+
+def account(
+    modules: Iterable[nn.Module], optimizer: torch.optim.Optimizer | None, saved_bytes: int, backend: str
+) -> Memory:
+    """Weights, gradients, optimizer state and saved tensors, in bytes of distinct storages.
+
+    Call it after `backward` and an optimizer step, before gradients are cleared. Buffers are weights; the optimizer's
+    step counters are state. `backend` names what `saved_bytes` depends on.
+    """
+    modules = list(modules)
+    weights = storage_bytes(_weights(modules))
+    gradients = storage_bytes(p.grad for m in modules for p in m.parameters() if p.grad is not None)
+    state = storage_bytes(_tensors(dict(optimizer.state))) if optimizer is not None else 0
+    return Memory(
+        weights_bytes=weights,
+        gradients_bytes=gradients,
+        optimizer_bytes=state,
+        saved_bytes=saved_bytes,
+        accounted_bytes=weights + gradients + state + saved_bytes,
+        saved_backend=backend,
+    )
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process so far; it can not be reset."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # kilobytes everywhere but on macOS
+
+
+def reset_cuda_peaks(device: torch.device | str) -> None:
+    """Start a new measurement of peaks; without effect off CUDA."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def cuda_peaks(device: torch.device | str) -> tuple[int, int] | tuple[None, None]:
+    """Peak bytes (allocated, reserved) since the last reset; (None, None) off CUDA."""
+    if torch.device(device).type != "cuda":
+        return None, None
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
