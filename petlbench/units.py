@@ -1,0 +1,34 @@
+"""Numbers as people read them, in tables and on axes."""
+
+from __future__ import annotations
+
+
+def human_count(number: float) -> str:
+    """12345 as `12.3k`."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(number) >= size * 0.9995:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+def human_bytes(number: float) -> str:
+    """Bytes in binary units, such as `12.3 MiB`."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(number) >= size * 0.9995:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f} B"
+
+
+def human_seconds(number: float) -> str:
+    """Seconds as `3.2 ms`, `12.3 s`, `4 min 05 s` or `2 h 05 min`."""
+    if number < 0.9995:
+        return f"{number * 1000:.3g} ms"
+    if number < 99.95:
+        return f"{number:.3g} s"
+    minutes, seconds = divmod(round(number), 60)
+    return f"{minutes} min {seconds:02d} s" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def score_text(value: float) -> str:
+    """A score with as many decimals as its scale (0 to 1, or percent) deserves."""
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"

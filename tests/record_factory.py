@@ -1,0 +1,81 @@
+"""Synthetic records for the tests of everything downstream of cells."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from petlbench.spec import Cell, Memory, Outcome, Parameters, Recipe, Record, Timing
+
+MIB = 2**20
+
+
+def make_record(
+    method: str = "lora",
+    score: float = 0.5,
+    *,
+    variant: str = "",
+    task: str = "rec",
+    dataset: str = "digits",
+    backbone: str = "tiny",
+    seed: int = 0,
+    outcome: Outcome = "ok",
+    trainable: int = 10_000,
+    accounted: int = 100 * MIB,
+    train_seconds: float = 60.0,
+    jobs: int = 1,
+    steps: int = 300,
+    metric: str = "acc@0.5",
+    started: str = "2024-01-01T00:00:00Z",
+    method_config: dict[str, Any] | None = None,
+    peaks: tuple[int | None, int | None] = (None, 300 * MIB),
+    environment: dict[str, Any] | None = None,
+) -> Record:
+    """A plausible record; a failed one knows its parameters and nothing that comes after training."""
+    cell = Cell(
+        method=method,
+        variant=variant,
+        method_config=method_config or {},
+        task=task,
+        dataset=dataset,
+        backbone=backbone,
+        seed=seed,
+        recipe=Recipe(steps=steps),
+    )
+    head = 1_000
+    common: dict[str, Any] = {
+        "cell": cell,
+        "outcome": outcome,
+        "started": started,
+        "main_metric": metric,
+        "environment": environment or {},
+        "parameters": Parameters(
+            method=trainable - head, head=head, host=0, trainable=trainable, total=1_000_000, percent=trainable / 1e4
+        ),
+    }
+    if outcome != "ok":
+        return Record(**common, reason="out of memory")
+    quarter = accounted // 4
+    memory = Memory(
+        weights_bytes=quarter,
+        gradients_bytes=quarter,
+        optimizer_bytes=quarter,
+        saved_bytes=accounted - 3 * quarter,
+        accounted_bytes=accounted,
+        saved_backend="cpu, unfused",
+        peak_allocated_bytes=peaks[0],
+        peak_rss_bytes=peaks[1],
+    )
+    timing = Timing(
+        phases={"forward": train_seconds, "other": 1.0},
+        total_seconds=train_seconds + 1.0,
+        train_seconds=train_seconds,
+        step_seconds=train_seconds / steps,
+        jobs=jobs,
+    )
+    return Record(**common, metrics={metric: score}, memory=memory, timing=timing, step_flops=3 * 10**12)
+
+
+def make_samples(metric: str, scores: list[float], ids: list[str] | None = None) -> dict[str, Any]:
+    """Per-sample scores as a runner saves them."""
+    ids = ids or [f"image-{index}" for index in range(len(scores))]
+    return {"metric": metric, "sample_ids": ids, "scores": {metric: scores}, "predictions": ["?"] * len(scores)}
