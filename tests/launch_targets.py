@@ -1,0 +1,78 @@
+"""Stand-ins for the runner, in a module of their own: processes import it by name."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing import util
+from pathlib import Path
+from typing import Any
+
+from petlbench.records import Store
+from petlbench.spec import Cell, Record
+
+Report = Callable[[Any], None]
+STARTED_WITH = frozenset(sys.modules)  # this module is imported in a cell's process, after the server's imports
+
+
+def ok(cell: Cell, store_root: Path, *, report: Report, **options: Any) -> Record:
+    report({"cell": cell.id, "phase": "train", "step": 1, "steps": 2, "score": 0.25, "loss": 1.5})
+    record = Record(cell=cell, outcome="ok", main_metric="acc", metrics={"acc": 0.5})
+    Store.open(store_root, create=False).save(record)
+    return record.model_copy(update={"environment": options})
+
+
+def probe(cell: Cell, store_root: Path, *, report: Report, **options: Any) -> Record:
+    """What the process is like before it has done anything."""
+    torch = sys.modules["torch"]
+    found = {
+        "modules": STARTED_WITH,
+        "server": os.getppid(),
+        "process": os.getpid(),
+        "cuda_initialized": torch.cuda.is_initialized(),
+        "cuda_lost_by_fork": torch.cuda._is_in_bad_fork(),
+        "torch_threads": torch.get_num_threads(),
+        "omp_threads": os.environ["OMP_NUM_THREADS"],
+        "variable": os.environ.get("PETLBENCH_TEST_VARIABLE"),
+        "ignores_interrupts": signal.getsignal(signal.SIGINT) is signal.SIG_IGN,
+    }
+    return Record(cell=cell, outcome="ok", environment=found)
+
+
+def by_seed(cell: Cell, store_root: Path, *, report: Report, **options: Any) -> Record:
+    """Seed 0 does well; the others fail in a way of their own."""
+    if cell.seed == 1:
+        raise RuntimeError("no such thing")
+    if cell.seed == 2:
+        os._exit(7)
+    if cell.seed == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return ok(cell, store_root, report=report, **options)
+
+
+def killed_after_its_record(cell: Cell, store_root: Path, *, report: Report, **options: Any) -> Record:
+    util.Finalize(None, os.kill, (os.getpid(), signal.SIGKILL), exitpriority=1)  # runs when the process winds up
+    return ok(cell, store_root, report=report, **options)
+
+
+def endless(cell: Cell, store_root: Path, *, report: Report, **options: Any) -> Record:
+    """Works until it is ended; an odd seed does not listen to requests. Cleans up behind itself if it can."""
+    if cell.seed % 2:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    temporary = store_root / f"{cell.seed}.tmp"
+    temporary.touch()
+    try:
+        report({"cell": cell.id, "step": os.getpid()})
+        time.sleep(120)
+    finally:
+        temporary.unlink()
+    raise AssertionError("nobody has ended this process")
+
+
+def talkative(cell: Cell, store_root: Path, *, report: Report, **options: Any) -> Record:
+    while True:
+        report({"cell": cell.id, "step": os.getpid()})
+        time.sleep(0.01)

@@ -1,0 +1,155 @@
+"""The training loop, on a least-squares stand-in for backbone and task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+
+from petlbench.backbones.base import Images
+from petlbench.datasets import schemas
+from petlbench.measure.clock import PhaseClock
+from petlbench.spec import Recipe
+from petlbench.task import Batch, Row, Scores, Task
+from petlbench.training import Diverged, Setting, batches, evaluate, fit, load_state, optimizer, rate
+
+
+class Line(Task):
+    """Fit y = 2 x; the score is minus the squared error, and is scripted where `scripted` holds values."""
+
+    name: ClassVar[str] = "line"
+    default_dataset: ClassVar[str] = "none"
+    main_metric: ClassVar[str] = "fit"
+    needs: ClassVar[frozenset[str]] = frozenset()
+    features = schemas.VQA
+
+    def __init__(self) -> None:
+        self.seen: list[list[float]] = []
+        self.scripted: list[float] = []
+        self.training: list[bool] = []
+
+    def collate(self, rows: Sequence[Row], backbone: Any, rng: np.random.Generator | None) -> Batch:
+        x = torch.tensor([row["x"] for row in rows])
+        if rng is not None:
+            self.seen.append(x.tolist())
+        empty = torch.zeros(0)
+        return Batch(Images(empty, empty, empty), {}, {"x": x})
+
+    def loss(self, backbone: Any, head: nn.Module, batch: Batch) -> Tensor:
+        self.training.append(backbone.training)
+        x = batch.extras["x"][:, None]
+        return (backbone(x) - 2 * x).square().mean()
+
+    def predict(self, backbone: Any, head: nn.Module, batch: Batch, *, beams: int = 1) -> list[Any]:
+        assert not backbone.training and not torch.is_grad_enabled()
+        return backbone(batch.extras["x"][:, None])[:, 0].tolist()
+
+    def score(self, rows: Sequence[Row], predictions: Sequence[Any]) -> Scores:
+        errors = [-((p - 2 * row["x"]) ** 2) for p, row in zip(predictions, rows, strict=True)]
+        score = self.scripted.pop(0) if self.scripted else float(np.mean(errors))
+        return Scores({"fit": score}, {"fit": errors}, [str(row["x"]) for row in rows])
+
+
+def rows(count: int = 10) -> Dataset:
+    x = np.linspace(-1, 1, count, dtype=np.float32)
+    return Dataset.from_dict({"x": x, "image": [None] * count})
+
+
+def setting(recipe: Recipe, seed: int = 0) -> Setting:
+    torch.manual_seed(0)
+    return Setting(nn.Linear(1, 1), nn.Module(), Line(), recipe, seed, torch.device("cpu"), PhaseClock())  # type: ignore[arg-type]
+
+
+def recipe(**changes: Any) -> Recipe:
+    return Recipe(**{"steps": 60, "batch_size": 4, "lr": 0.1, "weight_decay": 0.0, **changes})
+
+
+def test_training_fits_and_says_how() -> None:
+    found = fit(setting(recipe()), rows(), rows(5), lr=0.1)
+    assert found.validation["fit"] > -0.01
+    assert found.best_step == 60
+    assert found.losses[-1][0] == 60 and found.losses[-1][1] < found.losses[0][1] / 10
+    # weights 2 x 4 bytes, as many gradients, twice that as moments and two 4-byte step counters
+    assert found.memory is not None
+    assert (found.memory.weights_bytes, found.memory.gradients_bytes, found.memory.optimizer_bytes) == (8, 8, 24)
+
+
+def test_the_best_state_on_validation_is_kept_not_the_last() -> None:
+    here = setting(recipe(validations=3))
+    here.task.scripted = [1.0, 3.0, 2.0]  # type: ignore[attr-defined]
+    states: list[Tensor] = []
+    here.report = lambda event: (
+        states.append(here.backbone.weight.detach().clone()) if event["phase"] == "validation" else None  # type: ignore[operator,func-returns-value,union-attr]
+    )
+    found = fit(here, rows(), rows(5), lr=0.1)
+    assert (found.best_step, found.validation["fit"]) == (40, 3.0)
+    assert torch.equal(found.state["backbone.weight"], states[1]) and not torch.equal(states[1], states[2])
+    load_state(here, found.state)
+    assert torch.equal(here.backbone.weight, states[1])  # type: ignore[arg-type]
+
+
+def test_every_row_comes_once_an_epoch_in_an_order_that_the_seed_alone_decides() -> None:
+    first, again, other = (setting(recipe(steps=5), seed) for seed in (0, 0, 1))
+    for here in (first, again, other):
+        fit(here, rows(10), rows(5), lr=0.1)
+    seen = [x for batch in first.task.seen for x in batch]  # type: ignore[attr-defined]
+    assert sorted(seen[:10]) == sorted(seen[10:20]) == sorted(rows(10)["x"])
+    assert first.task.seen == again.task.seen != other.task.seen  # type: ignore[attr-defined]
+
+
+def test_fewer_rows_than_a_batch_still_fill_it() -> None:
+    here = setting(recipe(batch_size=4))
+    assert len(next(batches(rows(3), here)).extras["x"]) == 4
+
+
+def test_a_loss_that_is_not_finite_ends_the_trial() -> None:
+    with pytest.raises(Diverged, match="at step"):
+        fit(setting(recipe(lr=1e30, clip_norm=1e30)), rows(), rows(5), lr=1e30)
+
+
+def test_training_is_in_training_mode_also_after_a_validation() -> None:
+    here = setting(recipe(steps=4, validations=4))
+    fit(here, rows(), rows(5), lr=0.1)
+    assert here.task.training == [True] * 4  # type: ignore[attr-defined]
+
+
+def test_evaluation_is_not_training_time() -> None:
+    here = setting(recipe(steps=4))
+    fit(here, rows(), rows(5), lr=0.1)
+    timing = here.clock.timing()
+    parts = [timing.phases[name] for name in ("data", "forward", "backward", "optimizer")]
+    assert timing.train_seconds == pytest.approx(sum(parts)) and timing.phases["validation"] > 0
+
+
+def test_scores_come_in_the_order_of_the_rows_whatever_the_batch() -> None:
+    scores, predictions = evaluate(setting(recipe(eval_batch_size=3)), rows(7))
+    assert len(predictions) == 7 and scores.sample_ids == [str(x) for x in rows(7)["x"]]
+
+
+def test_the_rate_rises_to_its_peak_and_falls_to_nothing() -> None:
+    shape = recipe(steps=10, warmup=0.2)
+    assert [round(rate(shape, step), 3) for step in range(10)] == [
+        0.5,
+        1,
+        1,
+        0.875,
+        0.75,
+        0.625,
+        0.5,
+        0.375,
+        0.25,
+        0.125,
+    ]
+    assert rate(recipe(steps=10, warmup=0.2, schedule="constant"), 9) == 1.0
+    assert rate(recipe(steps=10, warmup=0.0, schedule="cosine"), 5) == pytest.approx(0.5)
+
+
+def test_biases_and_gains_are_not_decayed() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    groups = optimizer(dict(module.named_parameters()), recipe(weight_decay=0.1), 0.1).param_groups
+    assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(1, 0.1), (3, 0.0)]
