@@ -1,0 +1,42 @@
+"""Predictions as pictures: a contact sheet of test samples for each record that kept its predictions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from petlbench.errors import UserError
+from petlbench.records import Store
+from petlbench.registry import DATASETS, TASKS
+from petlbench.spec import Record
+from petlbench.visual import contact_sheet
+
+COLUMNS = 4
+
+
+def show(store: Store, out_dir: Path, *, count: int = 16, data_root: Path | None = None) -> list[Path]:
+    """One PNG per record with predictions, of at most `count` samples spread evenly over the test split.
+
+    Raises UserError when no record kept predictions, or when the data is not what was tested on.
+    """
+    records = [
+        record for record in store.load() if record.outcome == "ok" and TASKS.get(record.cell.task).keeps_predictions
+    ]
+    if not records:
+        raise UserError(f"no record in {store.root} kept predictions: run rec, vqa or captioning cells first")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    return [_sheet(record, store, out_dir, count, data_root) for record in records]
+
+
+def _sheet(record: Record, store: Store, out_dir: Path, count: int, data_root: Path | None) -> Path:
+    cell, samples = record.cell, store.samples(record) or {}
+    kind, task = DATASETS.get(cell.dataset), TASKS.get(cell.task)()
+    rows = kind(kind.Config(**cell.dataset_config), data_root).load(cell.task, "test", cell.recipe.eval_limit)
+    if list(rows["sample_id"]) != samples.get("sample_ids"):
+        raise UserError(f"{cell.label} was tested on other rows than data set '{cell.dataset}' has now: run it again")
+    chosen = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int).tolist()
+    pictures = [task.picture(rows[i], samples["predictions"][i]) for i in chosen]
+    path = out_dir / f"{cell.id}.png"
+    contact_sheet([image for image, _ in pictures], [caption for _, caption in pictures], COLUMNS).save(path)
+    return path

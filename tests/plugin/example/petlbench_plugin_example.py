@@ -1,0 +1,98 @@
+"""A third party's method, task and data set: train the gains of all norms; count the squares in an image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, Image, Value
+from PIL import Image as PillowImage
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from petlbench.backbones.base import Backbone
+from petlbench.datasets.base import Source, Split
+from petlbench.method import Method, MethodConfig
+from petlbench.task import Batch, Row, Scores, Task
+
+MOST = 4  # squares in an image
+
+
+class NormGainsConfig(MethodConfig):
+    biases: bool = Field(True, description="train the norms' biases too")
+
+
+class NormGains(Method):
+    """Layer norms only."""
+
+    Config = NormGainsConfig
+    recipe: ClassVar[dict[str, Any]] = {"lr": 5e-3}
+
+    def adapt(self, backbone: Backbone) -> Backbone:
+        backbone.freeze()
+        for module in backbone.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.weight.requires_grad_(True)
+                if module.bias is not None:
+                    module.bias.requires_grad_(self.config.biases)
+        return backbone
+
+
+class Counting(Task):
+    """How many squares are there? Scored by exact match."""
+
+    name: ClassVar[str] = "counting"
+    default_dataset: ClassVar[str] = "squares"
+    main_metric: ClassVar[str] = "accuracy"
+    needs: ClassVar[frozenset[str]] = frozenset({"fuse"})
+    features: ClassVar[Features] = Features(
+        {"sample_id": Value("string"), "image_id": Value("string"), "image": Image(), "count": Value("int64")}
+    )
+
+    def head(self, backbone: Backbone) -> nn.Module:
+        return nn.Linear(backbone.width, MOST)
+
+    def collate(self, rows: Sequence[Row], backbone: Backbone, rng: np.random.Generator | None) -> Batch:
+        counts = torch.tensor([row["count"] for row in rows]) if rng is not None else torch.zeros(len(rows))
+        return Batch(backbone.images([row["image"] for row in rows]), extras={"counts": counts})
+
+    def _logits(self, backbone: Backbone, head: nn.Module, batch: Batch) -> Tensor:
+        logits: Tensor = head(backbone.fuse(backbone.embed_image(batch.images), task=self.name).mean())
+        return logits
+
+    def loss(self, backbone: Backbone, head: nn.Module, batch: Batch) -> Tensor:
+        return F.cross_entropy(self._logits(backbone, head, batch), batch.extras["counts"] - 1)
+
+    def predict(self, backbone: Backbone, head: nn.Module, batch: Batch, *, beams: int = 1) -> list[int]:
+        return (self._logits(backbone, head, batch).argmax(1) + 1).tolist()
+
+    def score(self, rows: Sequence[Row], predictions: Sequence[Any]) -> Scores:
+        hits = [float(p == row["count"]) for p, row in zip(predictions, rows, strict=True)]
+        return Scores({"accuracy": float(np.mean(hits))}, {"accuracy": hits}, [row["sample_id"] for row in rows])
+
+
+class Squares(Source):
+    """Black images with one to four white squares on a grid."""
+
+    tasks: ClassVar[frozenset[str]] = frozenset({"counting"})
+
+    def load(self, task: str, split: Split, limit: int | None = None) -> Dataset:
+        rng = np.random.default_rng(("train", "validation", "test").index(split))
+        names = [f"{split}-{i}" for i in range(min(64, limit or 64))]
+        counts = [int(rng.integers(1, MOST + 1)) for _ in names]
+        rows = {"sample_id": names, "image_id": names, "image": [_drawn(n, rng) for n in counts], "count": counts}
+        return Dataset.from_dict(rows, features=Counting.features)
+
+    def fingerprint(self, task: str) -> str:
+        return "0001"
+
+
+def _drawn(count: int, rng: np.random.Generator) -> PillowImage.Image:
+    pixels = np.zeros((48, 48, 3), np.uint8)
+    for place in rng.choice(9, size=count, replace=False):
+        x, y = 16 * (place % 3) + 4, 16 * (place // 3) + 4
+        pixels[y : y + 8, x : x + 8] = 255
+    return PillowImage.fromarray(pixels)

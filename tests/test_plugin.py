@@ -1,0 +1,79 @@
+"""Third-party packages, built and installed by pip, plug in through entry points alone; a broken one harms nobody."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PLUGINS = Path(__file__).with_name("plugin")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with both plug-ins installed from wheels."""
+    root = tmp_path_factory.mktemp("plugins")
+    # Builds leave traces beside the sources, so copies are built.
+    sources = [shutil.copytree(PLUGINS / name, root / name) for name in ("example", "broken")]
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    wheel = ["wheel", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", root / "wheels", *sources]
+    subprocess.run([*pip, *wheel], check=True)
+    wheels = sorted((root / "wheels").glob("*.whl"))
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", root / "site", *wheels], check=True)
+    return root / "site"
+
+
+def petlbench(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "petlbench", *arguments]
+    environment = {**os.environ, "PYTHONPATH": path}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=site.parent)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "target"),
+    [("methods", "norm_gains", "NormGains"), ("tasks", "counting", "Counting"), ("datasets", "squares", "Squares")],
+)
+def test_a_plugin_is_listed_with_its_distribution(site: Path, kind: str, name: str, target: str) -> None:
+    rows = {row["name"]: row for row in json.loads(petlbench(site, "list", kind, "--json").stdout)}
+    assert rows[name]["distribution"] == "petlbench-plugin-example"
+    assert rows[name]["target"] == f"petlbench_plugin_example:{target}"
+    assert any(row["distribution"] == "petlbench" for row in rows.values())
+
+
+def test_check_names_the_broken_plugin_and_only_it(site: Path) -> None:
+    done = petlbench(site, "list", "methods", "--check", "--json")
+    failures = {row["name"]: row["error"] for row in json.loads(done.stdout) if row["error"]}
+    assert done.returncode == 1
+    assert list(failures) == ["broken"]
+    assert "petlbench_plugin_broken:Broken of distribution petlbench-plugin-broken" in failures["broken"]
+    assert "RuntimeError: this plug-in is broken" in failures["broken"]
+
+
+def test_a_run_with_the_broken_plugin_is_refused_in_one_line(site: Path) -> None:
+    done = petlbench(site, "run", "smoke", "--methods", "norm_gains,broken", "--tasks", "counting")
+    assert done.returncode == 2
+    assert done.stderr.startswith("petlbench: error: method 'broken' (entry point petlbench_plugin_broken:Broken")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_plugins_method_task_and_data_set_make_a_cell(site: Path) -> None:
+    done = petlbench(site, "run", "smoke", "--methods", "norm_gains", "--tasks", "counting", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1:] == ["pending norm_gains on counting:squares (tiny, seed 0)"]
+
+
+@pytest.mark.slow
+def test_a_plugins_cell_really_runs(site: Path, tmp_path: Path) -> None:
+    arguments = ["run", "smoke", "--methods", "norm_gains", "--tasks", "counting", "--device", "cpu"]
+    done = petlbench(site, *arguments, "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (record,) = [json.loads(path.read_text()) for path in (tmp_path / "records").glob("*.json")]
+    assert record["outcome"] == "ok"
+    assert record["cell"]["recipe"]["lr"] == 5e-3
+    assert 0 <= record["metrics"]["accuracy"] <= 1
