@@ -220,6 +220,7 @@ def _load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 class TinyConfig(VLBartConfig):
     """The embedded default: `vl_bart` at its default sizes with the packaged weights."""
 
+    dropout: float = Field(0.0, ge=0, lt=1, description="none, as in its pre-training: it is too small to overfit")
     weights: str = "tiny/model.safetensors"
 
 
