@@ -9,7 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from petlbench.backbones.base import Backbone, Projection
+from petlbench.backbones.base import Backbone
+from petlbench.backbones.sites import Projection
 from petlbench.method import Method, StackedConfig, train_biases
 
 

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from petlbench.backbones.base import Backbone, Snapshot, Stack
+from petlbench.backbones.base import Backbone
+from petlbench.backbones.sites import Snapshot, Stack
 
 
 class MethodConfig(BaseModel):

@@ -11,7 +11,8 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from petlbench.backbones.base import IMAGE, Backbone, Tokens
+from petlbench.backbones.base import Backbone, Tokens
+from petlbench.backbones.sites import IMAGE
 from petlbench.datasets import schemas
 from petlbench.metrics.boxes import acc_at, iou_xywh
 from petlbench.task import Batch, Row, Scores, Task, enlarged, initialised_head

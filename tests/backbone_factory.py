@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import BartConfig
 
-from petlbench.backbones.base import Backbone, Stack
+from petlbench.backbones.base import Backbone
+from petlbench.backbones.sites import Stack
 from petlbench.backbones.vl_bart import VLBart, VLBartConfig
 
 SMALL: dict[str, Any] = {

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from petlbench.backbones.base import Tokens, current_pass
+from petlbench.backbones.base import Tokens
+from petlbench.backbones.sites import current_pass
 from petlbench.backbones.vl_bart import VLBart
 from petlbench.generation import generate, generated_texts
 from tests.backbone_factory import Bare, draw, small_vl_bart

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.models.bart.modeling_bart import BartDecoderLayer, BartEncoderLayer
 from transformers.models.t5.modeling_t5 import T5Attention, T5Config
 
-from petlbench.backbones.base import Stack
+from petlbench.backbones.sites import Stack
 from petlbench.backbones.transformers_parts import bart_decoder_layer, bart_encoder_layer
 from petlbench.backbones.vl_bart import VLBart
 from petlbench.method import Method, train_biases

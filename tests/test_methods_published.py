@@ -13,7 +13,8 @@ from petlbench.methods.vl_adapter import Bottleneck, VLAdapter, VLAdapterConfig
 from torch import Tensor, nn
 from transformers.models.bart.modeling_bart import BartDecoderLayer, BartEncoderLayer
 
-from petlbench.backbones.base import IMAGE, Layer, Pass, Projection, Stack, SubLayer, Texts, Tokens
+from petlbench.backbones.base import Texts, Tokens
+from petlbench.backbones.sites import IMAGE, Layer, Pass, Projection, Stack, SubLayer
 from petlbench.backbones.transformers_parts import bart_decoder_layer, bart_encoder_layer
 from petlbench.backbones.vision import additive
 from petlbench.backbones.vl_bart import VLBart

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from petlbench.backbones.base import Projection
+from petlbench.backbones.sites import Projection
 from tests.backbone_factory import draw, randomise
 from tests.layer_cases import FAMILIES, B, D, N, make
 

@@ -13,7 +13,8 @@ from petlbench.methods.vl_adapter import VLAdapter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from petlbench.backbones.base import PLACES, Images, Pass, Place, Snapshot, Stack, current_pass
+from petlbench.backbones.base import Images
+from petlbench.backbones.sites import PLACES, Pass, Place, Snapshot, Stack, current_pass
 from petlbench.method import Method, adapt
 from tests.backbone_factory import draw, randomise, small_vl_bart
 from tests.layer_cases import FAMILIES, B, D, N, make

@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from petlbench.backbones.base import IMAGE, TEXT, Images, Texts
+from petlbench.backbones.base import Images, Texts
+from petlbench.backbones.sites import IMAGE, TEXT
 from petlbench.backbones.vl_bart import VLBart
 from petlbench.task import Batch, Row, Task
 from tests.backbone_factory import Bare, draw, randomise, small_vl_bart

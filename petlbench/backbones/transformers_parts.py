@@ -10,7 +10,7 @@ from transformers.models.bart.modeling_bart import BartDecoderLayer, BartEncoder
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.t5.modeling_t5 import T5Block
 
-from petlbench.backbones.base import Layer, Pass, Projection, SubLayer
+from petlbench.backbones.sites import Layer, Pass, Projection, SubLayer
 
 
 class SelfAttention(nn.Module):

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-from petlbench.backbones.base import Images, Stack
+from petlbench.backbones.base import Images
+from petlbench.backbones.sites import Stack
 from petlbench.backbones.transformers_parts import clip_layer
 
 STRIDE = 8  # pixels per token along each axis: three convolutions of stride 2

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from transformers import BartConfig, BartModel, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from petlbench.backbones.base import IMAGE, TEXT, Backbone, BackboneConfig, Images, Pass, Stack, Texts, Tokens
+from petlbench.backbones.base import Backbone, BackboneConfig, Images, Texts, Tokens
+from petlbench.backbones.sites import IMAGE, TEXT, Pass, Stack
 from petlbench.backbones.transformers_parts import bart_decoder_layer, bart_encoder_layer
 from petlbench.backbones.vision import ImageTokenizer, additive, preprocess, vision_stack
 from petlbench.errors import UserError
