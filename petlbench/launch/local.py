@@ -31,7 +31,7 @@ from petlbench.spec import Cell, Record
 TARGET = "petlbench.runner:run_cell"
 # None of these may touch CUDA when imported: a process forked after that can not use it. transformers alone is lazy and
 # imports next to nothing; its modeling_utils is what every model of it waits for.
-PRELOAD = ("torch", "transformers.modeling_utils", "datasets", "petlbench.runner")
+PRELOAD = ("torch", "transformers.modeling_utils", "datasets", "sklearn.datasets", "petlbench.runner")
 GRACE_SECONDS = 1.0
 
 
