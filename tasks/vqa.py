@@ -50,6 +50,7 @@ class VisualQuestionAnswering(Task):
         return (batch.extras["weights"] * losses.sum(1) / answer.mask.sum(1)).mean()
 
     def predict(self, backbone: Backbone, head: nn.Module, batch: Batch, *, beams: int = 1) -> list[str]:
+        """Greedy whatever `beams` says, as VL-T5 decodes answers."""
         memory = self._memory(backbone, batch)
         return generated_texts(backbone, memory, task=self.name, max_length=MAX_ANSWER, beams=1)
 
