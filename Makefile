@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 SOURCES := petlbench methods tasks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test lint pretrain tree clean
+.PHONY: help bench test microbench lint pretrain tree clean
 
 ifeq ($(INSTALL),0)
   INTERPRETER := $(PYTHON)
@@ -32,6 +32,10 @@ bench: $(READY) ## run SUITE into OUT and print the leaderboard; run again to co
 
 test: $(READY) ## the fast tests; PYTEST_ARGS='-m slow' for the others
 	$(RUN) -m pytest --import-mode=append -m "not slow" $(PYTEST_ARGS)
+
+microbench: $(READY) ## time training and prediction steps; compare with the last stored run
+	$(RUN) -m pytest --import-mode=append tests/benchmarks -o python_files='bench_*.py' -q -s \
+		--benchmark-autosave --benchmark-compare --benchmark-columns=median,iqr,rounds $(PYTEST_ARGS)
 
 lint: tree ## ruff and mypy
 	$(RUN) -m ruff check $(SOURCES)

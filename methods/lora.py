@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from petlbench.backbones.base import Backbone
 from petlbench.backbones.sites import Projection
-from petlbench.method import Method, StackedConfig, train_biases
+from petlbench.method import Knob, Method, StackedConfig, train_biases
 
 
 class LowRank(nn.Module):
@@ -51,6 +51,9 @@ class LoRA(Method):
 
     Config = LoRAConfig
     recipe: ClassVar[dict[str, Any]] = {"lr": 1e-3}
+    knob = Knob("rank", (1, 2, 4, 8, 16, 32))
+    identity = True
+    mergeable = True
 
     def __init__(self, config: LoRAConfig | None = None) -> None:
         super().__init__(config)

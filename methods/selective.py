@@ -11,6 +11,7 @@ from petlbench.method import Method, train, train_biases
 class Full(Method):
     """Full fine-tuning: every parameter trains. VL-Adapter (CVPR 2022) trains CLIP-BART so with a rate of 1e-4."""
 
+    identity = True
     recipe: ClassVar[dict[str, Any]] = {"lr": 1e-4}
 
     def adapt(self, backbone: Backbone) -> Backbone:
@@ -21,6 +22,7 @@ class Full(Method):
 class HeadOnly(Method):
     """The floor: the task's head and the host's own visual projection train, nothing else."""
 
+    identity = True
     recipe: ClassVar[dict[str, Any]] = {"lr": 1e-3}
 
     def adapt(self, backbone: Backbone) -> Backbone:
@@ -35,6 +37,7 @@ class BitFit(Method):
     relative-position tables instead; on BART the two agree.
     """
 
+    identity = True
     recipe: ClassVar[dict[str, Any]] = {"lr": 1e-3}
 
     def adapt(self, backbone: Backbone) -> Backbone:

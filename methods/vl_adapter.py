@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from petlbench.backbones.base import Backbone
-from petlbench.method import Method, StackedConfig, train
+from petlbench.method import Knob, Method, StackedConfig, train
 
 
 class Bottleneck(nn.Module):
@@ -44,6 +44,7 @@ class VLAdapter(Method):
 
     Config = VLAdapterConfig
     recipe: ClassVar[dict[str, Any]] = {"lr": 1e-3}
+    knob = Knob("reduction", (48, 24, 12, 8, 4, 2))
 
     def adapt(self, backbone: Backbone) -> Backbone:
         backbone.freeze()

@@ -1,8 +1,6 @@
 """`python -m petlbench`."""
 
-import sys
-
-from petlbench.cli import main
+from petlbench.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

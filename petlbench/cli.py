@@ -1,30 +1,22 @@
-"""The command line. Each command imports what it needs itself, so that listing and help are instant."""
+"""The command line: what can be asked. What is then done stands in commands.py."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import atexit
+import math
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-from petlbench import __version__
+from petlbench import __version__, commands
 from petlbench.errors import UserError
-from petlbench.registry import BACKBONES, DATASETS, METHODS, TASKS, Registry, did_you_mean
+from petlbench.registry import did_you_mean
+from petlbench.units import parse_bytes
 
-if TYPE_CHECKING:
-    from petlbench.records import Store
-    from petlbench.spec import Cell, Record
-
-KINDS: dict[str, Registry[Any]] = {
-    "methods": METHODS,
-    "tasks": TASKS,
-    "datasets": DATASETS,
-    "backbones": BACKBONES,
-}
-COMMANDS = ("list", "run", "leaderboard", "plot", "show", "compare")
+INTERRUPTED = 130  # by SIGINT; 129 and 143 by SIGHUP and SIGTERM
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,13 +30,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"petlbench: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("petlbench: interrupted; finished cells are kept: run the same command again", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print("petlbench: interrupted; nothing is lost: the same command goes on from here", file=sys.stderr)
+        return getattr(error, "status", INTERRUPTED)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return status
+
+
+def entry() -> NoReturn:
+    """The program: `main`, and out; at once when interrupted, for unloading torch takes seconds."""
+    status = main()
+    if status >= INTERRUPTED - 1:
+        atexit._run_exitfuncs()  # temporary folders go here
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _checked(argv: Sequence[str]) -> Sequence[str]:
@@ -67,44 +70,82 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="petlbench", description="Parameter-efficient transfer learning, measured fairly.")
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(metavar="|".join(COMMANDS), required=True)
+    subparsers = parser.add_subparsers(metavar="|".join(COMMANDS), required=True)
 
-    listing = commands.add_parser("list", help="what is installed, built-in or plugged in")
-    listing.set_defaults(command=_list)
-    listing.add_argument("kind", choices=[*KINDS, "suites"])
+    for name, (add, text) in ADD.items():
+        add(subparsers.add_parser(name, help=text))
+    return parser
+
+
+def _add_list(listing: argparse.ArgumentParser) -> None:
+    listing.set_defaults(command=commands.list_things)
+    listing.add_argument("kind", choices=[*commands.KINDS, "suites", "records"])
     listing.add_argument("pattern", nargs="?", default="*", help="shell wildcard")
     listing.add_argument("--json", action="store_true", help="machine-readable")
     listing.add_argument("--check", action="store_true", help="import each; exit with 1 if any fails")
+    listing.add_argument(
+        "--results", type=Path, default=Path("runs/quick"), metavar="DIR", help="of `records` (default: %(default)s)"
+    )
 
-    _add_run(commands.add_parser("run", help="run a suite; cells that are done are not run again"))
 
-    board = commands.add_parser("leaderboard", help="the table of one or several results folders")
-    board.set_defaults(command=_leaderboard)
+def _add_leaderboard(board: argparse.ArgumentParser) -> None:
+    board.set_defaults(command=commands.leaderboard)
     board.add_argument("results", nargs="+", type=Path)
     board.add_argument("--csv", type=Path, metavar="FILE", help="also write it as CSV")
 
-    plot = commands.add_parser("plot", help="plots of one or several results folders")
-    plot.set_defaults(command=_plot)
+
+def _add_plot(plot: argparse.ArgumentParser) -> None:
+    plot.set_defaults(command=commands.plot)
     plot.add_argument("results", nargs="+", type=Path)
     plot.add_argument("--out", type=Path, default=Path("plots"), metavar="DIR", help="default: %(default)s")
 
-    show = commands.add_parser("show", help="contact sheets of predictions: boxes, answers, captions")
-    show.set_defaults(command=_gallery)
+
+def _add_show(show: argparse.ArgumentParser) -> None:
+    show.set_defaults(command=commands.show)
     show.add_argument("results", type=Path)
     show.add_argument("--out", type=Path, default=Path("pictures"), metavar="DIR", help="default: %(default)s")
     show.add_argument("--count", type=_positive, default=16, metavar="N", help="samples a sheet (default: %(default)s)")
     show.add_argument("--data-root", type=Path, metavar="DIR", help="where data sets lie (default: PETLBENCH_DATA)")
 
-    compare = commands.add_parser("compare", help="two methods, sample by sample")
-    compare.set_defaults(command=_compare)
+
+def _add_compare(compare: argparse.ArgumentParser) -> None:
+    compare.set_defaults(command=commands.compare)
     compare.add_argument("results", type=Path)
-    compare.add_argument("a", help="method, or method:variant")
-    compare.add_argument("b", help="method, or method:variant")
-    return parser
+    compare.add_argument("a", nargs="?", help="method, or method:variant; without any, all pairs")
+    compare.add_argument("b", nargs="?", help="method, or method:variant")
+    compare.add_argument("--csv", type=Path, metavar="FILE", help="write it as CSV instead")
+
+
+def _add_profile(profile: argparse.ArgumentParser) -> None:
+    profile.set_defaults(command=commands.profile)
+    profile.add_argument("--methods", type=_names, required=True, metavar="A,B", help="names or wildcards")
+    profile.add_argument("--backbone", default="tiny", metavar="NAME", help="default: %(default)s")
+    profile.add_argument("--task", default="vqa", metavar="TASK", help="task, or task:dataset (default: %(default)s)")
+    profile.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="default: %(default)s")
+    profile.add_argument("--steps", type=_positive, default=10, metavar="N", help="timed (default: %(default)s)")
+    profile.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: %(default)s")
+    profile.add_argument("--threads", type=_positive, metavar="N", help="default: all cores")
+    profile.add_argument("--meta", action="store_true", help="only what needs no memory: counts and planned bytes")
+    profile.add_argument("--json", action="store_true", help="machine-readable")
+    profile.add_argument("--data-root", type=Path, metavar="DIR", help="where data sets lie (default: PETLBENCH_DATA)")
+
+
+def _add_check(check: argparse.ArgumentParser) -> None:
+    check.set_defaults(command=commands.check)
+    check.add_argument("method", help="a name that `petlbench list methods` shows")
+    check.add_argument("--backbone", default="tiny", metavar="NAME", help="default: %(default)s")
+    check.add_argument("--tasks", type=_names, metavar="A,B", help="default: all that the backbone can serve")
+    check.add_argument("--config", metavar="JSON", help="the method's options")
+    check.add_argument("--json", action="store_true", help="machine-readable")
+
+
+def _add_repair(repair: argparse.ArgumentParser) -> None:
+    repair.set_defaults(command=commands.repair)
+    repair.add_argument("results", type=Path)
 
 
 def _add_run(run: argparse.ArgumentParser) -> None:
-    run.set_defaults(command=_run)
+    run.set_defaults(command=commands.run)
     run.add_argument("suite", nargs="?", default="quick", help="packaged suite or YAML file (default: %(default)s)")
     run.add_argument("--methods", type=_names, metavar="A,B", help="only these: names, name:variant, wildcards")
     run.add_argument("--tasks", type=_names, metavar="A,B", help="only these: names, task:dataset, wildcards")
@@ -116,6 +157,18 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     run.add_argument("--threads", type=_positive, metavar="N", help="threads of each cell")
     run.add_argument("--limit", type=_positive, metavar="N", help="rows used of each split")
     run.add_argument("--data-root", type=Path, metavar="DIR", help="where data sets lie (default: PETLBENCH_DATA)")
+    run.add_argument(
+        "--timeout", type=_seconds, metavar="SECONDS", help="for each cell (default: the suite's, or none)"
+    )
+    run.add_argument("--memory-limit", type=_bytes, metavar="SIZE", help="resident memory of each cell, such as 4GiB")
+    run.add_argument(
+        "--checkpoint-seconds",
+        type=_seconds_or_zero,
+        default=60.0,
+        metavar="N",
+        help="least time between two checkpoints of a cell (default: %(default)g)",
+    )
+    run.add_argument("--keep-stale", action="store_true", help="do not rerun cells whose code, data or weights changed")
     run.add_argument("--dry-run", action="store_true", help="say what would run")
     run.add_argument("--retry-failed", action="store_true", help="run cells again that did not end well")
 
@@ -129,9 +182,39 @@ def _names(text: str) -> list[str]:
 
 def _seeds(text: str) -> list[int]:
     try:
-        return [int(part) for part in _names(text)]
+        seeds = [int(part) for part in _names(text)]
     except ValueError:
         raise argparse.ArgumentTypeError(f"comma-separated whole numbers are needed, not '{text}'") from None
+    if len(set(seeds)) < len(seeds):
+        raise argparse.ArgumentTypeError(f"a seed is given more than once: {text}")
+    return seeds
+
+
+def _seconds_or_zero(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"a number of seconds is needed, not '{text}'")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = _seconds_or_zero(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("a cell needs more than zero seconds; leave it out for no limit")
+    return value
+
+
+def _bytes(text: str) -> int:
+    try:
+        value = int(parse_bytes(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if value == 0:
+        raise argparse.ArgumentTypeError("a cell needs more than zero bytes; leave it out for the default")
+    return value
 
 
 def _positive(text: str) -> int:
@@ -140,152 +223,15 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _list(args: argparse.Namespace) -> int:
-    rows = _suites(args.pattern) if args.kind == "suites" else _entries(KINDS[args.kind], args.pattern)
-    if args.check:
-        for row in rows:
-            row["error"] = _failure(args.kind, row["name"])
-    if args.json:
-        print(json.dumps(rows, indent=1))
-    else:
-        widths = {key: max(len(row[key]) for row in rows) for key in rows[0] if key != "error"} if rows else {}
-        for row in rows:
-            print("  ".join(row[key].ljust(width) for key, width in widths.items()).rstrip())
-            if row.get("error"):
-                print(f"  FAILS: {row['error']}")
-    return int(any(row.get("error") for row in rows))
-
-
-def _suites(pattern: str) -> list[dict[str, Any]]:
-    from petlbench.suite import load_suite, suite_names
-
-    return [{"name": name, "description": load_suite(name).description} for name in suite_names(pattern)]
-
-
-def _entries(registry: Registry[Any], pattern: str) -> list[dict[str, Any]]:
-    return [
-        {"name": name, "distribution": registry.origin(name), "target": registry.target(name)}
-        for name in registry.names(pattern)
-    ]
-
-
-def _failure(kind: str, name: str) -> str | None:
-    """Why an entry cannot be used, or None."""
-    try:
-        if kind == "suites":
-            from petlbench.suite import expand, load_suite
-
-            expand(load_suite(name))
-        else:
-            KINDS[kind].get(name)
-    except UserError as error:
-        return str(error)
-    return None
-
-
-def _run(args: argparse.Namespace) -> int:
-    from petlbench.records import Store
-    from petlbench.suite import expand, load_suite
-
-    suite = load_suite(args.suite)
-    cells = expand(
-        suite,
-        methods=args.methods,
-        tasks=args.tasks,
-        backbone=args.backbone,
-        seeds=args.seeds,
-        limit=args.limit,
-        data_root=args.data_root,
-    )
-    out = args.out or Path("runs") / suite.name
-    store = Store(out)
-    pending = [cell for cell in cells if not _done(store.get(cell), args.retry_failed)]
-    print(
-        f"{suite.name}: {len(cells)} cells, {len(cells) - len(pending)} done, {len(pending)} to run; results in {out}"
-    )
-    if args.dry_run:
-        for cell in cells:
-            print(f"{'pending' if cell in pending else 'done':8}{cell.label}")
-        return 0
-    if args.device == "cuda":
-        _need_cuda()
-    Store.open(out, create=True)
-    if pending:
-        from petlbench.launch.local import run_cells
-
-        run_cells(pending, store, device=args.device, jobs=args.jobs, threads=args.threads, data_root=args.data_root)
-    return _conclude(store, cells)
-
-
-def _done(record: Record | None, retry_failed: bool) -> bool:
-    return record is not None and (record.outcome == "ok" or not retry_failed)
-
-
-def _need_cuda() -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA device: use --device cpu, or install a CUDA build of torch")
-
-
-def _conclude(store: Store, cells: Sequence[Cell]) -> int:
-    """Table and plots of the whole folder; 1 if one of `cells` did not end well."""
-    from petlbench import leaderboard, plots
-
-    records = store.load()
-    table = leaderboard.table(records)
-    leaderboard.write_csv(table, store.root / "leaderboard.csv")
-    if any(record.outcome == "ok" for record in records):  # without a score there is nothing to draw
-        plots.draw(records, store.root / "plots")
-    _show(leaderboard.render(table))
-    failed = [record for cell in cells if (record := store.get(cell)) is None or record.outcome != "ok"]
-    for record in filter(None, failed):
-        print(f"{record.outcome}: {record.cell.label}: {record.reason}", file=sys.stderr)
-    if failed:
-        print(f"{len(failed)} of {len(cells)} cells did not end well: --retry-failed runs them again", file=sys.stderr)
-    return int(bool(failed))
-
-
-def _leaderboard(args: argparse.Namespace) -> int:
-    from petlbench import leaderboard
-    from petlbench.records import find
-
-    table = leaderboard.table(find(args.results).load())
-    if args.csv:
-        leaderboard.write_csv(table, args.csv)
-    _show(leaderboard.render(table))
-    return 0
-
-
-def _plot(args: argparse.Namespace) -> int:
-    from petlbench import plots
-    from petlbench.records import find
-
-    for path in plots.draw(find(args.results).load(), args.out):
-        print(path)
-    return 0
-
-
-def _gallery(args: argparse.Namespace) -> int:
-    from petlbench.gallery import show
-    from petlbench.records import Store
-
-    for path in show(Store.open(args.results, create=False), args.out, count=args.count, data_root=args.data_root):
-        print(path)
-    return 0
-
-
-def _compare(args: argparse.Namespace) -> int:
-    from petlbench import statistics
-    from petlbench.records import Store
-
-    print(statistics.compare(Store.open(args.results, create=False), args.a, args.b).to_string(index=False))
-    return 0
-
-
-def _show(table: Any) -> None:
-    """A rich table, at its full width where no terminal limits it."""
-    from rich.console import Console
-
-    width = None if sys.stdout.isatty() else Console(width=10_000).measure(table).maximum
-    Console(width=width).print(table)
+ADD = {
+    "list": (_add_list, "what is installed, built-in or plugged in; what has been run"),
+    "run": (_add_run, "run a suite; cells that are done are not run again"),
+    "leaderboard": (_add_leaderboard, "the table of one or several results folders"),
+    "plot": (_add_plot, "plots of one or several results folders"),
+    "show": (_add_show, "contact sheets of predictions: boxes, answers, captions"),
+    "compare": (_add_compare, "methods against each other, sample by sample and seed by seed"),
+    "profile": (_add_profile, "what methods cost, without training"),
+    "check": (_add_check, "hold a method to what every method must do, and to its own claims"),
+    "repair": (_add_repair, "set aside what a results folder cannot hold; nothing is deleted"),
+}
+COMMANDS = tuple(ADD)

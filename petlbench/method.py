@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -26,11 +27,27 @@ class StackedConfig(MethodConfig):
     )
 
 
+@dataclass(frozen=True)
+class Knob:
+    """The option that sets a method's size, and the values that a curve runs through, small to large."""
+
+    field: str
+    values: tuple[float | int, ...]
+
+
 class Method(ABC):
-    """One way of adapting a backbone. Knows sites; knows no task's code, data set, optimizer or device."""
+    """One way of adapting a backbone. Knows sites; knows no task's code, data set, optimizer or device.
+
+    What a method claims of itself is a class attribute, and `petlbench check` holds it to that.
+    """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     recipe: ClassVar[dict[str, Any]] = {}  # its authors' training options, where they differ from the default
+    knob: ClassVar[Knob | None] = None
+    identity: ClassVar[bool] = False  # before training, the adapted backbone computes what the untouched one does
+    mergeable: ClassVar[bool] = False  # `merge` folds it into the weights
+    detached: ClassVar[bool] = False  # no gradient enters the backbone, and none of its activations is saved
+    dead: ClassVar[dict[str, str]] = {}  # wildcard of trainable names that never get a gradient: the reason
 
     def __init__(self, config: MethodConfig | None = None) -> None:
         self.config: Any = config if config is not None else self.Config()

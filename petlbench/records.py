@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,15 @@ from pydantic import ValidationError
 from .errors import UserError
 from .spec import SCHEMA_VERSION, Cell, Record
 
-FOLDERS = ("records", "samples", "adapters")
+FOLDERS = ("records", "samples", "adapters", "checkpoints", "logs", "claims", "cache")
+
+
+class Damaged(UserError):
+    """A file that a results folder cannot hold. `reason` follows the file's name: "is truncated"."""
+
+    def __init__(self, path: Path, reason: str, remedy: str) -> None:
+        super().__init__(f"{path} {reason}; {remedy}")
+        self.path, self.reason = path, reason
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -42,24 +52,42 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Create `path` and its parents. Raises UserError when that is impossible or the folder cannot be written."""
+    """Create `path` and its parents. Raises UserError when it cannot be written to, or its disk is full."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".{uuid.uuid4().hex}.tmp"
-        probe.touch(exist_ok=False)
-        probe.unlink()
+        try:
+            probe.write_bytes(bytes(4096))  # an empty file fits on a full disk
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"cannot write to folder {path}: {error.strerror or error}; choose another folder or its permissions"
         ) from error
 
 
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Records hold no cycles, yet looking for some again and again takes most of the time that loading many does."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class Store:
-    """A results folder: `records/ID.json`, `samples/ID.json` and `adapters/ID.safetensors`, ID being `Cell.id`."""
+    """A results folder: `records/ID.json`, `samples/ID.json` and `adapters/ID.safetensors`, ID being `Cell.id`.
+
+    Beside them, what only running cells need: `checkpoints`, `logs` and `claims`; and `cache`, which can be rebuilt.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.records, self.sample_scores, self.adapters = (root / name for name in FOLDERS)
+        self.records, self.sample_scores, self.adapters = (root / name for name in FOLDERS[:3])
+        self.checkpoints, self.logs, self.claims, self.cache = (root / name for name in FOLDERS[3:])
 
     @classmethod
     def open(cls, root: Path | str, create: bool) -> Store:
@@ -69,8 +97,8 @@ class Store:
             raise UserError(f"{root} is a file, not a results folder; name a folder")
         store = cls(root)
         if create:
-            for folder in (store.records, store.sample_scores, store.adapters):
-                make_folder(folder)
+            for name in FOLDERS:
+                make_folder(root / name)
         elif not root.exists():
             raise UserError(f"no results folder at {root}; check the path, or run a suite to create it")
         elif not store.records.is_dir():
@@ -90,26 +118,55 @@ class Store:
         write_atomic(self.records / name, _to_json(saved.model_dump(mode="json")))
         return saved
 
-    def load(self) -> list[Record]:
-        """All records, by file name. Raises UserError naming the file that is truncated, invalid or too new."""
+    def paths(self) -> list[Path]:
+        """The files of all records, by name."""
         # Names with a leading dot are not ours: editors and file systems leave them behind.
-        paths = sorted(p for p in self.records.glob("*.json") if not p.name.startswith("."))
-        return [_read_record(path) for path in paths]
+        return sorted(path for path in self.records.glob("*.json") if not path.name.startswith("."))
+
+    def items(self) -> Iterator[tuple[str, Record]]:
+        """(cell id, record), by file name. Raises Damaged as `load` does."""
+        for path in self.paths():
+            yield path.stem, self._read(path)
+
+    def load(self) -> list[Record]:
+        """All records, by file name.
+
+        Raises Damaged, a UserError, naming the file that is truncated, no record, of another schema version, or not
+        called what its cell is, and the remedy.
+        """
+        with _collector_paused():
+            return [record for _, record in self.items()]
 
     def get(self, cell: Cell) -> Record | None:
-        """The record of `cell`, or None when it has not been run."""
+        """The record of `cell`, or None when it has not been run. Raises Damaged as `load` does."""
         path = self.records / f"{cell.id}.json"
-        return _read_record(path) if path.exists() else None
+        return self._read(path) if path.exists() else None
+
+    def _read(self, path: Path) -> Record:
+        record = read_record(path)
+        wanted = path.with_name(f"{record.cell.id}.json")
+        if wanted.name == path.name:
+            return record
+        if wanted.exists():
+            said = f"is a second record of the cell of {wanted.name}", "keeps the later one and sets the other aside"
+        else:
+            said = f"holds the record that belongs into {wanted.name}", "renames it"
+        raise Damaged(path, said[0], f"`petlbench repair {self.root}` {said[1]}")
 
     def samples(self, record: Record) -> dict[str, Any] | None:
-        """What was saved beside `record`; None when nothing was. Raises UserError for a missing or damaged file."""
+        """What was saved beside `record`; None when nothing was. Raises Damaged for a missing or damaged file."""
         if record.samples is None:
             return None
         # Only the name counts: a record from elsewhere must not point outside its folder.
         path = self.sample_scores / Path(record.samples).name
-        content = _read_json(path, f"rerun the cell {record.cell.label}")
-        if not isinstance(content.get("sample_ids"), list) or not isinstance(content.get("scores"), dict):
-            raise UserError(f"{path} holds no `sample_ids` and `scores`; rerun the cell {record.cell.label}")
+        remedy = f"`petlbench repair {self.root}` sets its record aside, then rerun the cell {record.cell.label}"
+        content = _read_json(path, remedy)
+        ids, scores = content.get("sample_ids"), content.get("scores")
+        if not isinstance(ids, list) or not isinstance(scores, dict):
+            raise Damaged(path, "holds no `sample_ids` and `scores`", remedy)
+        for name, values in scores.items():
+            if not isinstance(values, list) or len(values) != len(ids):
+                raise Damaged(path, f"does not hold one score `{name}` for each of its {len(ids)} samples", remedy)
         return content
 
 
@@ -117,12 +174,14 @@ class Merged:
     """Several stores read as one; of two records of the same cell the one that started later counts."""
 
     def __init__(self, stores: Iterable[Store]) -> None:
+        self.stores = list(stores)
         self._homes: dict[str, tuple[Record, Store]] = {}
-        for store in stores:
-            for record in store.load():
-                known = self._homes.get(record.cell.id)
-                if known is None or record.started > known[0].started:
-                    self._homes[record.cell.id] = (record, store)
+        with _collector_paused():
+            for store in self.stores:
+                for key, record in store.items():
+                    known = self._homes.get(key)
+                    if known is None or record.started > known[0].started:
+                        self._homes[key] = (record, store)
 
     def load(self) -> list[Record]:
         """One record per cell, by cell id."""
@@ -161,27 +220,46 @@ def _strict(value: Any) -> Any:
 
 def _read_json(path: Path, remedy: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}; {remedy}") from error
+        content = json.loads(_read_bytes(path, remedy))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is truncated or not JSON; {remedy}") from error
+        raise Damaged(path, "is truncated or not JSON", remedy) from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} does not hold a JSON object; {remedy}")
+        raise Damaged(path, "does not hold a JSON object", remedy)
     return content
 
 
-def _read_record(path: Path) -> Record:
-    remedy = "delete it and rerun its cell"
-    content = _read_json(path, remedy)
-    version = content.get("schema_version")
-    if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise UserError(
-            f"{path} has schema version {version}, newer than {SCHEMA_VERSION}: upgrade petlbench, or leave it out"
-        )
+def _read_bytes(path: Path, remedy: str) -> bytes:
     try:
-        return Record.model_validate(content)
+        return path.read_bytes()
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise Damaged(path, "is missing" if isinstance(error, FileNotFoundError) else "is a folder", remedy) from error
+    except OSError as error:  # of the disk or of permissions, and no fault of the file's
+        raise UserError(f"cannot read {path}: {error.strerror or error}; check the disk and permissions") from error
+
+
+def read_record(path: Path) -> Record:
+    """The record in a file of any name. Raises Damaged with the reason, in one line, why it holds none."""
+    remedy = f"`petlbench repair {path.parents[1]}` sets it aside; then rerun its cell"
+    data = _read_bytes(path, remedy)
+    try:
+        record = Record.model_validate_json(data)  # twice as fast as by way of json.loads
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "record"
-        raise UserError(f"{path} is not a valid record ({where}: {first['msg']}); {remedy}") from error
+        _check_version(path, _read_json(path, remedy).get("schema_version"), remedy)
+        raise Damaged(path, f"is not a record of petlbench ({where}: {first['msg']})", remedy) from error
+    stated = "schema_version" in record.model_fields_set
+    _check_version(path, record.schema_version if stated else None, remedy)
+    return record
+
+
+def _check_version(path: Path, version: Any, remedy: str) -> None:
+    if version == SCHEMA_VERSION:
+        return
+    if not isinstance(version, int):
+        raise Damaged(path, "is not a record of petlbench (it has no `schema_version`)", remedy)
+    if version > SCHEMA_VERSION:
+        remedy = f"upgrade petlbench, or `petlbench repair {path.parents[1]}` sets it aside"
+        raise Damaged(path, f"has schema version {version}, newer than {SCHEMA_VERSION}", remedy)
+    remedy = f"`petlbench repair {path.parents[1]}` sets it aside, or rerun into a new folder"
+    raise Damaged(path, f"has schema version {version}, older than {SCHEMA_VERSION}", remedy)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import uuid
+import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,26 +13,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, disable_progress_bars
-from safetensors.torch import save_file
+from datasets import disable_progress_bars
 
+from petlbench import fingerprint
+from petlbench.assembly import Data, build_backbone, load_data, load_source
 from petlbench.backbones.base import Backbone
-from petlbench.datasets.base import Source, Split
+from petlbench.checkpoint import Checkpoint, save_tensors
 from petlbench.errors import UserError
 from petlbench.measure.clock import PhaseClock
 from petlbench.measure.environment import describe
-from petlbench.measure.flops import step_flops
-from petlbench.measure.latency import latency
-from petlbench.measure.memory import cuda_peaks, peak_rss_bytes, reset_cuda_peaks
-from petlbench.measure.parameters import count
-from petlbench.method import Method, adapt
+from petlbench.measure.memory import peak_rss_bytes
+from petlbench.measure.parameters import count, inference_extra
+from petlbench.measure.setting import (
+    canonical_saved_bytes,
+    first_batch,
+    inference,
+    stored_scalars,
+    training_flops,
+    with_saved,
+)
 from petlbench.records import Store
-from petlbench.registry import BACKBONES, DATASETS, METHODS, TASKS
-from petlbench.spec import Cell, Outcome, Record, Trial
-from petlbench.task import Row, Task
-from petlbench.training import Diverged, Fit, Report, Setting, batches, evaluate, fit, load_state
+from petlbench.registry import METHODS, TASKS
+from petlbench.search import Search
+from petlbench.spec import Cell, Memory, Outcome, Parameters, Record, Size
+from petlbench.task import Task
+from petlbench.training import Diverged, Fit, Report, Setting, evaluate, load_state
 
 Event = dict[str, Any]
+PEAKS = ("allocated_bytes", "reserved_bytes")
 
 
 def run_cell(
@@ -42,57 +51,81 @@ def run_cell(
     threads: int = 1,
     jobs: int = 1,
     data_root: Path | None = None,
+    checkpoint_seconds: float = 60.0,
+    fingerprints: dict[str, str] | None = None,
     report: Callable[[Event], None] = lambda event: None,
 ) -> Record:
     """Train, select on validation, test once, measure, and save the record, whatever the outcome.
 
+    A cell that was killed goes on from its last checkpoint; one is written every `checkpoint_seconds` while it trains.
+    `fingerprints`: those to record, of the code as it was when it was imported; by default as it is now.
     Raises UserError when the record itself cannot be saved.
     """
     disable_progress_bars()
     chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    run = CellRun(cell, Store.open(store_root, create=True), chosen, threads, jobs, data_root)
-    run.report = lambda event: report({"cell": cell.id, **event})
+    options = Options(chosen, threads, jobs, data_root, checkpoint_seconds, fingerprints)
+    run = CellRun(cell, Store.open(store_root, create=True), options, lambda event: report({"cell": cell.id, **event}))
     try:
         return run.execute()
-    except Diverged as error:
-        return run.fail("diverged", str(error))
-    except torch.OutOfMemoryError as error:
-        return run.fail("oom", str(error))
     except Exception as error:  # one cell's fault must not take the others down
-        return run.fail("failed", str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+        traceback.print_exc()
+        sys.stderr.flush()
+        return run.fail(_outcome(error), _reason(error))
 
 
-@dataclass
-class Data:
-    """The three parts of a data set in a task's schema."""
+def _outcome(error: Exception) -> Outcome:
+    if isinstance(error, Diverged):
+        return "diverged"
+    # Off CUDA, torch reports a failed allocation as a plain RuntimeError.
+    starved = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    return "oom" if starved else "failed"
 
-    train: Dataset
-    validation: Dataset
-    test: Dataset
+
+def _reason(error: Exception) -> str:
+    told = isinstance(error, (UserError, Diverged))
+    return str(error) if told else f"{type(error).__name__}: {error}"
+
+
+def size_of(cell: Cell) -> Size | None:
+    """Where the cell stands on its method's size knob; None for a method without one."""
+    kind = METHODS.get(cell.method)
+    if kind.knob is None:
+        return None
+    return Size(name=kind.knob.field, value=getattr(kind.Config(**cell.method_config), kind.knob.field))
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a cell is run, as `run_cell` says; nothing here changes its scores."""
+
+    device: torch.device
+    threads: int
+    jobs: int
+    data_root: Path | None
+    checkpoint_seconds: float
+    fingerprints: dict[str, str] | None
 
 
 class CellRun:
     """The state of one cell while it runs."""
 
-    def __init__(
-        self, cell: Cell, store: Store, device: torch.device, threads: int, jobs: int, data_root: Path | None
-    ) -> None:
-        self.cell, self.store, self.device = cell, store, device
-        self.threads, self.jobs, self.data_root = threads, jobs, data_root
-        self.report: Report = lambda event: None
-        self.started = datetime.now(UTC)
-        self.clock = PhaseClock(device)
-        self.trials: list[Trial] = []
-        reset_cuda_peaks(device)
+    def __init__(self, cell: Cell, store: Store, options: Options, report: Report) -> None:
+        self.cell, self.store, self.options, self.report = cell, store, options, report
+        self.device = options.device
+        self.clock = PhaseClock(self.device)
+        # What is known so far goes into the record also when the cell fails.
+        self.known: dict[str, Any] = {"cell": cell, "started": datetime.now(UTC).isoformat(timespec="seconds")}
+        self.checkpoint: Checkpoint | None = None
+        self.search: Search | None = None
+        self.untouched = 0
 
     def execute(self) -> Record:
         self.report({"phase": "load"})
         with self.clock.phase("load"):
-            task = TASKS.get(self.cell.task)()
-            source = self._source()
-            data = self._data(source, task)
+            task, data = self._load()
         with self.clock.phase("build"):
-            backbone = self._backbone()
+            backbone = build_backbone(self.cell, self.device)
+            self.untouched = sum(p.numel() for p in backbone.parameters())
         setting, fitted, lr = self._search(backbone, task, data)
         load_state(setting, fitted.state)
         self.report({"phase": "test"})
@@ -100,34 +133,25 @@ class CellRun:
             scores, predictions = evaluate(setting, data.test)
         with self.clock.phase("save"):
             stored_bytes = self._save_adapter(fitted)
-        peaks = cuda_peaks(self.device)
-        timing = self.clock.timing(jobs=self.jobs, threads=self.threads)
-        # What follows measures, and is not part of the cell's time.
-        parameters = count(setting.backbone, setting.head, setting.backbone.host_parameters())
-        assert fitted.memory is not None
-        memory = fitted.memory.model_copy(
-            update={
-                "peak_allocated_bytes": peaks[0],
-                "peak_reserved_bytes": peaks[1],
-                "peak_rss_bytes": peak_rss_bytes(),
-            }
-        )
+        peaks = self.clock.peaks()
+        self.report({"phase": "measure"})
+        with self.clock.phase("measure"):
+            memory = self._memory(setting, fitted, data)
+            flops = training_flops(setting, first_batch(data.train, setting))
+            parameters = self._parameters(setting, stored_bytes)
+            predicting = inference(setting, data.test, self.cell.recipe.eval_batch_size)
+            extra = inference_extra(setting.backbone, self.untouched)  # asked last: by now it is merged
+        largest = {f"peak_{kind}": max((getattr(p, kind) for p in peaks.values()), default=None) for kind in PEAKS}
         record = Record(
-            cell=self.cell,
+            **self._common() | {"parameters": parameters.model_copy(update={"inference_extra": extra})},
             outcome="ok",
-            started=self.started.isoformat(timespec="seconds"),
-            main_metric=task.main_metric,
             metrics=scores.metrics,
             validation=fitted.validation,
             chosen_lr=lr,
-            trials=tuple(self.trials),
-            parameters=parameters.model_copy(update={"stored_bytes": stored_bytes}),
-            memory=memory,
-            timing=timing.model_copy(update={"latency_seconds": self._latency(setting, data.test[0])}),
-            step_flops=self._flops(setting, data.train),
-            fingerprints={"data": source.fingerprint(self.cell.task)},
-            notes=tuple(filter(None, [*source.notes(), backbone.note])),
-            environment=describe(str(self.device), self.threads),
+            memory=memory.model_copy(update={**largest, "peaks": peaks}),
+            inference=predicting,
+            flops=flops,
+            step_joules=fitted.step_joules,
         )
         samples = {
             "metric": task.main_metric,
@@ -135,124 +159,62 @@ class CellRun:
             "scores": scores.samples,
             **({"predictions": predictions} if task.keeps_predictions else {}),
         }
-        return self.store.save(record, samples)
+        saved = self.store.save(record, samples)
+        assert self.checkpoint is not None
+        self.checkpoint.remove()
+        return saved
 
     def fail(self, outcome: Outcome, reason: str) -> Record:
         """A failed cell leaves a record too: with its reason, its trials and its machine."""
-        return self.store.save(
-            Record(
-                cell=self.cell,
-                outcome=outcome,
-                reason=" ".join(reason.split()),
-                started=self.started.isoformat(timespec="seconds"),
-                trials=tuple(self.trials),
-                timing=self.clock.timing(jobs=self.jobs, threads=self.threads),
-                environment=describe(str(self.device), self.threads),
-            ),
-            None,
-        )
+        if self.checkpoint and outcome == "diverged":  # it would diverge again from there
+            self.checkpoint.remove()
+        record = Record(**self._common(), outcome=outcome, reason=" ".join(reason.split()))
+        return self.store.save(record, None)
 
-    def _source(self) -> Source:
-        kind = DATASETS.get(self.cell.dataset)
-        return kind(kind.Config(**self.cell.dataset_config), self.data_root)
-
-    def _data(self, source: Source, task: Task) -> Data:
-        recipe = self.cell.recipe
-        limits: dict[Split, int | None] = {
-            "train": recipe.train_limit,
-            "validation": recipe.eval_limit,
-            "test": recipe.eval_limit,
+    def _common(self) -> dict[str, Any]:
+        return {
+            **self.known,
+            "trials": tuple(self.search.trials) if self.search else (),
+            "timing": self.clock.timing(jobs=self.options.jobs, threads=self.options.threads),
+            "environment": describe(str(self.device), self.options.threads),
         }
-        parts = {split: source.load(task.name, split, limit) for split, limit in limits.items()}
-        for split, rows in parts.items():
-            if not len(rows):
-                raise UserError(f"data set '{self.cell.dataset}' has no {split} rows for task '{task.name}'")
-            if set(rows.features) != set(task.features):
-                raise UserError(
-                    f"data set '{self.cell.dataset}' gives the columns {', '.join(rows.features)} for task "
-                    f"'{task.name}', which needs {', '.join(task.features)}"
-                )
-        return Data(**parts)
 
-    def _backbone(self) -> Backbone:
-        kind: Any = BACKBONES.get(self.cell.backbone)
-        torch.manual_seed(self.cell.seed)
-        backbone: Backbone = kind(kind.Config(**self.cell.backbone_config)).to(self.device)
-        return backbone
-
-    def _method(self) -> Method:
-        kind = METHODS.get(self.cell.method)
-        return kind(kind.Config(**self.cell.method_config))
+    def _load(self) -> tuple[Task, Data]:
+        task = TASKS.get(self.cell.task)()
+        self.known |= {"main_metric": task.main_metric, "size": size_of(self.cell)}
+        source = load_source(self.cell, self.options.data_root)
+        self.known["fingerprints"] = self.options.fingerprints or fingerprint.fingerprints(
+            self.cell, self.options.data_root, source
+        )
+        data = load_data(self.cell, source, task)
+        self.known["notes"] = source.notes()
+        return task, data
 
     def _search(self, backbone: Backbone, task: Task, data: Data) -> tuple[Setting, Fit, float]:
-        """One trial per rate, all from the same start; the best on validation, inserted in the returned setting."""
-        best: tuple[float, Fit, float] | None = None
-        rates = [self.cell.recipe.lr * factor for factor in self.cell.recipe.lr_factors]
-        for lr in rates:
-            with self.clock.phase("build"):
-                setting, handle = self._setting(backbone, task)
-            try:
-                fitted = fit(setting, data.train, data.validation, lr)
-            except Diverged:
-                self.trials.append(Trial(lr=lr, outcome="diverged"))
-                if best is None and lr == rates[-1]:
-                    raise
-            else:
-                self.trials.append(
-                    Trial(
-                        lr=lr,
-                        outcome="ok",
-                        validation=fitted.validation,
-                        best_step=fitted.best_step,
-                        losses=fitted.losses,
-                    )
-                )
-                score = fitted.validation[task.main_metric]
-                if best is None or score > best[0]:
-                    best = (score, fitted, lr)
-            with self.clock.phase("build"):
-                handle.restore()
-        assert best is not None
-        with self.clock.phase("build"):
-            setting, _ = self._setting(backbone, task)
-        return setting, best[1], best[2]
+        self.known["notes"] += (backbone.note,) if backbone.note else ()
+        belongs = [self.cell.id, self.known["fingerprints"], str(torch.__version__), self.device.type]
+        key = hashlib.sha256(json.dumps(belongs, sort_keys=True).encode()).hexdigest()
+        path = self.store.checkpoints / f"{self.cell.id}.safetensors"
+        self.checkpoint = Checkpoint(path, key, self.options.checkpoint_seconds)
+        self.search = Search(
+            self.cell, backbone, task, self.device, self.clock, self.checkpoint, self.report, self._inspect
+        )
+        return self.search.run(data)
 
-    def _setting(self, backbone: Backbone, task: Task) -> tuple[Setting, Any]:
-        torch.manual_seed(self.cell.seed)
-        adapted, handle = adapt(self._method(), backbone)
-        head = task.head(adapted).to(self.device)
-        torch.manual_seed(self.cell.seed + 1)  # dropout, whatever the method drew
-        setting = Setting(adapted, head, task, self.cell.recipe, self.cell.seed, self.device, self.clock, self.report)
-        if not setting.trainable():
-            raise UserError(f"method '{self.cell.method}' leaves nothing to train on task '{task.name}'")
-        return setting, handle
+    def _inspect(self, setting: Setting) -> None:
+        """Counts cost nothing, and a row that fails later should have them."""
+        self.known["parameters"] = self._parameters(setting, None)
+
+    def _parameters(self, setting: Setting, stored_bytes: int | None) -> Parameters:
+        counted = count(setting.backbone, setting.head, setting.backbone.host_parameters())
+        return counted.model_copy(update={"stored": stored_scalars(setting), "stored_bytes": stored_bytes})
+
+    def _memory(self, setting: Setting, fitted: Fit, data: Data) -> Memory:
+        assert fitted.memory is not None
+        memory = with_saved(fitted.memory, canonical_saved_bytes(setting, first_batch(data.train, setting)))
+        return memory.model_copy(update={"peak_rss_bytes": peak_rss_bytes()})
 
     def _save_adapter(self, fitted: Fit) -> int:
         """Everything that trained, and nothing else, as safetensors; its size in bytes."""
         path = self.store.adapters / f"{self.cell.id}.safetensors"
-        partial = path.with_name(f".{uuid.uuid4().hex}.tmp")
-        tensors = {name: value.cpu().contiguous() for name, value in fitted.state.items()}
-        try:
-            save_file(tensors, partial, metadata={"cell": json.dumps(self.cell.model_dump(mode="json"))})
-            os.replace(partial, path)
-        except Exception as error:
-            partial.unlink(missing_ok=True)
-            raise UserError(f"cannot write {path}: {error}; free some space there or choose another folder") from error
-        return path.stat().st_size
-
-    def _latency(self, setting: Setting, row: Row) -> float:
-        """Median seconds from one row to its prediction, preprocessing included."""
-
-        @torch.no_grad()
-        def predict() -> None:
-            batch = setting.task.collate([row], setting.backbone, None).to(self.device)
-            setting.task.predict(setting.backbone, setting.head, batch, beams=setting.recipe.beams)
-
-        setting.modules().eval()
-        return latency(predict, repeats=5, warmup=1, device=self.device)
-
-    def _flops(self, setting: Setting, train: Dataset) -> int:
-        """Of one training step, dropout off."""
-        setting.modules().eval()
-        batch = next(batches(train, setting))
-        return step_flops(lambda: setting.task.loss(setting.backbone, setting.head, batch).backward())
+        return save_tensors(path, fitted.state, {"cell": json.dumps(self.cell.model_dump(mode="json"))})

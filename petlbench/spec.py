@@ -7,11 +7,14 @@ import json
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-SCHEMA_VERSION = 1
+from .units import parse_bytes
+
+SCHEMA_VERSION = 2
 
 Positive = Annotated[int, Field(gt=0)]
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 Outcome = Literal["ok", "oom", "diverged", "failed", "timeout"]
 
 
@@ -106,6 +109,16 @@ class Suite(Frozen):
     recipe: dict[str, Any] = Field({}, description="fields of Recipe, for every cell")
     task_recipes: dict[str, dict[str, Any]] = Field({}, description="fields of Recipe by task name")
     dataset_configs: dict[str, dict[str, Any]] = Field({}, description="options by data set name")
+    sweep: bool = Field(False, description="every method at each of the sizes it declares")
+    timeout: float | None = Field(None, gt=0, description="seconds that one cell may take")
+    memory_limit: Bytes | None = Field(None, description="resident memory of one cell: bytes, or text such as 4 GiB")
+
+    @field_validator("seeds")
+    @classmethod
+    def _no_seed_twice(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"a seed is given more than once: {', '.join(map(str, seeds))}")
+        return seeds
 
     @model_validator(mode="before")
     @classmethod
@@ -121,7 +134,7 @@ class Suite(Frozen):
 
 
 class Parameters(Frozen):
-    """Counts of trainable scalars, split by owner, and what they are a percentage of."""
+    """Counts of scalars: what trains, split by owner; what is stored; what inference needs besides the backbone."""
 
     method: int = Field(description="trainable, inserted or unfrozen by the method")
     head: int = Field(description="trainable, in the task's head")
@@ -129,33 +142,80 @@ class Parameters(Frozen):
     trainable: int = Field(description="method + head + host")
     total: int = Field(description="all parameters of the adapted backbone and the head")
     percent: float = Field(description="100 * trainable / total")
+    stored: int | None = Field(None, description="scalars in the saved adapter file")
     stored_bytes: int | None = Field(None, description="size of the saved adapter file")
+    inference_extra: int | None = Field(
+        None, description="parameters beyond the untouched backbone's, head apart, after merging where that is possible"
+    )
+
+
+class Peak(Frozen):
+    """Highest CUDA memory of a stretch of time, in bytes."""
+
+    allocated_bytes: int
+    reserved_bytes: int
 
 
 class Memory(Frozen):
-    """Bytes. The accounting is exact, and the same on every run with one `saved_backend`; peaks are the machine's."""
+    """Bytes. The accounting is canonical: the same on every machine. Native bytes and peaks are the machine's."""
 
     weights_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
-    saved_bytes: int = Field(description="tensors saved for backward by one training step, deduplicated by storage")
+    saved_bytes: int = Field(
+        description="tensors that one training step saves for backward, deduplicated by storage, with unfused "
+        "attention and one-byte dropout masks"
+    )
     accounted_bytes: int = Field(description="the four above together")
-    saved_backend: str = Field(description="what the saved bytes depend on: device and attention implementation")
+    native_saved_bytes: int | None = Field(None, description="the same as the machine really keeps them")
+    saved_backend: str = Field("", description="what the native bytes depend on: device and attention implementation")
+    peaks: dict[str, Peak] = Field({}, description="by phase; CUDA only")
     peak_allocated_bytes: int | None = Field(None, description="CUDA only")
     peak_reserved_bytes: int | None = Field(None, description="CUDA only")
     peak_rss_bytes: int | None = Field(None, description="peak resident memory of the cell's process")
 
 
 class Timing(Frozen):
-    """Seconds. `phases` sum to `total_seconds`; `other` is the remainder; training never includes evaluation."""
+    """Seconds. `phases`, with the remainder `other`, sum to `total_seconds`; training never includes evaluation."""
 
     phases: dict[str, float]
-    total_seconds: float
+    total_seconds: float = Field(description="by a clock of its own, from the cell's start; not the sum of the phases")
     train_seconds: float = Field(description="data + forward + backward + optimizer, over all trials")
     step_seconds: float | None = Field(None, description="median of a training step after warm-up")
-    latency_seconds: float | None = Field(None, description="median of one prediction, batch of one")
+    forward_seconds: float | None = Field(None, description="median of its forward pass")
+    backward_seconds: float | None = Field(None, description="median of its backward pass")
+    optimizer_seconds: float | None = Field(None, description="median of clipping and the optimizer's step")
     jobs: int = Field(1, description="cells that ran at the same time; more than 1 marks contended timings")
     threads: int = 1
+    resumed: int = Field(0, description="times that the cell was continued from a checkpoint")
+
+
+class Inference(Frozen):
+    """Prediction, preprocessing included; `merged` where the method can fold itself into the weights."""
+
+    latency_seconds: float = Field(description="median of one prediction, batch of one")
+    throughput: float = Field(description="samples per second in batches of `batch_size`")
+    batch_size: int
+    merged_latency_seconds: float | None = None
+    merged_throughput: float | None = None
+
+
+class Flops(Frozen):
+    """Floating-point operations of one training step, dropout off, attention unfused; a multiply-add is two."""
+
+    forward: int
+    backward: int
+
+    @property
+    def step(self) -> int:
+        return self.forward + self.backward
+
+
+class Size(Frozen):
+    """The value of a method's size knob: what a curve of one method runs along."""
+
+    name: str
+    value: float
 
 
 class Trial(Frozen):
@@ -175,6 +235,7 @@ class Record(Frozen):
     cell: Cell
     outcome: Outcome
     reason: str = ""
+    log: tuple[str, ...] = Field((), description="last lines that the cell printed, when it did not end well")
     started: str = Field("", description="UTC, ISO 8601")
     main_metric: str = ""
     metrics: dict[str, float] = Field({}, description="on test, after the one test evaluation")
@@ -184,8 +245,13 @@ class Record(Frozen):
     parameters: Parameters | None = None
     memory: Memory | None = None
     timing: Timing | None = None
-    step_flops: int | None = Field(None, description="floating-point operations of one training step")
+    inference: Inference | None = None
+    flops: Flops | None = None
+    step_joules: float | None = Field(None, description="energy of one training step; where NVML gives it")
+    size: Size | None = Field(None, description="of the method; none where it has no size knob")
     samples: str | None = Field(None, description="per-sample test scores: JSON file name, beside the record")
-    fingerprints: dict[str, str] = {}
+    fingerprints: dict[str, str] = Field(
+        {}, description="of the code (method, task, metric, backbone, source, training), of the data and of the weights"
+    )
     notes: tuple[str, ...] = Field((), description="what a reader of the row must know, such as skipped images")
     environment: dict[str, Any] = {}

@@ -67,7 +67,8 @@ def expand(
     Every name, configuration, recipe and data set is checked here; UserError says in one line what is wrong.
     """
     where = f"suite '{suite.name}'"
-    specs = _select(suite.methods, methods, METHODS, lambda name: MethodSpec(name=name))
+    specs = _select(_swept(suite, suite.methods), methods, METHODS, lambda name: MethodSpec(name=name))
+    specs = _swept(suite, specs)  # again, for those that the suite lacks
     bodies = _select(suite.backbones, None if backbone is None else [backbone], BACKBONES, _backbone_spec)
     pairs = _select_tasks(suite.tasks, tasks)
     _check_names(suite, where)
@@ -128,6 +129,26 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((found for argument in get_args(annotation) if (found := _model_in(argument))), None)
+
+
+def _swept(suite: Suite, specs: Iterable[MethodSpec]) -> list[MethodSpec]:
+    """With `sweep`, each method at every size it declares; one whose size is set already stays as it is."""
+    return [sized for spec in specs for sized in (_sizes(spec) if suite.sweep else [spec])]
+
+
+def _sizes(spec: MethodSpec) -> list[MethodSpec]:
+    knob = METHODS.get(spec.name).knob
+    if knob is None or knob.field in spec.config:
+        return [spec]
+    return [
+        spec.model_copy(
+            update={
+                "variant": f"{spec.variant} {knob.field}={value:g}".strip(),
+                "config": {**spec.config, knob.field: value},
+            }
+        )
+        for value in knob.values
+    ]
 
 
 def _backbone_spec(name: str) -> BackboneSpec:

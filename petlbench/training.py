@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +13,11 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from petlbench.backbones.base import Backbone
-from petlbench.measure.clock import PhaseClock
+from petlbench.checkpoint import State, prefixed, rng_state, set_rng_state
+from petlbench.measure.clock import WARMUP, PhaseClock
+from petlbench.measure.energy import energy_counter
 from petlbench.measure.memory import SavedTensors, account
+from petlbench.method import Method
 from petlbench.spec import Memory, Recipe
 from petlbench.task import Batch, Scores, Task
 
@@ -38,6 +41,7 @@ class Setting:
     device: torch.device
     clock: PhaseClock
     report: Report = field(default=lambda event: None)
+    method: Method | None = None
 
     def modules(self) -> nn.ModuleDict:
         """Both trained modules under the names that an adapter file uses."""
@@ -57,6 +61,7 @@ class Fit:
     best_step: int
     losses: tuple[tuple[int, float], ...]
     memory: Memory | None
+    step_joules: float | None = None
 
 
 def optimizer(parameters: dict[str, nn.Parameter], recipe: Recipe, lr: float) -> torch.optim.AdamW:
@@ -78,66 +83,184 @@ def rate(recipe: Recipe, step: int) -> float:
     return left if recipe.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
 
 
-def batches(rows: Dataset, setting: Setting) -> Iterator[Batch]:
+class Batches:
     """Endless training batches: each epoch a new permutation, what does not fill a batch carried over."""
-    rng = np.random.default_rng([setting.seed, 0])
-    order: list[int] = []
-    while True:
+
+    def __init__(self, rows: Dataset, setting: Setting) -> None:
+        self._rows, self._setting = rows, setting
+        self._rng = np.random.default_rng([setting.seed, 0])
+        self._order: list[int] = []
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> Batch:
+        setting, size = self._setting, self._setting.recipe.batch_size
         with setting.clock.phase("data"):
-            while len(order) < setting.recipe.batch_size:
-                order += rng.permutation(len(rows)).tolist()
-            chosen, order = order[: setting.recipe.batch_size], order[setting.recipe.batch_size :]
-            batch = setting.task.collate([rows[i] for i in chosen], setting.backbone, rng).to(setting.device)
-        yield batch
+            while len(self._order) < size:
+                self._order += self._rng.permutation(len(self._rows)).tolist()
+            chosen, self._order = self._order[:size], self._order[size:]
+            rows = [self._rows[i] for i in chosen]
+            return setting.task.collate(rows, setting.backbone, self._rng).to(setting.device)
+
+    def state(self) -> dict[str, Any]:
+        """What the batches to come depend on, as JSON values."""
+        return {"rng": self._rng.bit_generator.state, "order": self._order}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._rng.bit_generator.state = state["rng"]
+        self._order = list(state["order"])
 
 
-def fit(setting: Setting, train: Dataset, validation: Dataset, lr: float) -> Fit:
+class Course:
+    """Where training stands: all that its next step, and its result, depend on."""
+
+    def __init__(self, setting: Setting, train: Dataset, lr: float) -> None:
+        self.setting, self.lr = setting, lr
+        self.parameters = setting.trainable()
+        self.optimizer = optimizer(self.parameters, setting.recipe, lr)
+        self.batches = Batches(train, setting)
+        self.step = 0
+        self.losses: list[tuple[int, float]] = []
+        self.memory: Memory | None = None
+        self.meter = energy_counter(setting.device)
+        self.joules: tuple[float, int] = (0.0, 0)  # of so many steps after warm-up
+        self.best: Best | None = None
+
+    def _values(self) -> dict[str, Tensor]:
+        """What training can change of the modules."""
+        return {**self.parameters, **dict(self.setting.modules().named_buffers())}
+
+    def state(self) -> State:
+        """A copy on disk of this is enough to go on as if nothing had happened."""
+        best = self.best
+        moments = {
+            f"{index}/{key}": value
+            for index, state in self.optimizer.state_dict()["state"].items()
+            for key, value in state.items()
+        }
+        tensors = {
+            **prefixed("values", self._values()),
+            **prefixed("optimizer", moments),
+            **prefixed("rng", rng_state(self.setting.device)),
+            **prefixed("best", best.state if best else {}),
+        }
+        rest = {
+            "step": self.step,
+            "losses": self.losses,
+            "batches": self.batches.state(),
+            "memory": self.memory.model_dump() if self.memory else None,
+            "joules": self.joules,
+            "best": {"score": best.score, "step": best.step, "metrics": best.metrics} if best else None,
+        }
+        return State(tensors, rest)
+
+    @torch.no_grad()
+    def restore(self, state: State) -> None:
+        """Go back to where `state` was taken."""
+        rest = state.rest
+        saved = state.under("values")
+        for name, value in self._values().items():
+            value.copy_(saved[name])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in state.under("optimizer").items():
+            index, _, key = name.partition("/")
+            moments.setdefault(int(index), {})[key] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        set_rng_state(state.under("rng"), self.setting.device)
+        self.step = rest["step"]
+        self.losses = [(int(step), float(loss)) for step, loss in rest["losses"]]
+        self.batches.restore(rest["batches"])
+        self.memory = Memory(**rest["memory"]) if rest["memory"] else None
+        self.joules = (float(rest["joules"][0]), int(rest["joules"][1]))
+        self.best = Best(**rest["best"], state=state.under("best")) if rest["best"] else None
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best state on validation so far."""
+
+    score: float
+    step: int
+    metrics: dict[str, float]
+    state: dict[str, Tensor]
+
+
+def fit(
+    setting: Setting,
+    train: Dataset,
+    validation: Dataset,
+    lr: float,
+    *,
+    resume: State | None = None,
+    keep: Callable[[Course], None] = lambda course: None,
+) -> Fit:
     """Train for `recipe.steps`, evaluate on validation `recipe.validations` times, keep the best state.
 
-    Raises Diverged when the loss is not finite.
+    `keep` is called after every step, and may save `course.state()`; with that as `resume`, training goes on from
+    there and ends with the same numbers. Raises Diverged when the loss is not finite.
     """
-    recipe, clock, modules = setting.recipe, setting.clock, setting.modules()
-    parameters = setting.trainable()
-    optim = optimizer(parameters, recipe, lr)
-    stream = batches(train, setting)
+    recipe = setting.recipe
+    course = Course(setting, train, lr)
+    if resume:
+        course.restore(resume)
+    setting.clock.warm_up()
     marks = {round(recipe.steps * (i + 1) / recipe.validations) for i in range(recipe.validations)}
-    losses: list[tuple[int, float]] = []
-    memory: Memory | None = None
-    best: tuple[float, int, dict[str, float], dict[str, Tensor]] | None = None
-    for step in range(recipe.steps):
-        modules.train()
-        with clock.step():
-            batch = next(stream)
-            saved = SavedTensors(modules) if step == 0 else None  # the first step is warm-up, never timed
-            with clock.phase("forward"):
-                loss = _forward(setting, batch, saved)
-            with clock.phase("backward"):
-                loss.backward()
-            with clock.phase("optimizer"):
-                nn.utils.clip_grad_norm_(parameters.values(), recipe.clip_norm)
-                for group in optim.param_groups:
-                    group["lr"] = lr * rate(recipe, step)
-                optim.step()
-        if saved is not None:
-            memory = account(modules.values(), optim, saved.saved_bytes, _backend(setting))
+    while course.step < recipe.steps:
+        train_step(course)
+        if course.step in marks:
+            _validate(course, validation)
+        keep(course)
+    assert course.best is not None  # the last step is always a mark
+    best = course.best
+    joules, counted = course.joules
+    energy = joules / counted if counted else None
+    return Fit(best.state, best.metrics, best.step, _thinned(course.losses), course.memory, energy)
+
+
+def train_step(course: Course) -> None:
+    """One optimizer step; the first one is also where memory is accounted, and never timed."""
+    setting, clock, lr, recipe = course.setting, course.setting.clock, course.lr, course.setting.recipe
+    modules = setting.modules().train()
+    saved = SavedTensors(modules) if course.memory is None else None
+    joules = course.meter() if course.meter else 0.0
+    with clock.step():
+        batch = next(course.batches)
+        with clock.phase("forward"):
+            loss = _forward(setting, batch, saved)
+        with clock.phase("backward"):
+            loss.backward()
         with clock.phase("optimizer"):
-            optim.zero_grad(set_to_none=True)
-        value = float(loss.detach())
-        losses.append((step + 1, value))
-        setting.report({"phase": "train", "step": step + 1, "steps": recipe.steps, "loss": value})
-        if not math.isfinite(value):
-            raise Diverged(f"the loss is {value} at step {step + 1} of {recipe.steps} with a rate of {lr:g}")
-        if step + 1 in marks:
-            with clock.phase("validation"):
-                scores, _ = evaluate(setting, validation)
-            score = scores.metrics[setting.task.main_metric]
-            setting.report({"phase": "validation", "step": step + 1, "steps": recipe.steps, "score": score})
-            if best is None or score > best[0]:
-                state = {name: p.detach().clone() for name, p in parameters.items()}
-                best = (score, step + 1, scores.metrics, state)
-    assert best is not None  # the last step is always a mark
-    _, best_step, metrics, state = best
-    return Fit(state, metrics, best_step, _thinned(losses), memory)
+            nn.utils.clip_grad_norm_(course.parameters.values(), recipe.clip_norm)
+            for group in course.optimizer.param_groups:
+                group["lr"] = lr * rate(recipe, course.step)
+            course.optimizer.step()
+    if course.meter and course.step >= WARMUP:
+        course.joules = (course.joules[0] + course.meter() - joules, course.joules[1] + 1)
+    if saved is not None:
+        course.memory = account(
+            modules.values(), course.optimizer, 0, native_saved_bytes=saved.saved_bytes, backend=_backend(setting)
+        )
+    with clock.phase("optimizer"):
+        course.optimizer.zero_grad(set_to_none=True)
+    course.step += 1
+    value = float(loss.detach())
+    course.losses.append((course.step, value))
+    setting.report({"phase": "train", "step": course.step, "steps": recipe.steps, "loss": value})
+    if not math.isfinite(value):
+        raise Diverged(f"the loss is {value} at step {course.step} of {recipe.steps} with a rate of {lr:g}")
+
+
+def _validate(course: Course, validation: Dataset) -> None:
+    """Score the present state, and keep it when none was better."""
+    setting = course.setting
+    with setting.clock.phase("validation"):
+        scores, _ = evaluate(setting, validation)
+    score = scores.metrics[setting.task.main_metric]
+    setting.report({"phase": "validation", "step": course.step, "steps": setting.recipe.steps, "score": score})
+    if course.best is None or score > course.best.score:
+        state = {name: p.detach().clone() for name, p in course.parameters.items()}
+        course.best = Best(score, course.step, scores.metrics, state)
 
 
 def _forward(setting: Setting, batch: Batch, saved: SavedTensors | None) -> Tensor:

@@ -2,6 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
+BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(value: Any) -> Any:
+    """`4 GiB`, `800MB` or `1024` as a number of bytes; what is no text is passed on. ValueError for other text."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+    if not found or found[2].upper() not in BYTE_UNITS:
+        raise ValueError(f"a size such as 4 GiB or 800 MB is needed, not '{value}'")
+    return int(float(found[1]) * BYTE_UNITS[found[2].upper()])
+
 
 def human_count(number: float) -> str:
     """12345 as `12.3k`."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from multiprocessing import util
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from petlbench.records import Store
 from petlbench.spec import Cell, Record
@@ -37,6 +40,7 @@ def probe(cell: Cell, store_root: Path, *, report: Report, **options: Any) -> Re
         "torch_threads": torch.get_num_threads(),
         "omp_threads": os.environ["OMP_NUM_THREADS"],
         "variable": os.environ.get("PETLBENCH_TEST_VARIABLE"),
+        "resident_bytes": psutil.Process().memory_info().rss,
         "ignores_interrupts": signal.getsignal(signal.SIGINT) is signal.SIG_IGN,
     }
     return Record(cell=cell, outcome="ok", environment=found)
@@ -76,3 +80,56 @@ def talkative(cell: Cell, store_root: Path, *, report: Report, **options: Any) -
     while True:
         report({"cell": cell.id, "step": os.getpid()})
         time.sleep(0.01)
+
+
+def misfortunes(cell: Cell, store_root: Path, *, report: Report, **options: Any) -> Record:
+    """By seed: raises, diverges, sleeps, allocates without end; all others do well."""
+    if cell.seed == 1:
+        raise RuntimeError("no such thing")
+    if cell.seed == 2:
+        print("the loss is nan")
+        return Store(store_root).save(Record(cell=cell, outcome="diverged", reason="loss nan at step 3"))
+    if cell.seed == 3:
+        print("now to sleep")
+        time.sleep(120)
+    if cell.seed == 4:
+        hoard()
+    return ok(cell, store_root, report=report, **options)
+
+
+def hoard() -> None:
+    """Allocate without end; but a limit that does not work must not take the machine down."""
+    hoarded = [b"x" * 2**24 for _ in range(200)]
+    raise AssertionError(f"{len(hoarded)} pieces, and nobody has ended this process")
+
+
+def delegates(cell: Cell, store_root: Path, *, report: Report, **options: Any) -> Record:
+    """A program that it starts takes the memory."""
+    code = "import time; kept = b'x' * 2**28; time.sleep(120)"
+    program = subprocess.Popen([sys.executable, "-c", code])
+    report({"cell": cell.id, "step": program.pid})
+    program.wait()
+    raise AssertionError("nobody has ended this process")
+
+
+def prints(cell: Cell, store_root: Path, *, report: Report, **options: Any) -> Record:
+    """Through every door. Seed 0 does well; the others die amid it."""
+    print("\x1b[1mfrom\x1b[0m Python")
+    subprocess.run(["echo", "from a program"], check=True)
+    print("1 %\r50 %\r100 %\n", file=sys.stderr)
+    print("an unfinished line", end="", flush=True)
+    if cell.seed:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return ok(cell, store_root, report=report, **options)
+
+
+def crashes(cell: Cell, store_root: Path, *, report: Report, **options: Any) -> Record:
+    os.kill(os.getpid(), signal.SIGSEGV)
+    raise AssertionError("unreachable")
+
+
+def once(cell: Cell, store_root: Path, *, report: Report, **options: Any) -> Record:
+    """Fails when the same cell has been run before."""
+    (store_root / f"{cell.seed}.ran").touch(exist_ok=False)
+    time.sleep(0.1)
+    return ok(cell, store_root, report=report, **options)

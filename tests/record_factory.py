@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from petlbench.spec import Cell, Memory, Outcome, Parameters, Recipe, Record, Timing
+from petlbench.spec import Cell, Flops, Inference, Memory, Outcome, Parameters, Recipe, Record, Size, Timing
 
 MIB = 2**20
 
@@ -29,6 +29,11 @@ def make_record(
     method_config: dict[str, Any] | None = None,
     peaks: tuple[int | None, int | None] = (None, 300 * MIB),
     environment: dict[str, Any] | None = None,
+    size: tuple[str, float] | None = None,
+    fingerprints: dict[str, str] | None = None,
+    flops: tuple[int, int] | None = (10**12, 2 * 10**12),
+    inference: Inference | None = None,
+    step_joules: float | None = None,
 ) -> Record:
     """A plausible record; a failed one knows its parameters and nothing that comes after training."""
     cell = Cell(
@@ -48,8 +53,16 @@ def make_record(
         "started": started,
         "main_metric": metric,
         "environment": environment or {},
+        "size": Size(name=size[0], value=size[1]) if size else None,
+        "fingerprints": fingerprints or {},
         "parameters": Parameters(
-            method=trainable - head, head=head, host=0, trainable=trainable, total=1_000_000, percent=trainable / 1e4
+            method=trainable - head,
+            head=head,
+            host=0,
+            trainable=trainable,
+            total=1_000_000,
+            percent=trainable / 1e4,
+            stored=trainable if outcome == "ok" else None,
         ),
     }
     if outcome != "ok":
@@ -72,7 +85,15 @@ def make_record(
         step_seconds=train_seconds / steps,
         jobs=jobs,
     )
-    return Record(**common, metrics={metric: score}, memory=memory, timing=timing, step_flops=3 * 10**12)
+    return Record(
+        **common,
+        metrics={metric: score},
+        memory=memory,
+        timing=timing,
+        inference=inference,
+        flops=Flops(forward=flops[0], backward=flops[1]) if flops else None,
+        step_joules=step_joules,
+    )
 
 
 def make_samples(metric: str, scores: list[float], ids: list[str] | None = None) -> dict[str, Any]:

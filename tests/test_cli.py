@@ -14,7 +14,10 @@ import pytest
 
 from petlbench import __version__, cli
 from petlbench.errors import UserError
+from petlbench.fingerprint import fingerprints
+from petlbench.launch.claims import take
 from petlbench.records import Store
+from petlbench.registry import METHODS
 from petlbench.spec import Cell, Outcome, Record
 
 CELLS = [Cell(method=method, task="rec", dataset="digits", backbone="tiny") for method in ("full", "lora")]
@@ -31,6 +34,7 @@ class Launcher:
     def __init__(self) -> None:
         self.outcomes: dict[str, Outcome] = {}
         self.ran: list[str] = []
+        self.changes: dict[str, str] = {}  # of the fingerprints, as if the code had been another
 
     def __call__(self, cells: list[Cell], store: Store, **options: Any) -> list[Record]:
         self.ran = [cell.method for cell in cells]
@@ -40,7 +44,10 @@ class Launcher:
     def record(self, cell: Cell) -> Record:
         outcome = self.outcomes.get(cell.method, "ok")
         metrics = {"acc_50": 0.5} if outcome == "ok" else {}
-        return Record(cell=cell, outcome=outcome, reason="no luck", main_metric="acc_50", metrics=metrics)
+        known = {**fingerprints(cell), **self.changes}
+        return Record(
+            cell=cell, outcome=outcome, reason="no luck", main_metric="acc_50", metrics=metrics, fingerprints=known
+        )
 
 
 @pytest.fixture
@@ -77,7 +84,7 @@ def test_check_names_what_fails_and_exits_with_1(
             raise UserError("is broken")
         return object
 
-    monkeypatch.setattr(cli.METHODS, "get", get)
+    monkeypatch.setattr(METHODS, "get", get)
     assert cli.main(["list", "methods", "--check"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if "FAILS" in line] == ["  FAILS: is broken"]
@@ -87,7 +94,12 @@ def test_check_names_what_fails_and_exits_with_1(
 
 def test_packaged_suites_are_listed_with_their_descriptions(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["list", "suites"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["quick", "smoke", "standard"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        "curves",
+        "quick",
+        "smoke",
+        "standard",
+    ]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,6 +123,16 @@ def test_a_mistyped_method_exits_with_2_and_writes_nothing(tmp_path: Path) -> No
         (["rnu"], "unknown command 'rnu': did you mean 'run'?"),
         (["run", "--jobs", "0"], "argument --jobs: a positive whole number is needed, not '0'"),
         (["run", "--seeds", "0,x"], "argument --seeds: comma-separated whole numbers are needed, not '0,x'"),
+        (["run", "--seeds", "0,1,0"], "argument --seeds: a seed is given more than once: 0,1,0"),
+        (["run", "--timeout", "0"], "argument --timeout: a cell needs more than zero seconds"),
+        (["run", "--timeout", "nan"], "argument --timeout: a number of seconds is needed, not 'nan'"),
+        (["run", "--memory-limit", "lots"], "argument --memory-limit: a size such as 4 GiB or 800 MB is needed"),
+        (["check", "lroa"], "unknown method 'lroa': did you mean 'lora'?"),
+        (["check", "lora", "--config", "{"], "--config is not JSON"),
+        (["check", "lora", "--config", "[]"], "--config must be a JSON object"),
+        (["profile", "--methods", "lroa"], "unknown method 'lroa': did you mean 'lora'?"),
+        (["compare", "nowhere", "lora"], "compare needs two methods, or none for all pairs: add one beside lora"),
+        (["repair", "nowhere"], "no results folder at nowhere"),
         (["run", "--methods", ","], "argument --methods: a comma-separated list of names is needed"),
         (["run", "qick"], "unknown suite 'qick': did you mean 'quick'?"),
         (["leaderboard", "nowhere"], "no results folder at nowhere"),
@@ -140,7 +162,17 @@ def test_a_closed_pipe_is_no_traceback() -> None:
 def test_a_run_leaves_records_table_and_plots(launcher: Launcher, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["run", "smoke", "--jobs", "2", "--device", "cpu"]) == 0
     assert launcher.ran == ["full", "lora"]
-    assert launcher.options == {"device": "cpu", "jobs": 2, "threads": None, "data_root": None}
+    done, known = launcher.options.pop("done"), launcher.options.pop("fingerprints")
+    assert launcher.options == {
+        "device": "cpu",
+        "jobs": 2,
+        "threads": None,
+        "data_root": None,
+        "timeout": None,
+        "memory_limit": None,
+        "checkpoint_seconds": 60.0,
+    }
+    assert done(CELLS[0]) == Store(Path("runs/smoke")).get(CELLS[0]) and known(CELLS[0]) == fingerprints(CELLS[0])
     out = Path("runs/smoke")
     assert len(list((out / "records").glob("*.json"))) == 2
     assert (out / "leaderboard.csv").read_text().count("\n") == 3
@@ -154,8 +186,8 @@ def test_a_second_run_runs_only_what_is_not_done(launcher: Launcher, capsys: pyt
     Store.open("out", create=True).save(launcher.record(CELLS[0]))
     assert cli.main(["run", "smoke", "--out", "out", "--dry-run"]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == [
-        "done    full on rec:digits (tiny, seed 0)",
-        "pending lora on rec:digits (tiny, seed 0)",
+        "done     full on rec:digits (tiny, seed 0)",
+        "pending  lora on rec:digits (tiny, seed 0)",
     ]
     assert cli.main(["run", "smoke", "--out", "out"]) == 0
     assert launcher.ran == ["lora"]
@@ -172,6 +204,41 @@ def test_failed_cells_count_as_done_unless_they_are_retried(
     assert launcher.ran == []
     assert cli.main(["run", "smoke", "--retry-failed"]) == 0
     assert launcher.ran == ["lora"]
+
+
+def test_a_record_of_other_code_is_stale_and_made_anew(launcher: Launcher, capsys: pytest.CaptureFixture[str]) -> None:
+    store = Store.open("out", create=True)
+    store.save(launcher.record(CELLS[0]))
+    launcher.changes = {"method": "another", "metric": "another"}
+    store.save(launcher.record(CELLS[1]))
+    assert cli.main(["run", "smoke", "--out", "out", "--dry-run"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "smoke: 2 cells, 1 done, 1 stale, 1 to run; results in out",
+        "done                    full on rec:digits (tiny, seed 0)",
+        "stale (method, metric)  lora on rec:digits (tiny, seed 0)",
+    ]
+    assert cli.main(["list", "records", "--results", "out"]) == 0
+    assert [line.split(maxsplit=7)[7] for line in capsys.readouterr().out.splitlines()] == [
+        "0.500  done",
+        "0.500  stale (method, metric)",
+    ]
+    assert cli.main(["leaderboard", "out"]) == 0
+    assert "stale: method, metric" in capsys.readouterr().out
+    assert cli.main(["run", "smoke", "--out", "out", "--keep-stale"]) == 0
+    assert launcher.ran == []
+    launcher.changes = {}
+    assert cli.main(["run", "smoke", "--out", "out"]) == 0
+    assert launcher.ran == ["lora"]
+
+
+def test_a_failed_cell_whose_code_has_changed_is_run_again(launcher: Launcher) -> None:
+    launcher.outcomes, launcher.changes = {"lora": "failed"}, {"method": "another"}
+    store = Store.open("out", create=True)
+    for cell in CELLS:
+        store.save(launcher.record(cell))
+    launcher.outcomes, launcher.changes = {}, {}
+    assert cli.main(["run", "smoke", "--out", "out"]) == 0
+    assert launcher.ran == ["full", "lora"]
 
 
 def test_a_run_without_a_single_score_still_leaves_its_table(launcher: Launcher) -> None:
@@ -195,7 +262,7 @@ def test_an_interrupted_run_exits_with_130_and_says_how_to_continue(
     monkeypatch.setattr("petlbench.launch.local.run_cells", interrupted)
     assert cli.main(["run", "smoke"]) == 130
     error = capsys.readouterr().err
-    assert "run the same command again" in error
+    assert "the same command goes on" in error
     assert error.count("\n") == 1
 
 
@@ -232,3 +299,49 @@ def test_two_methods_are_compared_on_their_samples(launcher: Launcher, capsys: p
     assert "1.0" in capsys.readouterr().out
     assert cli.main(["compare", "out", "full", "lroa"]) == 2
     assert "did you mean lora" in capsys.readouterr().err
+    assert cli.main(["compare", "out", "--csv", "pairs.csv"]) == 0
+    assert Path("pairs.csv").read_text().splitlines()[1].startswith("rec,digits,tiny,full,lora,acc_50,1.0,0.0,1.0,")
+
+
+def test_what_cannot_be_read_is_named_and_repair_sets_it_aside(
+    launcher: Launcher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store.open("out", create=True)
+    for cell in CELLS:
+        store.save(launcher.record(cell))
+    half = store.records / f"{CELLS[0].id}.json"
+    half.write_text(half.read_text()[:200])
+    assert cli.main(["leaderboard", "out"]) == 2
+    error = capsys.readouterr().err
+    assert half.name in error and "petlbench repair out" in error and error.count("\n") == 1
+    assert cli.main(["repair", "out"]) == 0
+    assert half.name in capsys.readouterr().out and (Path("out/set-aside/records") / half.name).exists()
+    assert cli.main(["leaderboard", "out"]) == 0
+    assert cli.main(["repair", "out"]) == 0
+    assert capsys.readouterr().out.endswith("out: nothing to repair\n")
+
+
+def test_a_folder_in_which_a_run_is_at_work_is_not_repaired(
+    launcher: Launcher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store.open("out", create=True)
+    claim = take(store.claims / "cell.lock")
+    assert claim and cli.main(["repair", "out"]) == 2
+    assert "a run is at work in out" in capsys.readouterr().err
+    claim.release()
+    assert cli.main(["repair", "out"]) == 0
+
+
+def test_a_profile_counts_without_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["profile", "--methods", "full,lora", "--meta", "--json"]) == 0
+    found = {cost["method"]: cost["parameters"] for cost in json.loads(capsys.readouterr().out)}
+    assert found["full"]["percent"] == 100.0 and found["lora"]["inference_extra"] == 0
+
+
+def test_a_method_is_held_to_its_claims(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PETLBENCH_CACHE", str(tmp_path))
+    assert cli.main(["check", "tests.broken_methods:Gains", "--tasks", "rec", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {finding["outcome"] for finding in report["findings"]["rec"]} <= {"pass", "skip"}

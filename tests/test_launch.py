@@ -1,24 +1,25 @@
-"""Cells in processes of their own, and what a person sees of them."""
+"""Cells in processes of their own."""
 
 from __future__ import annotations
 
-import io
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from petlbench.errors import UserError
-from petlbench.launch import local
-from petlbench.launch.progress import Event, Lines, Progress, TerminalBars, progress_on
+from petlbench.launch import local, process
+from petlbench.launch.progress import Event, Progress
 from petlbench.records import Store
 from petlbench.spec import Cell, Record
+from petlbench.units import human_bytes
 
 TARGETS = "tests.launch_targets:"
 
@@ -36,6 +37,7 @@ class Diary(Progress):
     def __init__(self, on_event: Callable[[list[Event]], None] = lambda events: None) -> None:
         self.events: list[Event] = []
         self.order: list[tuple[str, int]] = []
+        self.on_waiting: Callable[[int], object] = lambda count: None
         self.most = 0
         self.on_event = on_event
 
@@ -50,6 +52,13 @@ class Diary(Progress):
 
     def finished(self, index: int, record: Record, seconds: float) -> None:
         self.order.append(("finished", index))
+
+    def found(self, index: int, record: Record) -> None:
+        self.order.append(("found", index))
+
+    def waiting(self, count: int) -> None:
+        self.order.append(("waiting", count))
+        self.on_waiting(count)
 
 
 def run(target: str, count: int, store: Store, jobs: int = 1, **options: object) -> list[Record]:
@@ -75,10 +84,17 @@ def await_gone(pid: int) -> bool:
 
 def test_records_come_back_in_the_order_of_the_cells_with_their_events(store: Store, tmp_path: Path) -> None:
     diary = Diary()
-    records = run("ok", 3, store, jobs=2, threads=3, data_root=Path("data"), progress=diary)
+    records = run("ok", 3, store, jobs=2, threads=3, data_root=Path("data"), checkpoint_seconds=5.0, progress=diary)
     assert [r.cell for r in records] == cells(3)
     assert all(store.get(cell) for cell in cells(3))
-    assert records[0].environment == {"device": "cpu", "threads": 3, "jobs": 2, "data_root": Path.cwd() / "data"}
+    assert records[0].environment == {
+        "device": "cpu",
+        "threads": 3,
+        "jobs": 2,
+        "data_root": Path.cwd() / "data",
+        "checkpoint_seconds": 5.0,
+        "fingerprints": None,
+    }
     assert sorted(e["cell"] for e in diary.events) == sorted(c.id for c in cells(3))
     assert diary.events[0]["score"] == 0.25
     assert sorted(diary.order) == [(what, i) for what in ("finished", "started") for i in range(3)]
@@ -100,7 +116,7 @@ def test_slow_imports_are_made_once_by_the_server_and_cuda_stays_untouched(
     assert len({s["process"] for s in seen}) == 5
     assert len({s["server"] for s in seen}) == 1
     for s in seen:
-        assert set(local.PRELOAD) <= s["modules"]
+        assert set(process.PRELOAD) <= s["modules"]
         assert (s["cuda_initialized"], s["cuda_lost_by_fork"]) == (False, False)
         assert (s["torch_threads"], s["omp_threads"]) == (3, "3")
         assert s["variable"] == "set late"
@@ -123,6 +139,61 @@ def test_a_cell_that_dies_or_raises_leaves_a_failed_record_and_the_others_run(st
     ]
     assert [store.get(r.cell) for r in records[1:4]] == records[1:4]
     assert all(r.started for r in records[1:4])
+
+
+def test_each_misfortune_leaves_its_row_beside_the_good_ones(store: Store) -> None:
+    limit = run("probe", 1, store)[0].environment["resident_bytes"] + 200 * 2**20
+    known = {"method": "0123456789abcdef"}
+    records = run("misfortunes", 6, store, jobs=2, timeout=5.0, memory_limit=limit, fingerprints=lambda cell: known)
+    assert [r.outcome for r in records] == ["ok", "failed", "diverged", "timeout", "oom", "ok"]
+    assert records[1].reason == "RuntimeError: no such thing"
+    assert records[2].reason == "loss nan at step 3"
+    assert records[3].reason == "took longer than the timeout of 5 s"
+    assert re.fullmatch(
+        rf"resident memory [\d.]+ .iB passed the memory_limit of {human_bytes(limit)}", records[4].reason
+    )
+    assert records[1].log[0] == "Traceback (most recent call last):"
+    assert records[1].log[-1] == "RuntimeError: no such thing"
+    assert [r.log for r in (records[0], records[2], records[3])] == [(), ("the loss is nan",), ("now to sleep",)]
+    assert [store.get(r.cell) for r in records[1:5]] == records[1:5]
+    assert [r.fingerprints for r in records if r.outcome in ("timeout", "oom", "failed")] == [known] * 3
+
+
+def test_the_memory_of_what_a_cell_has_started_counts_and_all_of_it_is_ended(store: Store) -> None:
+    limit = run("probe", 1, store)[0].environment["resident_bytes"] + 200 * 2**20
+    diary = Diary()
+    assert run("delegates", 1, store, memory_limit=limit, progress=diary)[0].outcome == "oom"
+    assert await_gone(diary.events[0]["step"])
+
+
+def test_a_process_that_does_not_listen_is_timed_out_too(store: Store) -> None:
+    stubborn = Cell(method="lora", task="rec", dataset="digits", backbone="tiny", seed=1)
+    diary = Diary()
+    records = local.run_cells(
+        [stubborn], store, device="cpu", jobs=1, timeout=0.2, progress=diary, target=TARGETS + "endless"
+    )
+    assert records[0].outcome == "timeout"
+    assert gone(diary.events[0]["step"])
+
+
+def test_the_record_of_a_bad_end_holds_what_this_attempt_printed(store: Store) -> None:
+    lines = ("from Python", "from a program", "100 %", "an unfinished line")
+    for _ in range(2):
+        records = run("prints", 2, store)
+        assert [r.log for r in records] == [(), lines]
+    for record in records:  # both attempts are there, of the good one too
+        assert (store.logs / f"{record.cell.id}.log").read_text().count("from a program") == 2
+
+
+def test_a_crash_in_native_code_shows_where(store: Store) -> None:
+    record = run("crashes", 1, store)[0]
+    assert record.reason == "process died with signal 11 (Segmentation fault)"
+    assert any("in crashes" in line for line in record.log)
+
+
+def test_a_cell_that_ends_well_and_silently_leaves_no_log_and_no_claim(store: Store) -> None:
+    run("ok", 1, store)
+    assert [*store.logs.iterdir(), *store.claims.iterdir()] == []
 
 
 def test_a_process_that_crashes_after_its_record_has_still_left_it(store: Store) -> None:
@@ -152,6 +223,26 @@ def test_no_cells_give_no_records(store: Store) -> None:
     assert run("ok", 0, store) == []
 
 
+def test_a_record_that_cannot_be_saved_ends_the_other_processes(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(record: Record, samples: object) -> Record:
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(store, "save", full)
+    diary = Diary(lambda events: os.kill(events[0]["step"], signal.SIGKILL) if len(events) == 2 else None)
+    with pytest.raises(UserError, match="disk is full"):
+        run("endless", 2, store, jobs=2, progress=diary)
+    assert [gone(e["step"]) for e in diary.events] == [True, True]
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A job in a shell's background ignores interrupts, and what it starts does too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_ends_polite_and_stubborn_processes_and_goes_on(store: Store, tmp_path: Path) -> None:
     def interrupt_when_both_run(events: list[Event]) -> None:
         if len(events) == 2:
@@ -164,23 +255,14 @@ def test_an_interrupt_ends_polite_and_stubborn_processes_and_goes_on(store: Stor
     assert [p.name for p in tmp_path.glob("*.tmp")] == ["1.tmp"], "the polite one cleans up"
     assert store.load() == []
     assert ("started", 2) not in diary.order
+    assert list(store.claims.iterdir()) == []
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_a_record_that_cannot_be_saved_ends_the_other_processes(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(record: Record, samples: object) -> Record:
-        raise UserError("the disk is full")
-
-    monkeypatch.setattr(store, "save", full)
-    diary = Diary(lambda events: os.kill(events[0]["step"], signal.SIGKILL) if len(events) == 2 else None)
-    with pytest.raises(UserError, match="disk is full"):
-        run("endless", 2, store, jobs=2, progress=diary)
-    assert [gone(e["step"]) for e in diary.events] == [True, True]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 SCRIPT = """
 import pathlib, sys
-from petlbench.launch import local, progress
+from petlbench.launch import local, process, progress
 from petlbench.records import Store
 from petlbench.spec import Cell
 class Tell(progress.Progress):
@@ -189,14 +271,14 @@ class Tell(progress.Progress):
         if not self.told:
             print(event["step"], flush=True)
         self.told = True
-local.PRELOAD = ()
+process.PRELOAD = ()
 if __name__ == "__main__":
     store = Store.open(sys.argv[1], create=True)
     cell = Cell(method="lora", task="rec", dataset="digits", backbone="tiny")
     try:
         local.run_cells([cell], store, device="cpu", jobs=1, target=sys.argv[2], progress=Tell())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        sys.exit(getattr(error, "status", 130))
 """
 
 
@@ -213,22 +295,25 @@ def launcher(tmp_path: Path, target: str) -> tuple[subprocess.Popen[str], int]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     assert program.stdout is not None
     return program, int(program.stdout.readline())
 
 
-def test_ctrl_c_in_a_terminal_reaches_everybody_and_prints_no_traceback(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_to_all_ends_all_and_prints_no_traceback(tmp_path: Path, number: int, status: int) -> None:
     program, cell_pid = launcher(tmp_path, "endless")
-    os.killpg(program.pid, signal.SIGINT)
-    _, errors = program.communicate(timeout=60)
-    assert (program.returncode, errors) == (130, "")
+    os.killpg(program.pid, number)
+    _, errors = program.communicate(timeout=60)  # also the server has closed its end of the pipe
+    assert (program.returncode, errors) == (status, "")
     assert gone(cell_pid)
     assert not list((tmp_path / "store").rglob("*.tmp"))
 
 
-def test_a_cell_whose_launcher_was_killed_ends_by_itself(tmp_path: Path) -> None:
-    program, cell_pid = launcher(tmp_path, "talkative")
+@pytest.mark.parametrize("target", ["talkative", "endless"])
+def test_a_cell_whose_launcher_was_killed_ends_by_itself(tmp_path: Path, target: str) -> None:
+    program, cell_pid = launcher(tmp_path, target)
     program.kill()
     assert await_gone(cell_pid)
     program.communicate(timeout=60)
@@ -237,39 +322,3 @@ def test_a_cell_whose_launcher_was_killed_ends_by_itself(tmp_path: Path) -> None
 def test_launching_imports_no_torch() -> None:
     code = "import sys, petlbench.launch.local; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-OK = Record(cell=cells(1)[0], outcome="ok", main_metric="acc_50", metrics={"acc_50": 0.6123, "iou": 0.5})
-FAILED = Record(cell=cells(2)[1], outcome="failed", reason="[Errno 2] no file\n  [/bold] here")
-
-
-def test_without_a_terminal_there_is_one_line_at_start_and_one_at_end() -> None:
-    out = io.StringIO()
-    with progress_on(Console(file=out, width=30), 20) as shown:
-        shown.started(2, OK.cell)
-        shown.event(2, {"cell": OK.cell.id, "step": 1, "steps": 2})
-        shown.finished(2, OK, 41.3)
-        shown.finished(3, FAILED, 0.2)
-    assert type(shown) is Lines
-    assert out.getvalue().splitlines() == [
-        "[3/20] lora on rec:digits (tiny, seed 0): started",
-        "[3/20] lora on rec:digits (tiny, seed 0): ok acc_50 0.612 in 41 s",
-        "[4/20] lora on rec:digits (tiny, seed 1): failed in 0 s: [Errno 2] no file [/bold] here",
-    ]
-
-
-def test_on_a_terminal_there_are_bars_of_the_run_and_of_each_running_cell() -> None:
-    out = io.StringIO()
-    console = Console(file=out, width=160, force_terminal=True, color_system=None)
-    with progress_on(console, 2) as shown:
-        assert isinstance(shown, TerminalBars)
-        shown.started(0, OK.cell)
-        shown.event(0, {"phase": "train", "step": 10, "steps": 300, "score": 0.5, "loss": None})
-        shown._bars.refresh()
-        running = out.getvalue()
-        shown.finished(0, OK, 41.3)
-        shown._bars.refresh()
-    assert "0/2" in running
-    assert "train 10/300, score 0.500" in running
-    assert "1/2" in out.getvalue()[len(running) :]
-    assert "[1/2] lora on rec:digits (tiny, seed 0): ok acc_50 0.612 in 41 s" in out.getvalue()

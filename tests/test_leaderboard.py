@@ -6,30 +6,53 @@ import csv
 import io
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
 
 from petlbench.errors import UserError
-from petlbench.leaderboard import COLUMNS, render, table, write_csv
-from petlbench.spec import Outcome
+from petlbench.leaderboard import COLUMNS, label, render, table, write_csv
+from petlbench.records import Store
+from petlbench.spec import Inference, Outcome, Record
 from petlbench.units import human_bytes, human_count, human_seconds
 
-from .record_factory import MIB, make_record
+from .record_factory import MIB, make_record, make_samples
 
 # fmt: off
 DESIGNED_COLUMNS = [
-    "method", "variant", "task", "dataset", "backbone", "seeds", "outcome", "metric", "score_mean",
-    "score_std", "trainable_params", "trainable_percent", "head_params", "stored_bytes", "accounted_bytes",
-    "peak_bytes", "train_seconds", "step_seconds", "step_flops", "latency_seconds", "pareto",
+    "method", "variant", "size_name", "size", "task", "dataset", "backbone", "seeds", "outcome", "stale", "metric",
+    "score_mean", "score_std", "score_low", "score_high", "rank", "trainable_params", "trainable_percent",
+    "head_params", "stored_params", "inference_extra_params", "stored_bytes", "accounted_bytes", "peak_bytes",
+    "train_seconds", "step_seconds", "step_flops", "latency_seconds", "merged_latency_seconds", "throughput",
+    "step_joules", "contended", "pareto",
 ]
 # fmt: on
 
 
-def shown(frame: pd.DataFrame) -> str:
-    console = Console(file=io.StringIO(), width=140)
+def lines_of(frame: pd.DataFrame, width: int = 140, color: bool = False) -> list[str]:
+    console = Console(file=io.StringIO(), width=width, force_terminal=color, color_system="standard" if color else None)
     console.print(render(frame))
-    return " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+
+
+def shown(frame: pd.DataFrame) -> str:
+    return " ".join(" ".join(lines_of(frame)).split())
+
+
+def looks(frame: pd.DataFrame, names: str) -> dict[str, str]:
+    """The style that each row begins with."""
+    codes = {"\x1b[1m": "bold", "\x1b[2m": "dim"}
+    lines = lines_of(frame, color=True)
+    return {
+        n: next((codes[c] for c in codes if any(line.lstrip().startswith(c + n) for line in lines)), "plain")
+        for n in names
+    }
+
+
+def stale_of(record: Record) -> tuple[str, ...]:
+    """The parts whose fingerprint is old."""
+    return tuple(name for name, value in sorted(record.fingerprints.items()) if value == "old")
 
 
 def test_the_columns_are_exactly_the_designed_ones_even_when_empty() -> None:
@@ -48,7 +71,10 @@ def test_seeds_are_averaged_with_the_sample_deviation() -> None:
 def test_one_seed_has_no_deviation_and_unknowns_are_empty_fields(tmp_path: Path) -> None:
     write_csv(table([make_record()]), tmp_path / "leaderboard.csv")
     (row,) = csv.DictReader((tmp_path / "leaderboard.csv").open())
-    assert [name for name in COLUMNS if row[name] == ""] == ["variant", "score_std", "stored_bytes", "latency_seconds"]
+    assert [name for name in COLUMNS if row[name] == ""] == [
+        *("variant", "size_name", "size", "score_std", "score_low", "score_high", "rank", "inference_extra_params"),
+        *("stored_bytes", "latency_seconds", "merged_latency_seconds", "throughput", "step_joules"),
+    ]
     assert (row["trainable_params"], row["accounted_bytes"], row["pareto"]) == ("10000", str(100 * MIB), "True")
 
 
@@ -74,8 +100,30 @@ def test_among_equally_frequent_failures_the_worst_names_the_row() -> None:
     assert table(records).iloc[0].outcome == "failed"
 
 
-@pytest.mark.parametrize("change", [{"steps": 600}, {"method_config": {"rank": 8}}])
-def test_cells_of_another_recipe_or_configuration_are_never_averaged(change: dict) -> None:
+def test_what_inference_storage_energy_and_size_cost_has_columns(tmp_path: Path) -> None:
+    def fast(seconds: float) -> Inference:
+        return Inference(
+            latency_seconds=seconds,
+            throughput=1 / seconds,
+            batch_size=8,
+            merged_latency_seconds=seconds / 2,
+            merged_throughput=2 / seconds,
+        )
+
+    records = [
+        make_record(seed=0, inference=fast(0.2), step_joules=4.0, size=("rank", 8), flops=(1, 2)),
+        make_record(seed=1, inference=fast(0.4), step_joules=8.0, size=("rank", 8), flops=(1, 2)),
+        # Timed while another cell ran: not averaged with the others.
+        make_record(seed=2, inference=fast(9.0), step_joules=99.0, size=("rank", 8), flops=(1, 2), jobs=2),
+    ]
+    row = table(records).iloc[0]
+    assert (row.size_name, row["size"], row.step_flops, row.stored_params) == ("rank", 8.0, 3, 10_000)
+    assert (row.latency_seconds, row.merged_latency_seconds, row.throughput) == pytest.approx((0.3, 0.15, 3.75))
+    assert row.step_joules == pytest.approx(6.0) and not row.contended
+
+
+@pytest.mark.parametrize("change", [{"steps": 600}, {"method_config": {"rank": 8}}, {"fingerprints": {"data": "2"}}])
+def test_cells_of_another_recipe_configuration_or_data_are_never_averaged(change: dict) -> None:
     frame = table([make_record(score=0.2), make_record(score=0.4, seed=1, **change)])
     assert frame["seeds"].tolist() == [1, 1] and sorted(frame["score_mean"]) == [0.2, 0.4]
     assert frame["variant"].nunique() == 2 and all(name.startswith("#") for name in frame["variant"])
@@ -114,7 +162,7 @@ def test_contended_timings_are_marked_and_give_way_to_uncontended_ones() -> None
         make_record("mixed", 0.4, seed=1, train_seconds=22.0),
     ]
     frame = table(records)
-    assert frame.attrs["contended"] == {0}
+    assert frame.attrs["contended"] == {0} and frame["contended"].tolist() == [True, False]
     assert frame["train_seconds"].tolist() == [11.0, 22.0]
     text = shown(frame)
     assert "11 s*" in text and "22 s " in text and "timed while other cells ran" in text
@@ -129,21 +177,81 @@ def test_the_terminal_table_shows_human_units_failures_and_brackets_verbatim() -
 
 def test_the_best_score_of_each_setting_is_bold() -> None:
     frame = table([make_record("a", 0.5), make_record("b", 0.6), make_record("c", 0.1, task="vqa")])
-    console = Console(file=io.StringIO(), width=140, force_terminal=True, color_system="standard")
-    console.print(render(frame))
-    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    bold = {name: any(f"\x1b[1m{name}" in line for line in lines) for name in "abc"}
-    assert bold == {"a": False, "b": True, "c": True}
+    assert looks(frame, "abc") == {"a": "plain", "b": "bold", "c": "bold"}
 
 
-def test_the_terminal_table_fits_eighty_columns_without_wrapping_a_row() -> None:
-    records = [make_record("vl_adapter", 0.1 * seed, seed=seed, trainable=12_345) for seed in range(3)]
-    console = Console(file=io.StringIO(), width=80)
-    console.print(render(table(records)))
-    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    (row,) = [line for line in lines if "vl_adapter" in line]
-    for part in ("0.100 ± 0.100", "12.3k 1.23%", "100 MiB", "60 s", "200 ms", "yes"):
-        assert part in row
+def test_the_terminal_table_fits_without_wrapping_a_row(tmp_path: Path) -> None:
+    store = Store.open(tmp_path, create=True)
+    for seed in range(3):
+        record = make_record("vl_adapter", 0.1 * seed, variant="r=8", seed=seed, trainable=12_345)
+        store.save(record, make_samples("acc@0.5", [0.1 * seed] * 5))
+    parts = ("0.100 ± 0.100", "12.3k 1.23%", "100 MiB", "60 s", "200 ms", "yes")
+    # Bare records have no interval, and then 80 columns are enough.
+    for results, width, more in ((store, 120, ("0.000–0.200", " 1 ")), (store.load(), 80, ())):
+        lines = lines_of(table(results), width)
+        (row,) = [line for line in lines if "vl_adapter:r=8" in line]
+        assert all(part in row for part in (*parts, *more))
+        assert "95 %" in " ".join(lines) or not more
+
+
+def rows_of(frame: pd.DataFrame) -> dict[str, tuple[bool, bool]]:
+    return {label(row): (bool(row.stale), bool(row.pareto)) for row in frame.itertuples()}
+
+
+def test_stale_rows_stand_apart_from_the_fresh_ones() -> None:
+    old, new = {"method": "old", "data": "new"}, {"method": "new", "data": "new"}
+    records = [
+        make_record("lora", 0.9, fingerprints=old),
+        make_record("lora", 0.5, seed=1, fingerprints=new),
+        make_record("full", 0.6, fingerprints=new, trainable=900_000),
+        make_record("bitfit", 0.7, fingerprints=old),
+    ]
+    frame = table(records, stale=stale_of)
+    names = frame["variant"].tolist()
+    assert frame["method"].tolist() == ["full", "lora", "lora", "bitfit"]
+    # The fresh row keeps the plain name; neither is averaged with, nor beaten by, what is stale.
+    assert names[:2] == ["", ""] and names[2].startswith("#") and names[3] == ""
+    assert frame["score_mean"].tolist() == [0.6, 0.5, 0.9, 0.7]
+    assert list(rows_of(frame).values()) == [(False, True), (False, True), (True, True), (True, False)]
+    assert frame.attrs["stale"] == {2: ("method",), 3: ("method",)}
+    assert "bitfit stale: method" in shown(frame) and "these parts have changed" in shown(frame)
+    assert looks(frame, "fb") == {"f": "bold", "b": "dim"}
+    assert "stale" not in shown(table(records))
+
+
+def test_only_what_differs_in_the_method_alone_shares_a_pareto_front() -> None:
+    records = [
+        make_record("good", 0.9, fingerprints={"method": "1", "data": "1"}),
+        make_record("other", 0.5, fingerprints={"method": "2", "data": "1"}),
+        make_record("elsewhere", 0.5, fingerprints={"method": "1", "data": "2"}),
+    ]
+    front = {name: pareto for name, (_, pareto) in rows_of(table(records)).items()}
+    assert front == {"good": True, "other": False, "elsewhere": True}
+
+
+def test_rows_that_differ_only_in_their_code_get_distinct_names() -> None:
+    records = [make_record(variant="r8", seed=seed, fingerprints={"method": str(seed)}) for seed in range(3)]
+    variants = table(records)["variant"].tolist()
+    assert len(set(variants)) == 3 and all(name.startswith("r8 #") for name in variants)
+    twice = table(records[::-1])["variant"].tolist()
+    assert sorted(twice) == sorted(variants)
+
+
+def test_ranks_count_significantly_better_rows_and_ties_are_marked(tmp_path: Path) -> None:
+    store = Store.open(tmp_path, create=True)
+    noise = np.random.default_rng(0).normal(0, 0.1, size=(5, 300))
+    for number, (method, level) in enumerate((("a", 0.8), ("b", 0.8), ("c", 0.5), ("d", 0.2), ("old", 0.1))):
+        scores = level + noise[number]
+        fingerprints = {"method": "old"} if method == "old" else {}
+        record = make_record(method, float(scores.mean()), fingerprints=fingerprints)
+        store.save(record, make_samples("acc@0.5", scores.tolist()))
+    frame = table(store, stale=stale_of)
+    assert dict(zip(frame["method"], frame["rank"], strict=True)) == {"a": 1, "b": 1, "c": 3, "d": 4, "old": 1}
+    half = 1.96 * 0.1 / np.sqrt(300)
+    assert frame["score_high"].to_numpy() - frame["score_mean"].to_numpy() == pytest.approx(half, rel=0.15)
+    text = shown(frame)
+    assert text.count(" 1= ") == 2 and " 3 " in text and "significantly better" in text
+    assert table(store.load(), stale=stale_of)["rank"].isna().all()
 
 
 def test_human_units_round_without_overflowing_into_the_next_unit() -> None:

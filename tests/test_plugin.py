@@ -65,7 +65,7 @@ def test_a_run_with_the_broken_plugin_is_refused_in_one_line(site: Path) -> None
 def test_a_plugins_method_task_and_data_set_make_a_cell(site: Path) -> None:
     done = petlbench(site, "run", "smoke", "--methods", "norm_gains", "--tasks", "counting", "--dry-run")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[1:] == ["pending norm_gains on counting:squares (tiny, seed 0)"]
+    assert done.stdout.splitlines()[1:] == ["pending  norm_gains on counting:squares (tiny, seed 0)"]
 
 
 @pytest.mark.slow

@@ -59,15 +59,60 @@ def test_an_unknown_cell_has_no_record(store: Store) -> None:
     assert store.get(make_record().cell) is None
 
 
-@pytest.mark.parametrize("content", ["", '{"cell": {"met', "[1, 2]", "\x00\x01", '{"cell": 3, "outcome": "ok"}'])
-def test_a_damaged_record_is_named_in_one_line_with_the_remedy(store: Store, content: str) -> None:
+FOREIGN = ["", '{"cell": {"met', "[1, 2]", "\x00\x01", '{"cell": 3, "outcome": "ok"}', '{"name": "theirs"}']
+
+
+@pytest.mark.parametrize("content", FOREIGN)
+def test_a_damaged_or_foreign_record_is_named_in_one_line_with_the_remedy(store: Store, content: str) -> None:
     store.save(make_record())
     path = store.records / "broken.json"
     path.write_text(content)
     with pytest.raises(UserError) as caught:
         store.load()
     message = str(caught.value)
-    assert str(path) in message and "rerun" in message and "\n" not in message
+    assert str(path) in message and f"`petlbench repair {store.root}`" in message and "rerun" in message
+    assert "\n" not in message
+
+
+def rewrite(path: Path, **changes: object) -> None:
+    """Change keys of a record's file; None drops one."""
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+@pytest.mark.parametrize("extra", [{}, {"step_flops": 3}])
+def test_a_record_of_an_older_schema_is_named_with_its_version_and_the_remedy(
+    store: Store, extra: dict[str, int]
+) -> None:
+    saved = store.save(make_record())
+    path = store.records / f"{saved.cell.id}.json"
+    rewrite(path, schema_version=1, **extra)
+    for read in (store.load, lambda: store.get(saved.cell)):
+        with pytest.raises(UserError, match=r"schema version 1, older than 2; `petlbench repair .*or rerun into a new"):
+            read()
+
+
+def test_a_record_that_does_not_say_its_schema_is_refused(store: Store) -> None:
+    saved = store.save(make_record())
+    rewrite(store.records / f"{saved.cell.id}.json", schema_version=None)
+    with pytest.raises(UserError, match="no `schema_version`"):
+        store.load()
+
+
+def test_a_record_under_a_wrong_name_is_refused_with_the_right_one(store: Store) -> None:
+    saved = store.save(make_record())
+    path = store.records / f"{saved.cell.id}.json"
+    path.rename(path.with_name("mine.json"))
+    with pytest.raises(UserError, match=rf"mine\.json holds the record that belongs into {path.name}; .*renames it"):
+        store.load()
+
+
+def test_a_second_record_of_a_cell_is_refused(store: Store) -> None:
+    saved = store.save(make_record())
+    path = store.records / f"{saved.cell.id}.json"
+    path.with_name("zz copy.json").write_bytes(path.read_bytes())
+    with pytest.raises(UserError, match=rf"zz copy\.json is a second record of the cell of {path.name}; .*the later"):
+        store.load()
 
 
 def test_a_record_of_a_newer_schema_asks_for_an_upgrade(store: Store) -> None:
@@ -88,11 +133,13 @@ def test_temporary_files_of_a_killed_process_are_ignored(store: Store) -> None:
 def test_samples_never_lie_outside_their_folder(store: Store) -> None:
     (store.root / "secret.json").write_text('{"sample_ids": [], "scores": {}}')
     record = make_record().model_copy(update={"samples": "../secret.json"})
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match=r"samples/secret\.json is missing"):
         store.samples(record)
 
 
-@pytest.mark.parametrize("content", ["", '{"sample_ids": ["a"]}'])
+@pytest.mark.parametrize(
+    "content", ["", '{"sample_ids": ["a"]}', '{"sample_ids": ["a", "b"], "scores": {"acc@0.5": [1.0]}}']
+)
 def test_damaged_samples_are_named(store: Store, content: str) -> None:
     saved = store.save(make_record(), make_samples("acc@0.5", [1.0]))
     path = store.sample_scores / f"{saved.cell.id}.json"
@@ -113,6 +160,33 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_record_whole(store: Store, m
         with pytest.raises(UserError, match=r"No space left.*free some space") as caught:
             store.save(make_record(score=0.9))
     assert "\n" not in str(caught.value)
+    assert files(store.root) == before and store.load() == [old]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits on file sizes")
+def test_a_write_that_the_system_cuts_off_leaves_the_old_record_whole(store: Store) -> None:
+    old = store.save(make_record(score=0.1))
+    before = files(store.root)
+    code = f"""
+import resource
+from petlbench.records import Store
+from petlbench.errors import UserError
+from tests.record_factory import make_record
+store = Store.open({str(store.root)!r}, create=False)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+try:
+    store.save(make_record(score=0.9))
+except UserError as error:
+    print(error)
+try:
+    Store.open({str(store.root)!r}, create=True)
+except UserError as error:
+    print(error)
+"""
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    said = done.stdout.splitlines()
+    assert [line.split(str(store.root))[0] for line in said] == ["cannot write ", "cannot write to folder "]
     assert files(store.root) == before and store.load() == [old]
 
 
@@ -167,11 +241,18 @@ def test_opening_what_is_no_results_folder_says_so(tmp_path: Path) -> None:
             Store.open(tmp_path / name, create=True)
 
 
+def test_a_folder_from_before_checkpoints_and_logs_still_opens(store: Store) -> None:
+    saved = store.save(make_record())
+    for folder in (store.checkpoints, store.logs, store.claims, store.cache):
+        folder.rmdir()
+    assert Store.open(store.root, create=False).load() == [saved]
+
+
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Path, mode: int = 0o666, exist_ok: bool = True) -> None:
+    def refuse(self: Path, data: bytes) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(Path, "touch", refuse)
+    monkeypatch.setattr(Path, "write_bytes", refuse)
     with pytest.raises(UserError, match=r"cannot write to folder .*Permission denied"):
         Store.open(tmp_path / "results", create=True)
 

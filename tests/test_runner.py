@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from petlbench import runner
+from petlbench import runner, search
 from petlbench.records import Store
 from petlbench.registry import METHODS
 from petlbench.runner import run_cell
@@ -49,8 +49,21 @@ def test_every_method_runs_on_every_task_and_is_measured(method: str, task: str,
     assert count.percent == pytest.approx(100 * count.trainable / count.total)
     assert 0 < memory.gradients_bytes <= 4 * count.trainable  # a decoder that a task leaves out gets none
     assert memory.saved_bytes > 0 and memory.peak_rss_bytes
-    assert sum(timing.phases.values()) == pytest.approx(timing.total_seconds)
-    assert record.step_flops and timing.latency_seconds and timing.step_seconds
+    assert sum(timing.phases.values()) == pytest.approx(timing.total_seconds, rel=0.01)
+    assert timing.step_seconds and timing.forward_seconds and timing.backward_seconds and timing.optimizer_seconds
+    assert record.flops and 0 < record.flops.forward < record.flops.step
+    predicting = record.inference
+    assert predicting and predicting.latency_seconds and predicting.throughput
+    assert (predicting.merged_latency_seconds is not None) == (method == "lora")
+    assert count.stored == count.trainable and count.inference_extra is not None
+    assert (count.inference_extra > 0) == (method == "vl_adapter")  # what a merge leaves is nothing
+    assert memory.native_saved_bytes and memory.accounted_bytes == (
+        memory.weights_bytes + memory.gradients_bytes + memory.optimizer_bytes + memory.saved_bytes
+    )
+    assert set(record.fingerprints) == {
+        "method", "task", "metric", "backbone", "source", "training", "data", "weights"
+    }  # fmt: skip
+    assert (record.size is not None) == (method in ("lora", "vl_adapter"))
     stored = tmp_path / "adapters" / f"{record.cell.id}.safetensors"
     assert count.stored_bytes == stored.stat().st_size
     with safe_open(stored, "pt") as file:
@@ -73,14 +86,14 @@ def test_a_search_keeps_all_trials_and_tests_the_best_on_validation(
 ) -> None:
     scores = iter([0.2, 0.9, 0.5])
     states: list[dict[str, torch.Tensor]] = []
-    real = runner.fit
+    real = search.fit
 
-    def scripted(setting: Any, train: Any, validation: Any, lr: float) -> Any:
-        found = real(setting, train, validation, lr)
+    def scripted(setting: Any, train: Any, validation: Any, lr: float, **options: Any) -> Any:
+        found = real(setting, train, validation, lr, **options)
         states.append(found.state)
         return type(found)(**{**found.__dict__, "validation": {"vqa_accuracy": next(scores)}})
 
-    monkeypatch.setattr(runner, "fit", scripted)
+    monkeypatch.setattr(search, "fit", scripted)
     record = run_cell(cell(recipe={"lr": 1e-3, "lr_factors": (0.5, 1, 2)}), tmp_path, device="cpu")
     assert [trial.lr for trial in record.trials] == [5e-4, 1e-3, 2e-3]
     assert (record.chosen_lr, record.validation) == (1e-3, {"vqa_accuracy": 0.9})
@@ -88,35 +101,40 @@ def test_a_search_keeps_all_trials_and_tests_the_best_on_validation(
     with safe_open(stored, "pt") as file:
         assert all(torch.equal(file.get_tensor(name), states[1][name]) for name in file.keys())  # noqa: SIM118
     # Every trial starts from the same point, whatever the one before it left.
-    monkeypatch.setattr(runner, "fit", real)
+    monkeypatch.setattr(search, "fit", real)
     alone = run_cell(cell(recipe={"lr": 2e-3}), tmp_path / "alone", device="cpu")
     assert record.trials[2].losses == alone.trials[0].losses
 
 
 def test_one_diverged_trial_is_recorded_and_the_others_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = runner.fit
+    real = search.fit
 
-    def sometimes(setting: Any, train: Any, validation: Any, lr: float) -> Any:
+    def sometimes(setting: Any, train: Any, validation: Any, lr: float, **options: Any) -> Any:
         if lr > 1e-3:
             raise Diverged("the loss is nan")
-        return real(setting, train, validation, lr)
+        return real(setting, train, validation, lr, **options)
 
-    monkeypatch.setattr(runner, "fit", sometimes)
+    monkeypatch.setattr(search, "fit", sometimes)
     record = run_cell(cell(recipe={"lr": 1e-3, "lr_factors": (1, 3)}), tmp_path, device="cpu")
     assert (record.outcome, [trial.outcome for trial in record.trials]) == ("ok", ["ok", "diverged"])
 
 
 @pytest.mark.parametrize(
     ("error", "outcome"),
-    [(Diverged("nan"), "diverged"), (torch.OutOfMemoryError("no room"), "oom"), (ZeroDivisionError("oh"), "failed")],
+    [
+        (Diverged("nan"), "diverged"),
+        (torch.OutOfMemoryError("no room"), "oom"),
+        (MemoryError("no room"), "oom"),
+        (ZeroDivisionError("oh"), "failed"),
+    ],
 )
 def test_what_goes_wrong_is_recorded_with_its_reason(
     error: Exception, outcome: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> Any:
+    def fail(*_: Any, **options: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(runner, "fit", fail)
+    monkeypatch.setattr(search, "fit", fail)
     record: Record = run_cell(cell(), tmp_path, device="cpu")
     assert record.outcome == outcome and str(error) in record.reason
     assert Store.open(tmp_path, create=False).load() == [record]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import yaml
 from pydantic import Field
 
 from petlbench import suite as suites
@@ -13,7 +15,7 @@ from petlbench.backbones.base import BackboneConfig
 from petlbench.datasets.base import SourceConfig
 from petlbench.errors import UserError
 from petlbench.method import MethodConfig
-from petlbench.registry import Registry
+from petlbench.registry import METHODS, Registry
 from petlbench.spec import Cell, Suite
 from petlbench.suite import expand, load_suite, suite_names
 
@@ -268,4 +270,48 @@ def test_every_packaged_suite_expands(name: str, monkeypatch: pytest.MonkeyPatch
     methods, tasks, bodies, seeds = (
         len(x) for x in (packaged.methods, packaged.tasks, packaged.backbones, packaged.seeds)
     )
-    assert len(cells) == methods * tasks * bodies * seeds
+    assert (len(cells) > methods * tasks * bodies * seeds) == packaged.sweep
+    assert packaged.sweep or len(cells) == methods * tasks * bodies * seeds
+
+
+def test_a_sweep_runs_every_method_at_each_size_it_declares(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # the real registries
+    data = {
+        "name": "s",
+        "methods": ["full", "lora", {"name": "vl_adapter", "config": {"reduction": 3}}],
+        "tasks": ["vqa"],
+        "backbones": ["tiny"],
+        "sweep": True,
+    }
+    cells = expand(Suite.model_validate(data))
+    ranks = METHODS.get("lora").knob.values  # type: ignore[union-attr]
+    sized = {cell.variant: cell.method_config for cell in cells if cell.method == "lora"}
+    assert sized == {f"rank={rank}": {"rank": rank} for rank in ranks}
+    assert [cell.method_config for cell in cells if cell.method == "vl_adapter"] == [{"reduction": 3}]
+    assert [cell.label for cell in expand(Suite.model_validate(data), methods=["lora:rank=4"])] == [
+        "lora:rank=4 on vqa:digits (tiny, seed 0)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": [0, 1, 0]}, "a seed is given more than once: 0, 1, 0"),
+        ({"timeout": 0}, "timeout: Input should be greater than 0"),
+        ({"memory_limit": "much"}, "a size such as 4 GiB or 800 MB is needed, not 'much'"),
+        ({"memory_limit": 0}, "memory_limit: Input should be greater than 0"),
+    ],
+)
+def test_limits_and_seeds_that_make_no_sense_are_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(yaml.safe_dump({"methods": ["lora"], "tasks": ["vqa"], "backbones": ["tiny"], **changes}))
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_suite(path)
+
+
+def test_a_memory_limit_may_be_text_with_a_unit() -> None:
+    limits = [
+        Suite.model_validate({"name": "s", "methods": ["a"], "tasks": ["t"], "backbones": ["b"], "memory_limit": limit})
+        for limit in ("4 GiB", "1.5MB", 1024)
+    ]
+    assert [suite.memory_limit for suite in limits] == [4 * 2**30, 1_500_000, 1024]

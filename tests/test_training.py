@@ -16,7 +16,7 @@ from petlbench.datasets import schemas
 from petlbench.measure.clock import PhaseClock
 from petlbench.spec import Recipe
 from petlbench.task import Batch, Row, Scores, Task
-from petlbench.training import Diverged, Setting, batches, evaluate, fit, load_state, optimizer, rate
+from petlbench.training import Batches, Diverged, Setting, evaluate, fit, load_state, optimizer, rate
 
 
 class Line(Task):
@@ -104,7 +104,7 @@ def test_every_row_comes_once_an_epoch_in_an_order_that_the_seed_alone_decides()
 
 def test_fewer_rows_than_a_batch_still_fill_it() -> None:
     here = setting(recipe(batch_size=4))
-    assert len(next(batches(rows(3), here)).extras["x"]) == 4
+    assert len(next(Batches(rows(3), here)).extras["x"]) == 4
 
 
 def test_a_loss_that_is_not_finite_ends_the_trial() -> None:

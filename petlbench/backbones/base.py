@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -83,6 +84,14 @@ class Backbone(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.stacks: nn.ModuleDict = nn.ModuleDict()
+
+    @classmethod
+    def files(cls, config: Any) -> list[Path]:
+        """The files that a backbone of this configuration reads (weights, tokenizer): results depend on their content.
+
+        Raises UserError for one that does not exist.
+        """
+        return []
 
     def roles(self) -> tuple[str, ...]:
         return tuple(self.stacks)

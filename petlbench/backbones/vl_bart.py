@@ -97,6 +97,10 @@ class VLBart(Backbone):
         if config.weights != "none":
             self._load(_asset(config.weights))
 
+    @classmethod
+    def files(cls, config: VLBartConfig) -> list[Path]:
+        return [_asset(name) for name in (config.tokenizer, config.weights) if name != "none"]
+
     def _bart_config(self) -> BartConfig:
         c = self.config
         return BartConfig(

@@ -11,7 +11,7 @@ import hashlib
 import io
 import os
 import tempfile
-from functools import cached_property, lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -61,7 +61,7 @@ class Scenes(base.Source):
         from .schemas import BY_TASK
 
         self._known(task)
-        scenes = self._scenes(split)
+        scenes = self._scenes(split, limit)
         rows = _rows(task, scenes.slice(0, limit), BY_TASK[task]).slice(0, limit)
         fingerprint = hashlib.sha256(f"{self.digest} {task} {split} {limit}".encode()).hexdigest()[:16]
         return Dataset(rows, info=DatasetInfo(features=BY_TASK[task]), fingerprint=fingerprint)
@@ -71,27 +71,23 @@ class Scenes(base.Source):
         self._known(task)
         return hashlib.sha256(f"{self.digest} {task}".encode()).hexdigest()
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """Hex digest of what is generated, for all tasks together."""
-        sha = hashlib.sha256(f"{GENERATOR_VERSION} {self.domain} {self.config.model_dump_json()}".encode())
-        for split in scene_world.SPLITS:
-            for index in range(min(DIGEST_SCENES, self.config.count(split))):
-                scene, said = _describe(self.domain, self.config, split, index)
-                sha.update(scene.image.tobytes())
-                sha.update(repr(said).encode())
-        return sha.hexdigest()
+        return _digest(self.domain, self.config)
 
     def _known(self, task: str) -> None:
         if task not in self.tasks:
             raise UserError(f"{self.domain}: no rows for task {task!r}; choose one of {', '.join(sorted(self.tasks))}")
 
-    def _scenes(self, split: base.Split) -> pa.Table:
-        """The scenes of a split from the cache, or generated; an unusable cache costs time, nothing else."""
-        path = base.cache_dir() / "scenes" / self.digest[:16] / f"{split}.parquet"
-        table = _read(path, self.config.count(split))
+    def _scenes(self, split: base.Split, limit: int | None) -> pa.Table:
+        """The scenes of a split, or the first `limit`, from the cache, or generated; no cache only costs time."""
+        path, count = base.cache_dir() / "scenes" / self.digest[:16] / f"{split}.parquet", self.config.count(split)
+        table = _read(path, count)
+        if table is None and limit is not None and limit < count:
+            return generate(self.domain, self.config, split, limit)  # a few are made faster than all are kept
         if table is None:
-            table = generate(self.domain, self.config, split)
+            table = generate(self.domain, self.config, split, count)
             _write(table, path)
         return table
 
@@ -126,13 +122,24 @@ def _describe(
     }
 
 
+@cache
+def _digest(domain: scene_world.Domain, config: ScenesConfig) -> str:
+    sha = hashlib.sha256(f"{GENERATOR_VERSION} {domain} {config.model_dump_json()}".encode())
+    for split in scene_world.SPLITS:
+        for index in range(min(DIGEST_SCENES, config.count(split))):
+            scene, said = _describe(domain, config, split, index)
+            sha.update(scene.image.tobytes())
+            sha.update(repr(said).encode())
+    return sha.hexdigest()
+
+
 @lru_cache(maxsize=3)  # the splits of one source, for when the cache directory cannot be written
-def generate(domain: scene_world.Domain, config: ScenesConfig, split: base.Split) -> pa.Table:
-    """All scenes of a split, one row each: image_id, image (PNG) and the columns of `_describe`."""
+def generate(domain: scene_world.Domain, config: ScenesConfig, split: base.Split, count: int) -> pa.Table:
+    """The first `count` scenes of a split, one row each: image_id, image (PNG) and the columns of `_describe`."""
     import pyarrow as pa
 
     rows = []
-    for index in range(config.count(split)):
+    for index in range(count):
         scene, said = _describe(domain, config, split, index)
         png = io.BytesIO()
         Image.fromarray(scene.image).save(png, "PNG", compress_level=1)

@@ -35,6 +35,12 @@ class Progress:
     def finished(self, index: int, record: Record, seconds: float) -> None:
         """A cell has left its record after `seconds`."""
 
+    def found(self, index: int, record: Record) -> None:
+        """A cell need not be run: another run has left its record meanwhile."""
+
+    def waiting(self, count: int) -> None:
+        """There is nothing left to do but to wait for `count` cells that another run works on."""
+
     def __enter__(self) -> Progress:
         return self
 
@@ -46,10 +52,14 @@ class Progress:
 
 def outcome_line(index: int, total: int, record: Record, seconds: float) -> str:
     """`[3/20] lora on rec:digits (tiny, seed 0): ok acc_50 0.612 in 41 s`, or the outcome with its reason."""
+    return _line(index, total, record, f" in {seconds:.0f} s")
+
+
+def _line(index: int, total: int, record: Record, how: str) -> str:
     score = record.metrics.get(record.main_metric)
     shown = f" {record.main_metric} {score:.3f}" if score is not None else ""
     reason = f": {' '.join(record.reason.split())}" if record.reason else ""
-    return f"[{index + 1}/{total}] {record.cell.label}: {record.outcome}{shown} in {seconds:.0f} s{reason}"
+    return f"[{index + 1}/{total}] {record.cell.label}: {record.outcome}{shown}{how}{reason}"
 
 
 class Lines(Progress):
@@ -58,6 +68,7 @@ class Lines(Progress):
     def __init__(self, total: int, console: Console) -> None:
         self.total = total
         self.console = console
+        self._waiting = 0
 
     def _print(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -67,6 +78,14 @@ class Lines(Progress):
 
     def finished(self, index: int, record: Record, seconds: float) -> None:
         self._print(outcome_line(index, self.total, record, seconds))
+
+    def found(self, index: int, record: Record) -> None:
+        self._print(_line(index, self.total, record, " by another run"))
+
+    def waiting(self, count: int) -> None:
+        if count != self._waiting:  # asked again and again, said once
+            self._waiting = count
+            self._print(f"waiting for {count} {'cell' if count == 1 else 'cells'} that another run works on")
 
 
 class TerminalBars(Lines):
@@ -95,9 +114,16 @@ class TerminalBars(Lines):
 
     def finished(self, index: int, record: Record, seconds: float) -> None:
         self._bars.remove_task(self._running.pop(index))
+        self._count()
+        super().finished(index, record, seconds)
+
+    def found(self, index: int, record: Record) -> None:
+        self._count()
+        super().found(index, record)
+
+    def _count(self) -> None:
         self._done += 1
         self._bars.update(self._overall, completed=self._done, detail=f"{self._done}/{self.total}")
-        super().finished(index, record, seconds)
 
     def __enter__(self) -> TerminalBars:
         self._bars.start()

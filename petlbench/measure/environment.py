@@ -11,7 +11,20 @@ from typing import Any
 
 import petlbench
 
-PACKAGES = ("transformers", "datasets", "numpy")
+PACKAGES = (  # distributions that can change a number; torch's version is asked of itself
+    "torchvision",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "numpy",
+    "scikit-learn",
+    "pillow",
+    "safetensors",
+    "pydantic",
+    "timm",
+    "open_clip_torch",
+    "peft",
+)
 CODE = ("petlbench", "methods", "tasks")
 
 
@@ -62,8 +75,28 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _matmul_precision() -> str | None:
+    """`highest`, `high` or `medium`; None where somebody has set precisions by both of torch's interfaces."""
+    import torch
+
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
+
+
+def _tf32(backend: Any) -> bool:
+    """Whether float32 products are rounded to TF32: by the interface from torch 2.9 on, as the older then raises."""
+    precision = getattr(backend, "fp32_precision", None)
+    return bool(backend.allow_tf32) if precision is None else precision == "tf32"
+
+
 def describe(device: str, threads: int) -> dict[str, Any]:
-    """Versions, platform, CPU, device and source tree, as JSON values."""
+    """Versions, platform, CPU, device, source tree and torch's switches, as JSON values.
+
+    `device`: as torch names it. `threads`: what the cell was given; what torch really uses stands beside it. A package
+    that is not installed is null.
+    """
     import torch
 
     cuda = torch.device(device).type == "cuda"
@@ -77,10 +110,29 @@ def describe(device: str, threads: int) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": cores(),
         "threads": threads,
+        "intra_op_threads": torch.get_num_threads(),
+        "inter_op_threads": torch.get_num_interop_threads(),
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
         "cuda_runtime": torch.version.cuda if cuda else None,
         "cuda_driver": driver.splitlines()[0] if driver else None,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
         **source_tree(),
+        **switches(),
+    }
+
+
+def switches() -> dict[str, Any]:
+    """What makes torch compute the same thing exactly, or faster and not quite, as this process has it set."""
+    import torch
+
+    cudnn = torch.backends.cudnn
+    return {
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "cudnn_deterministic": cudnn.deterministic,
+        "cudnn_benchmark": cudnn.benchmark,
+        "matmul_precision": _matmul_precision(),
+        "tf32_matmul": _tf32(torch.backends.cuda.matmul),
+        "tf32_cudnn": _tf32(getattr(cudnn, "conv", cudnn)),
+        "cublas_workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
     }

@@ -1,4 +1,4 @@
-"""How long one call takes."""
+"""How long one call takes, and how much it gets done."""
 
 from __future__ import annotations
 
@@ -29,3 +29,15 @@ def latency(
         synchronize(device)
         seconds.append(now() - start)
     return median(seconds)
+
+
+def throughput(
+    fn: Callable[[], object],
+    samples: int,
+    repeats: int = 10,
+    warmup: int = 3,
+    now: Callable[[], float] = time.perf_counter,
+    device: torch.device | str = "cpu",
+) -> float:
+    """Samples per second of `fn()`, which handles `samples` of them a call, at its median latency."""
+    return samples / latency(fn, repeats, warmup, now, device)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from types import TracebackType
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from petlbench.measure.canonical import canonical
 from petlbench.spec import Memory
 
 Key = tuple[torch.device, int]
@@ -41,16 +43,16 @@ def _weights(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
 class SavedTensors:
     """Counts what autograd saves for backward inside the `with` block.
 
-    Each storage counts once and whole, whatever views of it are saved; parameters and buffers of `modules` do not
-    count. Everything counted stays alive until the block ends, so that no address is freed and taken for one already
-    counted: wrap the forward pass alone, and backward releases memory as ever. What a checkpointed region saves while
-    it is recomputed, and what a custom function keeps outside `save_for_backward`, is invisible to autograd's hooks
-    and not counted.
+    Each storage counts once and whole, whatever views of it are saved: a slice counts as what it is cut from, an
+    expanded tensor as what it repeats. Parameters and buffers of `modules` do not count. Everything counted stays
+    alive until the block ends, so that no address is freed and taken for one already counted: wrap the forward pass
+    alone, and backward releases memory as ever. What a checkpointed region saves while it is recomputed, and what a
+    custom function keeps outside `save_for_backward`, is invisible to autograd's hooks and not counted.
     """
 
     def __init__(self, *modules: nn.Module) -> None:
         self._modules = modules
-        self._excluded: set[Key] = set()
+        self._excluded: dict[Key, torch.UntypedStorage] = {}
         self._kept: dict[Key, torch.UntypedStorage] = {}
         self._hooks: saved_tensors_hooks | None = None
         self.saved_bytes = 0
@@ -65,7 +67,8 @@ class SavedTensors:
 
     def __enter__(self) -> SavedTensors:
         self.saved_bytes = 0
-        self._excluded = set(storages(_weights(self._modules)))
+        # Kept alive too: an activation may not take the address of a buffer that the forward pass replaces.
+        self._excluded = storages(_weights(self._modules))
         self._hooks = saved_tensors_hooks(self._pack, lambda tensor: tensor)
         self._hooks.__enter__()
         return self
@@ -75,7 +78,33 @@ class SavedTensors:
     ) -> None:
         assert self._hooks is not None
         self._hooks.__exit__(kind, error, trace)
+        self._excluded.clear()
         self._kept.clear()
+
+
+@contextmanager
+def _undisturbed(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Puts back what a forward pass changes: random states, and buffers such as running statistics."""
+    tensors = list(_weights(modules))
+    buffers = [(b, b.clone()) for m in modules for b in m.buffers()]
+    devices = {t.device for t in tensors if t.device.type == "cuda"}
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+
+
+def saved_bytes(loss: Callable[[], Tensor], *modules: nn.Module) -> int:
+    """What one forward pass `loss()` saves for backward, in bytes; the same on every machine, see `canonical`.
+
+    Parameters and buffers of `modules` do not count. Random states and buffers are afterwards as they were before.
+    """
+    with _undisturbed(modules), torch.enable_grad(), canonical(), SavedTensors(*modules) as saved:
+        loss()
+    return saved.saved_bytes
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -89,12 +118,17 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def account(
-    modules: Iterable[nn.Module], optimizer: torch.optim.Optimizer | None, saved_bytes: int, backend: str
+    modules: Iterable[nn.Module],
+    optimizer: torch.optim.Optimizer | None,
+    saved_bytes: int,
+    *,
+    native_saved_bytes: int | None = None,
+    backend: str = "",
 ) -> Memory:
     """Weights, gradients, optimizer state and saved tensors, in bytes of distinct storages.
 
     Call it after `backward` and an optimizer step, before gradients are cleared. Buffers are weights; the optimizer's
-    step counters are state. `backend` names what `saved_bytes` depends on.
+    step counters are state. `saved_bytes` is the canonical count; `backend` names what `native_saved_bytes` depends on.
     """
     modules = list(modules)
     weights = storage_bytes(_weights(modules))
@@ -106,7 +140,29 @@ def account(
         optimizer_bytes=state,
         saved_bytes=saved_bytes,
         accounted_bytes=weights + gradients + state + saved_bytes,
+        native_saved_bytes=native_saved_bytes,
         saved_backend=backend,
+    )
+
+
+def planned(modules: Iterable[nn.Module], saved_bytes: int = 0) -> Memory:
+    """What `account` finds after a step of AdamW, without running or allocating anything; on the meta device too.
+
+    Every trainable parameter is taken to receive a gradient. One that never does costs nothing when training really
+    runs, so there `account` is lower: by its gradient, its two moments and its step counter.
+    """
+    modules = list(modules)
+    trainable = {id(p): p for m in modules for p in m.parameters() if p.requires_grad}
+    weights = storage_bytes(_weights(modules))
+    gradients = sum(p.numel() * p.element_size() for p in trainable.values())
+    counter = 8 if torch.get_default_dtype() == torch.float64 else 4  # AdamW counts steps in the default precision
+    state = 2 * gradients + counter * len(trainable)
+    return Memory(
+        weights_bytes=weights,
+        gradients_bytes=gradients,
+        optimizer_bytes=state,
+        saved_bytes=saved_bytes,
+        accounted_bytes=weights + gradients + state + saved_bytes,
     )
 
 

@@ -33,3 +33,11 @@ def count(backbone: nn.Module, head: nn.Module | None, host_names: Set[str]) -> 
     total = sum(p.numel() for p in unique.values())
     trained = sum(trainable.values())
     return Parameters(**trainable, trainable=trained, total=total, percent=100 * trained / total if total else 0.0)
+
+
+def inference_extra(merged_backbone: nn.Module, untouched_parameters: int) -> int:
+    """Scalars of `merged_backbone`, shared ones once, beyond the `untouched_parameters` of the original.
+
+    Call it after merging where the method can merge; 0 then means that inference costs nothing more.
+    """
+    return sum(p.numel() for p in merged_backbone.parameters()) - untouched_parameters

@@ -12,6 +12,7 @@ SWEEPS = 8
 # What a flaw costs, as the distance from the point (in typographic points) worth going to avoid it.
 LABEL, LEADER_ON_LABEL, SOLID, LEADER_ON_SOLID, CROSSING, THIN = 1e5, 200.0, 2e4, 40.0, 15.0, 40.0
 NEAR = 12.0  # for beside a point that it does not name
+BESIDE = np.array([[0, -1], [0, 1], [1, -1], [-1, 1], [1, 1], [-1, -1], [1, 0], [-1, 0]])  # in order of preference
 AWAY = 6.0  # for a place on no ring: the rings look tidier
 
 
@@ -20,17 +21,18 @@ def place(
 ) -> np.ndarray:
     """Boxes [n, 4] for labels of `sizes` [n, 2] that name the points `anchors` [n, 2], inside the box `frame`.
 
-    `solid` [n, 4] are the boxes of the points' markers, in the order of `anchors`; `thin` [k, 4] are lines as flat
-    boxes, such as error bars. `unit` is the length of one typographic point. Each label in turn takes the cheapest of
-    its candidate boxes given where the others stand, until none moves.
+    `solid` [m, 4] are the boxes of all markers, first those of `anchors` in their order; `thin` [k, 2, 2] are lines
+    from point to point, such as error bars. `unit` is the length of one typographic point. Each label in turn takes
+    the cheapest of its candidate boxes given where the others stand, until none moves.
     """
-    candidates = [_candidates(a, s, frame, box, unit) for a, s, box in zip(anchors, sizes, solid, strict=True)]
+    own = solid[: len(anchors)]
+    candidates = [_candidates(a, s, frame, box, unit) for a, s, box in zip(anchors, sizes, own, strict=True)]
     leaders = [_leader(anchor, boxes) for anchor, boxes in zip(anchors, candidates, strict=True)]
     fixed = [
         _cost_of_distance(lines, unit)
         + LABEL * (~_within(boxes, frame))
         + SOLID * _overlap(boxes, solid).sum(1)
-        + THIN * _overlap(boxes, thin).sum(1)
+        + THIN * _pierces(thin, boxes).sum(0)
         + NEAR * _overlap(boxes + 6 * unit * np.array([-1, -1, 1, 1]), np.delete(solid, i, axis=0)).sum(1)
         + LEADER_ON_SOLID * _pierces(lines, np.delete(solid, i, axis=0)).sum(1)
         for i, (boxes, lines) in enumerate(zip(candidates, leaders, strict=True))
@@ -52,6 +54,25 @@ def place(
         if chosen == before:
             break
     return np.array([boxes[chosen[i]] for i, boxes in enumerate(candidates)]).reshape(-1, 4)
+
+
+def place_beside(
+    anchors: np.ndarray, sizes: np.ndarray, frame: np.ndarray, solid: np.ndarray, thin: np.ndarray, gap: float
+) -> np.ndarray:
+    """Boxes [n, 4] of `sizes` [n, 2] right beside each of `anchors` [n, 2], NaN for one that has no free place.
+
+    A place is free that lies inside `frame` and touches none of the boxes `solid` [m, 4], none of the lines `thin`
+    [k, 2, 2] and no box placed before it. `gap` is the distance between point and box.
+    """
+    placed = np.full((len(anchors), 4), np.nan)
+    for index, (anchor, size) in enumerate(zip(anchors, sizes, strict=True)):
+        centres = anchor + BESIDE * (gap + size / 2)
+        boxes = np.concatenate([centres - size / 2, centres + size / 2], axis=1)
+        taken = np.vstack([solid, placed[:index]])
+        free = _within(boxes, frame) & ~_overlap(boxes, taken).any(1) & ~_pierces(thin, boxes).any(0)
+        if free.any():
+            placed[index] = boxes[np.argmax(free)]
+    return placed
 
 
 def nearest(anchor: np.ndarray, boxes: np.ndarray) -> np.ndarray:

@@ -1,0 +1,98 @@
+"""From a cell to the objects it names: data, backbone, and the setting in which a method is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from petlbench.backbones.base import Backbone
+from petlbench.backbones.sites import Snapshot
+from petlbench.datasets.base import Source, Split
+from petlbench.errors import UserError
+from petlbench.measure.clock import PhaseClock
+from petlbench.method import Method, adapt
+from petlbench.registry import BACKBONES, DATASETS, METHODS
+from petlbench.spec import Cell
+from petlbench.task import Task
+from petlbench.training import Report, Setting
+
+
+@dataclass(frozen=True)
+class Data:
+    """The three parts of a data set in a task's schema."""
+
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+
+
+def load_source(cell: Cell, data_root: Path | None) -> Source:
+    """The cell's data source. `data_root`: where data sets lie (None: PETLBENCH_DATA)."""
+    kind = DATASETS.get(cell.dataset)
+    return kind(kind.Config(**cell.dataset_config), data_root)
+
+
+def load_split(cell: Cell, source: Source, task: Task, split: Split) -> Dataset:
+    """One part, limited as the recipe says. Raises UserError for one that is empty or has the wrong columns."""
+    limit = cell.recipe.train_limit if split == "train" else cell.recipe.eval_limit
+    rows = source.load(task.name, split, limit)
+    if not len(rows):
+        raise UserError(f"data set '{cell.dataset}' has no {split} rows for task '{task.name}'")
+    if set(rows.features) != set(task.features):
+        raise UserError(
+            f"data set '{cell.dataset}' gives the columns {', '.join(rows.features)} for task "
+            f"'{task.name}', which needs {', '.join(task.features)}"
+        )
+    return rows
+
+
+def load_data(cell: Cell, source: Source, task: Task) -> Data:
+    """All three parts."""
+    return Data(*(load_split(cell, source, task, split) for split in ("train", "validation", "test")))
+
+
+def build_backbone(cell: Cell, device: torch.device) -> Backbone:
+    """The cell's backbone; what its weights leave open is drawn from the cell's seed."""
+    kind: Any = BACKBONES.get(cell.backbone)
+    torch.manual_seed(cell.seed)
+    # Values are drawn on the CPU, so that they are the same on every device; the meta device allocates nothing.
+    with device if device.type == "meta" else torch.device("cpu"):
+        backbone: Backbone = kind(kind.Config(**cell.backbone_config))
+    return backbone.to(device)
+
+
+def build_method(cell: Cell) -> Method:
+    """The cell's method with its configuration."""
+    kind = METHODS.get(cell.method)
+    return kind(kind.Config(**cell.method_config))
+
+
+def build_setting(
+    cell: Cell,
+    backbone: Backbone,
+    task: Task,
+    device: torch.device,
+    *,
+    method: Method | None = None,
+    clock: PhaseClock | None = None,
+    report: Report = lambda event: None,
+) -> tuple[Setting, Snapshot]:
+    """The backbone adapted, with the task's head, ready to train; and the handle that restores the backbone.
+
+    `method` defaults to the cell's own. Raises UserError when nothing is left to train.
+    """
+    method = method or build_method(cell)
+    torch.manual_seed(cell.seed)
+    adapted, handle = adapt(method, backbone)
+    head = task.head(adapted).to(device)
+    torch.manual_seed(cell.seed + 1)  # dropout, whatever the method drew
+    setting = Setting(
+        adapted, head, task, cell.recipe, cell.seed, device, clock or PhaseClock(device), report, method=method
+    )
+    if not setting.trainable():
+        raise UserError(f"method '{cell.method}' leaves nothing to train on task '{task.name}'")
+    return setting, handle

@@ -1,0 +1,293 @@
+"""What each command does. Each imports what it needs itself, so that listing and help are instant."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from petlbench.errors import UserError
+from petlbench.registry import BACKBONES, DATASETS, METHODS, TASKS, Registry
+
+if TYPE_CHECKING:
+    from petlbench.records import Store
+    from petlbench.spec import Cell, Record
+    from petlbench.states import State
+
+KINDS: dict[str, Registry[Any]] = {
+    "methods": METHODS,
+    "tasks": TASKS,
+    "datasets": DATASETS,
+    "backbones": BACKBONES,
+}
+
+
+def list_things(args: argparse.Namespace) -> int:
+    """What there is of a kind, by name."""
+    if args.kind == "records":
+        rows = _records(args.results, args.pattern)
+    else:
+        rows = _suites(args.pattern) if args.kind == "suites" else _entries(KINDS[args.kind], args.pattern)
+        if args.check:
+            for row in rows:
+                row["error"] = _failure(args.kind, row["name"])
+    if args.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        widths = {key: max(len(row[key]) for row in rows) for key in rows[0] if key != "error"} if rows else {}
+        for row in rows:
+            print("  ".join(row[key].ljust(width) for key, width in widths.items()).rstrip())
+            if row.get("error"):
+                print(f"  FAILS: {row['error']}")
+    return int(any(row.get("error") for row in rows))
+
+
+def _records(results: Path, pattern: str) -> list[dict[str, Any]]:
+    """The records of a results folder, and whether the code that made them has changed since."""
+    from petlbench.records import Store
+    from petlbench.states import stale_parts, state_of
+
+    rows = []
+    for record in Store.open(results, create=False).load():
+        if fnmatchcase(record.cell.method, pattern) or fnmatchcase(record.cell.label, pattern):
+            parts = stale_parts(record)
+            state = f"stale ({', '.join(parts)})" if parts else str(state_of(record, {}))
+            score = record.metrics.get(record.main_metric)
+            shown = f"{record.main_metric} {score:.3f}" if score is not None else record.outcome
+            rows.append({"name": record.cell.label, "score": shown, "state": state})
+    return rows
+
+
+def _suites(pattern: str) -> list[dict[str, Any]]:
+    from petlbench.suite import load_suite, suite_names
+
+    return [{"name": name, "description": load_suite(name).description} for name in suite_names(pattern)]
+
+
+def _entries(registry: Registry[Any], pattern: str) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "distribution": registry.origin(name), "target": registry.target(name)}
+        for name in registry.names(pattern)
+    ]
+
+
+def _failure(kind: str, name: str) -> str | None:
+    """Why an entry cannot be used, or None."""
+    try:
+        if kind == "suites":
+            from petlbench.suite import expand, load_suite
+
+            expand(load_suite(name))
+        else:
+            KINDS[kind].get(name)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the cells of a suite that need it, then show the whole folder."""
+    from petlbench.fingerprint import fingerprints
+    from petlbench.records import Store
+    from petlbench.states import state_of
+    from petlbench.suite import expand, load_suite
+
+    suite = load_suite(args.suite)
+    cells = expand(
+        suite,
+        methods=args.methods,
+        tasks=args.tasks,
+        backbone=args.backbone,
+        seeds=args.seeds,
+        limit=args.limit,
+        data_root=args.data_root,
+    )
+    out = args.out or Path("runs") / suite.name
+    store = Store(out)
+    begun = datetime.now(UTC).isoformat(timespec="seconds")
+    now = {cell.id: fingerprints(cell, args.data_root) for cell in cells}
+    settled = {"done"} | (set() if args.retry_failed else {"failed"}) | ({"stale"} if args.keep_stale else set())
+
+    def done(cell: Cell) -> Record | None:
+        """The record that spares the cell, also when another run on this folder has left it meanwhile."""
+        record = store.get(cell)
+        state = state_of(record, now[cell.id]).name
+        fresh = record is not None and record.started > begun and state == "failed"
+        return record if state in settled or fresh else None
+
+    states = {cell.id: state_of(store.get(cell), now[cell.id]) for cell in cells}
+    pending = [cell for cell in cells if states[cell.id].name not in settled]
+    _announce(suite.name, len(pending), states.values(), out)
+    if args.dry_run:
+        width = max(len(str(state)) for state in states.values()) + 2
+        for cell in cells:
+            print(f"{states[cell.id]!s:{width}}{cell.label}")
+        return 0
+    if args.device == "cuda":
+        _need_cuda()
+    Store.open(out, create=True)
+    if pending:
+        from petlbench.launch.local import run_cells
+
+        run_cells(
+            pending,
+            store,
+            device=args.device,
+            jobs=args.jobs,
+            threads=args.threads,
+            data_root=args.data_root,
+            timeout=args.timeout or suite.timeout,
+            memory_limit=args.memory_limit or suite.memory_limit,
+            checkpoint_seconds=args.checkpoint_seconds,
+            done=done,
+            fingerprints=lambda cell: now[cell.id],
+        )
+    return _conclude(store, cells)
+
+
+def _announce(suite: str, pending: int, states: Iterable[State], out: Path) -> None:
+    counts = Counter(state.name for state in states)
+    told = [f"{counts[name]} {name}" for name in ("done", "stale", "failed") if counts[name] or name == "done"]
+    print(f"{suite}: {counts.total()} cells, {', '.join(told)}, {pending} to run; results in {out}")
+
+
+def _need_cuda() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device: use --device cpu, or install a CUDA build of torch")
+
+
+def _conclude(store: Store, cells: Sequence[Cell]) -> int:
+    """Table and plots of the whole folder; 1 if one of `cells` did not end well."""
+    from petlbench import leaderboard, plots
+    from petlbench.states import stale_parts
+
+    table = leaderboard.table(store, stale=stale_parts)
+    leaderboard.write_csv(table, store.root / "leaderboard.csv")
+    if table["score_mean"].notna().any():  # without a score there is nothing to draw
+        plots.draw(table, store.root / "plots")
+    _print(leaderboard.render(table))
+    failed = [record for cell in cells if (record := store.get(cell)) is None or record.outcome != "ok"]
+    for record in filter(None, failed):
+        print(f"{record.outcome}: {record.cell.label}: {record.reason}", file=sys.stderr)
+    if failed:
+        print(f"{len(failed)} of {len(cells)} cells did not end well: --retry-failed runs them again", file=sys.stderr)
+    return int(bool(failed))
+
+
+def leaderboard(args: argparse.Namespace) -> int:
+    """The table of results folders."""
+    from petlbench import leaderboard
+    from petlbench.records import find
+    from petlbench.states import stale_parts
+
+    table = leaderboard.table(find(args.results), stale=stale_parts)
+    if args.csv:
+        leaderboard.write_csv(table, args.csv)
+    _print(leaderboard.render(table))
+    return 0
+
+
+def plot(args: argparse.Namespace) -> int:
+    """The plots of results folders."""
+    from petlbench import leaderboard, plots
+    from petlbench.records import find
+    from petlbench.states import stale_parts
+
+    for path in plots.draw(leaderboard.table(find(args.results), stale=stale_parts), args.out):
+        print(path)
+    return 0
+
+
+def show(args: argparse.Namespace) -> int:
+    """Contact sheets of predictions."""
+    from petlbench import gallery
+    from petlbench.records import Store
+
+    store = Store.open(args.results, create=False)
+    for path in gallery.show(store, args.out, count=args.count, data_root=args.data_root):
+        print(path)
+    return 0
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Two methods, or all pairs."""
+    from petlbench import statistics
+    from petlbench.leaderboard import write_csv
+    from petlbench.records import Store
+    from petlbench.states import stale_parts
+
+    if args.a and not args.b:
+        raise UserError(f"compare needs two methods, or none for all pairs: add one beside {args.a}")
+    store = Store.open(args.results, create=False)
+    frame = statistics.compare(store, args.a, args.b) if args.a else statistics.pairs(store, stale=stale_parts)
+    if args.csv:
+        write_csv(frame, args.csv)
+    else:
+        print(frame.to_string(index=False))
+    return 0
+
+
+def profile(args: argparse.Namespace) -> int:
+    """Costs without training."""
+    from petlbench import profile
+
+    if args.device == "cuda":
+        _need_cuda()
+    cells = profile.profile_cells(
+        args.methods, task=args.task, backbone=args.backbone, batch_size=args.batch_size, data_root=args.data_root
+    )
+    costs = profile.profile(
+        cells, device=args.device, threads=args.threads, steps=args.steps, meta=args.meta, data_root=args.data_root
+    )
+    if args.json:
+        print(json.dumps([cost.model_dump(mode="json") for cost in costs], indent=1))
+    else:
+        _print(profile.render(costs))
+    return 0
+
+
+def check(args: argparse.Namespace) -> int:
+    """Conformance; 1 when the method fails a check."""
+    from petlbench import conformance
+
+    try:
+        config = json.loads(args.config) if args.config else {}
+    except ValueError as error:
+        raise UserError(f"--config is not JSON ({error}): give an object such as '{{\"rank\": 4}}'") from error
+    if not isinstance(config, dict):
+        raise UserError("--config must be a JSON object such as '{\"rank\": 4}'")
+    report = conformance.check(args.method, backbone=args.backbone, tasks=args.tasks, config=config)
+    if args.json:
+        print(json.dumps(report.as_json(), indent=1))
+    else:
+        _print(conformance.render(report))
+    return int(not report.ok)
+
+
+def repair(args: argparse.Namespace) -> int:
+    """Set aside what does not belong."""
+    from petlbench.launch.claims import idle
+    from petlbench.records import Store
+    from petlbench.repair import repair
+
+    store = Store.open(args.results, create=False)
+    if not idle(store.claims):
+        raise UserError(f"a run is at work in {args.results}: repair it once that has ended")
+    print("\n".join(repair(store)) or f"{args.results}: nothing to repair")
+    return 0
+
+
+def _print(table: Any) -> None:
+    """A rich table, at its full width where no terminal limits it."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else Console(width=10_000).measure(table).maximum
+    Console(width=width).print(table)

@@ -1,0 +1,5 @@
+"""The new process of the check `reload`."""
+
+from petlbench.conformance.process import main
+
+main()

@@ -1,0 +1,204 @@
+"""The little bench on which a method is checked: a few rows, ten steps, real objects."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import disable_progress_bars
+from torch import Tensor, nn
+
+from petlbench.assembly import Data, build_backbone, build_setting, load_data, load_source
+from petlbench.backbones.base import Backbone
+from petlbench.backbones.sites import Layer, Snapshot
+from petlbench.conformance.state import Inventory
+from petlbench.errors import UserError
+from petlbench.method import Method
+from petlbench.registry import DATASETS, METHODS, TASKS
+from petlbench.spec import Cell, Recipe
+from petlbench.task import Batch, Row
+from petlbench.training import Setting
+
+ROWS = 4
+RECIPE: dict[str, Any] = {
+    "steps": 10,
+    "batch_size": ROWS,
+    "eval_batch_size": ROWS,
+    "weight_decay": 0.1,  # what is not meant to train must not decay either
+    "warmup": 0.0,
+    "validations": 1,
+    "lr_factors": (1.0,),
+    "beams": 1,
+}
+LIMITS: dict[str, Any] = {"train_limit": 2 * ROWS, "eval_limit": ROWS}
+SCENES = dict.fromkeys(("train_scenes", "validation_scenes", "test_scenes"), 2 * ROWS)  # where data is generated
+
+
+def method_class(name: str) -> type[Method]:
+    """A registered method, or any by `module:Class`. Raises UserError for what is neither."""
+    if ":" not in name:
+        return METHODS.get(name)
+    module, _, path = name.partition(":")
+    try:
+        found: Any = import_module(module)
+        for part in path.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"method '{name}' cannot be imported ({error}): give a name or module:Class") from error
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise UserError(f"'{name}' is not a subclass of petlbench.method.Method: give a name or module:Class")
+    return found
+
+
+def cell_of(name: str, kind: type[Method], config: dict[str, Any], task: str, backbone: str) -> Cell:
+    """What is trained in a check of `kind`: its own training options, but few and short."""
+    dataset = TASKS.get(task).default_dataset
+    fields = DATASETS.get(dataset).Config.model_fields
+    return Cell(
+        method=name,
+        method_config=config,
+        task=task,
+        dataset=dataset,
+        dataset_config={key: value for key, value in SCENES.items() if key in fields},
+        backbone=backbone,
+        recipe=Recipe(**{**kind.recipe, **RECIPE, **LIMITS}),
+    )
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """A loss and predictions, in evaluation mode and as plain data."""
+
+    loss: float
+    predictions: Any
+
+    @property
+    def bits(self) -> str:
+        """Equal exactly when every number is, to the bit."""
+        return json.dumps([self.loss, self.predictions])
+
+    def distance(self, other: Outputs) -> float:
+        """The largest difference, relative to values above one; infinite where anything but numbers differs."""
+        return distance([self.loss, self.predictions], [other.loss, other.predictions])
+
+    @property
+    def finite(self) -> bool:
+        return "NaN" not in self.bits and "Infinity" not in self.bits
+
+
+def distance(a: Any, b: Any) -> float:
+    """See `Outputs.distance`."""
+    if isinstance(a, list) and isinstance(b, list):
+        return max(map(distance, a, b), default=0.0) if len(a) == len(b) else math.inf
+    if isinstance(a, float) and isinstance(b, float):
+        gap = abs(a - b) / max(1.0, abs(a), abs(b))
+        return math.inf if math.isnan(gap) else gap
+    return 0.0 if a == b else math.inf
+
+
+def plain(value: Any) -> Any:
+    """Predictions as nested lists, numbers and text."""
+    if isinstance(value, (np.ndarray, np.generic, Tensor)):
+        return value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return [[str(key), plain(item)] for key, item in value.items()]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)
+
+
+@cache
+def _data(cell: str) -> Data:
+    """The rows of a cell, given as JSON without its method: all methods share them."""
+    found = Cell.model_validate_json(cell)
+    return load_data(found, load_source(found, None), TASKS.get(found.task)())
+
+
+class Bench:
+    """A cell with its task and rows; everything else is built afresh whenever it is asked for."""
+
+    def __init__(self, cell: Cell, device: str) -> None:
+        disable_progress_bars()
+        self.cell, self.device = cell, torch.device(device)
+        self.task = TASKS.get(cell.task)()
+
+        self.data = _data(self.cell.model_copy(update={"method": "", "method_config": {}}).model_dump_json())
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """Those on which outputs are compared."""
+        return [self.data.validation[i] for i in range(len(self.data.validation))]
+
+    def backbone(self) -> Backbone:
+        return build_backbone(self.cell, self.device)
+
+    def setting(self, backbone: Backbone, method: Method) -> tuple[Setting, Snapshot]:
+        return build_setting(self.cell, backbone, self.task, self.device, method=method)
+
+    def batch(self, backbone: Backbone, rows: list[Row], *, training: bool, dtype: torch.dtype | None = None) -> Batch:
+        """The same at every call, whatever was drawn before."""
+        batch = self.task.collate(rows, backbone, np.random.default_rng(0) if training else None).to(self.device)
+        if dtype is None:
+            return batch
+        images = replace(batch.images, pixels=batch.images.pixels.to(dtype), scale=batch.images.scale.to(dtype))
+        extras = {name: t.to(dtype) if t.is_floating_point() else t for name, t in batch.extras.items()}
+        return replace(batch, images=images, extras=extras)
+
+    @torch.no_grad()
+    def predictions(
+        self, backbone: Backbone, head: nn.Module, rows: list[Row], dtype: torch.dtype | None = None
+    ) -> list[Any]:
+        backbone.eval(), head.eval()
+        batch = self.batch(backbone, rows, training=False, dtype=dtype)
+        found: list[Any] = plain(self.task.predict(backbone, head, batch, beams=1))
+        return found
+
+    @torch.no_grad()
+    def outputs(self, backbone: Backbone, head: nn.Module, dtype: torch.dtype | None = None) -> Outputs:
+        backbone.eval(), head.eval()
+        loss = self.task.loss(backbone, head, self.batch(backbone, self.rows, training=True, dtype=dtype))
+        return Outputs(float(loss), self.predictions(backbone, head, self.rows, dtype))
+
+
+class Reference:
+    """The untouched backbone on one task: what it computes, and which of its parts the task leaves out."""
+
+    def __init__(self, bench: Bench, backbone: Backbone, fresh: Inventory) -> None:
+        """`fresh`: taken when the backbone was built."""
+        self.backbone = backbone
+        torch.manual_seed(0)
+        self.head = bench.task.head(backbone).to(bench.device)
+        self.outputs = bench.outputs(backbone, self.head)
+        self.idle_layers, self.idle_parameters = self._idle(bench)
+        self.habits = set(fresh.changes())  # what the host itself leaves behind when it runs, such as a cached table
+
+    def _idle(self, bench: Bench) -> tuple[frozenset[str], frozenset[str]]:
+        """Names of layers that do not run and of parameters that get no gradient when everything trains."""
+        handle, used = Snapshot(self.backbone), set[str]()
+        layers = {name: m for name, m in self.backbone.named_modules() if isinstance(m, Layer)}
+        hooks = [m.register_forward_pre_hook(lambda *_, name=name: used.add(name)) for name, m in layers.items()]
+        try:
+            self.backbone.requires_grad_(True)
+            batch = bench.batch(self.backbone, bench.rows, training=True)
+            bench.task.loss(self.backbone, self.head, batch).backward()
+            named = self.backbone.named_parameters()
+            dead = frozenset(name for name, p in named if p.grad is None or not p.grad.any())
+        finally:
+            for hook in hooks:
+                hook.remove()
+            handle.restore()
+        return frozenset(layers.keys() - used), dead
+
+    def idle(self, modules: dict[str, nn.Module], parameters: dict[str, nn.Parameter]) -> set[int]:
+        """Ids of all parameters, inserted ones too, that this task cannot reach in a backbone like this one.
+
+        `modules` and `parameters`: by the names that they had before the backbone was adapted.
+        """
+        inside = [p for name in self.idle_layers for p in modules[name].parameters()]
+        return {id(p) for p in [*inside, *(parameters[name] for name in self.idle_parameters)]}

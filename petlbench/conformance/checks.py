@@ -1,0 +1,221 @@
+"""What every method is held to. A check gives what is wrong and what to do, or nothing; Skip says why it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from typing import TypeVar
+
+from petlbench.conformance.bench import distance
+from petlbench.conformance.observation import Seen
+from petlbench.conformance.report import Finding
+from petlbench.conformance.state import differing, some
+
+T = TypeVar("T")
+Check = Callable[[Seen], str]
+IDENTITY = 1e-6
+REGROUPING = 1e-3  # batches of another size are computed in another order
+
+
+class Skip(Exception):
+    """Why a check does not apply, or could not be made."""
+
+
+def runs(seen: Seen) -> str:
+    """It adapts, trains, predicts and is taken out without an exception."""
+    return f"{seen.error}: mend this first" if seen.error else ""
+
+
+def finite(seen: Seen) -> str:
+    """Losses and predictions are numbers, before, during and after training."""
+    start = _needed(seen.start)
+    if not start.finite:
+        return f"the loss before training is {start.loss}, or a prediction is no number: look at the initial values"
+    if seen.diverged:
+        return f"{seen.diverged}: look at the initial values and at the recipe's rate"
+    return "" if _needed(seen.trained).finite else "predictions after ten steps are no numbers: lower the rate"
+
+
+def identity(seen: Seen) -> str:
+    """Before training, the untouched backbone's outputs, where that is claimed."""
+    if not seen.kind.identity:
+        raise Skip("not claimed")
+    _repeating(seen)
+    start, untouched = _needed(seen.start), _needed(seen.untouched)
+    if not start.finite:
+        raise Skip("no numbers to compare: see `finite`")
+    if (gap := start.distance(untouched)) <= IDENTITY:
+        return ""
+    return (
+        f"before training, the loss is {start.loss:.7g} and not the untouched backbone's {untouched.loss:.7g} (largest "
+        f"difference {gap:.2g}): start what is inserted at zero, or do not claim `identity`"
+    )
+
+
+def frozen(seen: Seen) -> str:
+    """What does not train keeps every bit through ten steps."""
+    changed = _needed(seen.frozen_changed)
+    if not changed:
+        return ""
+    return (
+        f"{_counted(changed, 'frozen tensor')} changed in training: {some(changed)}; let it require gradient, or "
+        "do not write to it"
+    )
+
+
+def gradients(seen: Seen) -> str:
+    """What trains gets a gradient, or is declared dead; what the task itself leaves out does not count."""
+    alive = _needed(seen.alive)
+    if seen.trained is None:
+        raise Skip("training did not end")
+    wrong = []
+    for pattern, _ in seen.kind.dead.items():
+        matches = [name for name in seen.trainable if fnmatchcase(name, pattern)]
+        if not matches:
+            wrong.append(f"`dead` names {pattern}, which no trainable tensor matches: remove it")
+        elif living := [name for name in matches if name in alive]:
+            wrong.append(f"`dead` names {pattern}, but {some(living)} gets a gradient: remove or narrow it")
+    silent = [name for name in seen.trainable if name not in alive and name not in seen.idle]
+    if dead := [name for name in silent if not any(fnmatchcase(name, pattern) for pattern in seen.kind.dead)]:
+        wrong.append(f"no gradient ever reaches {some(dead)}: use it, freeze it, or declare it in `dead`")
+    return "; ".join(wrong)
+
+
+def detached(seen: Seen) -> str:
+    """No gradient in the frozen backbone and nothing of it saved for backward, where that is claimed."""
+    if not seen.kind.detached:
+        raise Skip("not claimed")
+    if not (reached := _needed(seen.reached)):
+        return ""
+    return (
+        f"autograd reaches into {_counted(reached, 'frozen module')}, first {some(reached)}: detach what "
+        "enters, freeze what trains below (host parts too), or do not claim `detached`"
+    )
+
+
+def evaluation(seen: Seen) -> str:
+    """In evaluation mode, predictions repeat, change nothing, and do not depend on the rest of the batch."""
+    trained, repeated = _needed(seen.trained), _needed(seen.repeated)
+    if seen.moved_modes:
+        return f"`adapt` switches {some(seen.moved_modes)} between training and evaluation: leave modes alone"
+    if seen.awake:
+        return f"{some(seen.awake)} is in training mode after an evaluation: do not call train() in a forward pass"
+    if seen.touched:
+        return f"evaluation changes {some(seen.touched)}: update only when `self.training`"
+    if trained.bits != repeated.bits:
+        return (
+            f"two evaluations differ (losses {trained.loss:.7g} and {repeated.loss:.7g}): draw nothing and keep no "
+            "state when `self.training` is False; modules must be registered to hear of it"
+        )
+    if _numeric(trained.predictions) and distance(trained.predictions, seen.regrouped) > REGROUPING:
+        return "predictions of a row depend on the rows beside it: use no statistics over the batch"
+    return ""
+
+
+def saved(seen: Seen) -> str:
+    """The adapter file holds all that trains and nothing that is frozen."""
+    _needed(seen.trained)
+    if seen.sharing:
+        return f"{some(seen.sharing)} shares its memory with a frozen tensor: clone it"
+    if seen.unsaved:
+        return f"{some(seen.unsaved)} is in the file or among what trains, but not in both and the same: keep it fixed"
+    return ""
+
+
+def reload(seen: Seen) -> str:
+    """A new process that reads the adapter file predicts the same, to the bit."""
+    trained = _needed(seen.trained)
+    _repeating(seen)
+    if seen.reloaded is None:
+        raise Skip("a new process can import only classes at the top of a module")
+    if error := seen.reloaded.get("error"):
+        return f"a new process fails: {error}"
+    if seen.reloaded["bits"] == trained.bits:
+        return ""
+    lost = differing(seen.values, seen.reloaded["values"])
+    if seen.frozen_changed:
+        raise Skip("frozen tensors changed: see `frozen`")
+    blame = f"what differs is {some(lost)}: make it a trained Parameter" if lost else "no tensor or number differs"
+    return f"a new process that loads the adapter predicts otherwise; {blame}, or make it follow from the seed"
+
+
+def seed(seen: Seen) -> str:
+    """Two trainings from the same seed give the same losses and predictions, to the bit."""
+    trained, again = _needed(seen.trained), _needed(seen.again)
+    for (step, first), (_, second) in zip(seen.losses, seen.again_losses, strict=True):
+        if first != second:
+            return (
+                f"with the same seed, the losses of step {step} are {first:.9g} and {second:.9g}: draw from torch's "
+                "own generator only, and keep nothing between two trainings"
+            )
+    return "" if trained.bits == again.bits else "with the same seed, predictions differ: keep no state between runs"
+
+
+def merge(seen: Seen) -> str:
+    """`merge` changes nothing but the place of the weights, where that is claimed."""
+    if not seen.kind.mergeable:
+        raise Skip("not claimed")
+    unmerged = _needed(seen.unmerged)
+    _repeating(seen)
+    if seen.merge_error:
+        return f"`merge` fails: {seen.merge_error}; mend it, or do not claim `mergeable`"
+    gap = unmerged.distance(_needed(seen.merged))
+    if gap <= seen.tolerance:
+        return ""
+    return f"merged outputs differ by {gap:.2g}, more than {seen.tolerance:g}: what `merge` folds is not what runs"
+
+
+def restore(seen: Seen) -> str:
+    """Taken out again, it leaves the backbone as it was, to the bit, and nothing behind."""
+    left, restored, original = _needed(seen.left), _needed(seen.restored), _needed(seen.original)
+    if left:
+        return f"restoring the backbone leaves {some(left)} changed: insert modules, and change nothing else"
+    return "" if restored.bits == original.bits else "the restored backbone predicts otherwise: keep nothing outside it"
+
+
+CHECKS: tuple[Check, ...] = (
+    runs,
+    finite,
+    identity,
+    frozen,
+    gradients,
+    detached,
+    evaluation,
+    saved,
+    reload,
+    seed,
+    merge,
+    restore,
+)
+
+
+def judge(seen: Seen) -> list[Finding]:
+    """One finding a check, always in the same order."""
+    findings = []
+    for check in CHECKS:
+        try:
+            message = check(seen)
+            findings.append(Finding(check.__name__, "fail" if message else "pass", message))
+        except Skip as reason:
+            findings.append(Finding(check.__name__, "skip", str(reason)))
+    return findings
+
+
+def _needed(value: T | None) -> T:
+    if value is None:
+        raise Skip("not reached")
+    return value
+
+
+def _repeating(seen: Seen) -> None:
+    """What does not repeat within one process cannot be compared with anything else."""
+    if seen.trained is not None and evaluation(seen):
+        raise Skip("evaluation does not repeat: see `evaluation`")
+
+
+def _numeric(value: object) -> bool:
+    return all(map(_numeric, value)) if isinstance(value, list) else isinstance(value, float)
+
+
+def _counted(names: list[str], noun: str) -> str:
+    return f"{len(names)} {noun}{'s' if len(names) > 1 else ''}"

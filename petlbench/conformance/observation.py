@@ -1,0 +1,186 @@
+"""What is seen of a method on one task: two short trainings, and what is left after each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from petlbench.backbones.base import Backbone
+from petlbench.backbones.sites import Snapshot
+from petlbench.conformance import watch
+from petlbench.conformance.bench import Bench, Outputs, Reference
+from petlbench.conformance.state import Inventory, differing, digests, tensors, values
+from petlbench.measure.memory import storages
+from petlbench.method import Method
+from petlbench.registry import one_line
+from petlbench.training import Diverged, Fit, Setting, fit
+
+
+@dataclass
+class Seen:
+    """Observations; what could not be observed is None. Names are those in the backbone or in the adapter file."""
+
+    kind: type[Method]
+    error: str = ""  # what ended the observation
+    diverged: str = ""
+    # before training
+    start: Outputs | None = None
+    untouched: Outputs | None = None  # the same head on the untouched backbone
+    moved_modes: list[str] = field(default_factory=list)  # modules whose mode `adapt` changed
+    # after training
+    frozen_changed: list[str] | None = None
+    trainable: list[str] = field(default_factory=list)
+    alive: set[str] | None = None
+    idle: set[str] = field(default_factory=set)  # trainable names that the task cannot reach
+    trained: Outputs | None = None
+    repeated: Outputs | None = None
+    regrouped: Any = None  # predictions of the same rows in other batches
+    touched: list[str] = field(default_factory=list)  # tensors that evaluation changed
+    awake: list[str] = field(default_factory=list)  # modules in training mode after evaluation
+    values: dict[str, str] = field(default_factory=dict)
+    sharing: list[str] = field(default_factory=list)  # trainable names that share memory with frozen tensors
+    unsaved: list[str] = field(default_factory=list)  # names that the adapter file has too few or too many
+    losses: Any = None
+    # after `restore`
+    left: list[str] | None = None
+    restored: Outputs | None = None
+    original: Outputs | None = None
+    # the second training, from the same seed
+    again: Outputs | None = None
+    again_losses: Any = None
+    reached: list[str] | None = None  # frozen modules that autograd enters
+    # `merge`
+    unmerged: Outputs | None = None
+    merged: Outputs | None = None
+    tolerance: float = 0.0
+    merge_error: str = ""
+    # a new process
+    reloaded: dict[str, Any] | None = None
+
+
+def observe(bench: Bench, kind: type[Method], reference: Reference, file: Path) -> Seen:
+    """Everything but the new process, for which the adapter is saved at `file`."""
+    seen = Seen(kind, original=reference.outputs)
+    try:
+        _first(seen, bench, reference, file)
+        if seen.trained is not None:
+            _second(seen, bench)
+    except Diverged as error:
+        seen.diverged = str(error)
+    except Exception as error:  # somebody else's code may raise anything
+        seen.error = one_line(error)
+    return seen
+
+
+def train(bench: Bench, setting: Setting) -> Fit:
+    """Ten steps that start from the same random state whatever was looked at before."""
+    torch.manual_seed(bench.cell.seed + 1)
+    return fit(setting, bench.data.train, bench.data.validation, bench.cell.recipe.lr)
+
+
+def _first(seen: Seen, bench: Bench, reference: Reference, file: Path) -> None:
+    backbone = bench.backbone()
+    inventory, modules = Inventory(backbone), dict(backbone.named_modules())
+    parameters, own = dict(backbone.named_parameters()), tensors(backbone)
+    modes = {name: module.training for name, module in modules.items()}
+    method = seen.kind(seen.kind.Config(**bench.cell.method_config))
+    setting, handle = bench.setting(backbone, method)
+    seen.moved_modes = [name for name, module in modules.items() if module.training != modes[name]]
+    trained = setting.trainable()
+    idle = reference.idle(modules, parameters)
+    seen.trainable, seen.idle = list(trained), {name for name, p in trained.items() if id(p) in idle}
+    seen.start = bench.outputs(setting.backbone, setting.head)
+    seen.untouched = bench.outputs(reference.backbone, setting.head)
+    if not seen.start.finite:
+        return
+    frozen = _frozen(setting, own)
+    before = digests(frozen)
+    with watch.gradients(trained) as seen.alive:
+        fitted = train(bench, setting)
+    seen.losses = fitted.losses
+    seen.frozen_changed = differing(before, digests(frozen))
+    _look_at_evaluation(seen, bench, setting)
+    seen.values = values(setting.modules(), method)
+    _save(seen, setting, fitted, frozen, file)
+    _remove(seen, bench, reference, backbone, handle, inventory)
+
+
+def _reached(bench: Bench, setting: Setting, modules: dict[str, nn.Module]) -> list[str]:
+    setting.modules().train()
+    batch = bench.batch(setting.backbone, bench.rows, training=True)
+    with watch.graph(modules) as names:
+        setting.task.loss(setting.backbone, setting.head, batch)
+    return names
+
+
+def _frozen(setting: Setting, own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All that must keep its values: the backbone's own tensors and the method's frozen parameters.
+
+    Buffers that the method brings are its own affair, as long as a new process gives the same predictions.
+    """
+    known = {id(t) for t in own.values()}
+    parameters = setting.modules().named_parameters()
+    inserted = {name: p for name, p in parameters if not p.requires_grad and id(p) not in known}
+    return {name: t for name, t in own.items() if not t.requires_grad} | inserted
+
+
+def _look_at_evaluation(seen: Seen, bench: Bench, setting: Setting) -> None:
+    modules, backbone, head = setting.modules(), setting.backbone, setting.head
+    before = digests(tensors(modules))
+    seen.trained = bench.outputs(backbone, head)
+    seen.touched = differing(before, digests(tensors(modules)))
+    seen.awake = [name for name, module in modules.named_modules() if module.training and name]
+    modules.train()
+    seen.repeated = bench.outputs(backbone, head)
+    halves = bench.rows[:1], bench.rows[1:]
+    seen.regrouped = [p for rows in halves if rows for p in bench.predictions(backbone, head, rows)]
+
+
+def _save(seen: Seen, setting: Setting, fitted: Fit, frozen: dict[str, Tensor], file: Path) -> None:
+    """The adapter file as a run writes it, and how it compares with what trains."""
+    trained = setting.trainable()
+    occupied = storages(frozen.values()).keys()
+    seen.sharing = [name for name, p in trained.items() if storages([p]).keys() & occupied]
+    sizes = {name: str(tuple(t.shape)) for name, t in fitted.state.items()}
+    seen.unsaved = differing(sizes, {name: str(tuple(p.shape)) for name, p in trained.items()})
+    save_file({name: value.cpu().contiguous() for name, value in fitted.state.items()}, file)
+
+
+def _remove(
+    seen: Seen, bench: Bench, reference: Reference, backbone: Backbone, handle: Snapshot, inventory: Inventory
+) -> None:
+    handle.restore()
+    own, untouched = digests(tensors(backbone)), digests(tensors(reference.backbone))
+    values = [f"values of {name}" for name in differing(untouched, own)]
+    seen.left = [name for name in inventory.changes() if name not in reference.habits] + values
+    seen.restored = bench.outputs(backbone, reference.head)
+
+
+def _second(seen: Seen, bench: Bench) -> None:
+    method = seen.kind(seen.kind.Config(**bench.cell.method_config))
+    backbone = bench.backbone()
+    modules = dict(backbone.named_modules())
+    setting, _ = bench.setting(backbone, method)
+    seen.again_losses = train(bench, setting).losses
+    seen.again = bench.outputs(setting.backbone, setting.head)
+    seen.reached = _reached(bench, setting, modules) if seen.kind.detached else None
+    if not seen.kind.mergeable:
+        return
+    try:
+        setting.modules().double()
+        dtype, seen.tolerance = torch.float64, 1e-9
+        seen.unmerged = bench.outputs(setting.backbone, setting.head, dtype)
+    except RuntimeError:  # a part that cannot compute in double precision
+        setting.modules().float()
+        dtype, seen.tolerance = torch.float32, 1e-4
+        seen.unmerged = bench.outputs(setting.backbone, setting.head, dtype)
+    try:
+        method.merge()
+        seen.merged = bench.outputs(setting.backbone, setting.head, dtype)
+    except Exception as error:  # somebody else's code may raise anything
+        seen.merge_error = one_line(error)

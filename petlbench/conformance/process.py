@@ -1,0 +1,72 @@
+"""Adapters read back in a new process, which knows nothing but their cells and files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from petlbench.spec import Cell
+
+
+def reload(adapters: Mapping[Path, Cell], device: str) -> dict[Path, dict[str, Any]]:
+    """For each adapter file what a new process computes with it: `bits` of its outputs and all `values`, or `error`.
+
+    One process for all, since starting one takes seconds.
+    """
+    import torch
+
+    if not adapters:
+        return {}
+    jobs = {str(path): cell.model_dump(mode="json") for path, cell in adapters.items()}
+    task = {"jobs": jobs, "device": device, "threads": torch.get_num_threads()}  # their number can change bits
+    path = os.pathsep.join(str(Path(entry).resolve()) for entry in sys.path)  # plug-ins may lie anywhere
+    done = subprocess.run(
+        [sys.executable, "-m", "petlbench.conformance"],
+        input=json.dumps(task),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return {path: {"error": f"it ended with status {done.returncode}: {last}"} for path in adapters}
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {path: found[str(path)] for path in adapters}
+
+
+def main() -> None:
+    """The new process: jobs from standard input, results as the last line of standard output."""
+    import torch
+
+    from petlbench.registry import one_line
+
+    task = json.load(sys.stdin)
+    torch.set_num_threads(task["threads"])
+    results: dict[str, Any] = {}
+    for path, cell in task["jobs"].items():
+        try:
+            results[path] = _outputs(Cell.model_validate(cell), Path(path), task["device"])
+        except Exception as error:  # one adapter's fault must not take the others down
+            results[path] = {"error": one_line(error)}
+    print("\n" + json.dumps(results))
+
+
+def _outputs(cell: Cell, path: Path, device: str) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    from petlbench.conformance.bench import Bench, method_class
+    from petlbench.conformance.state import values
+    from petlbench.training import load_state
+
+    kind, bench = method_class(cell.method), Bench(cell, device)
+    method = kind(kind.Config(**cell.method_config))
+    setting, _ = bench.setting(bench.backbone(), method)
+    load_state(setting, load_file(path, device=device))
+    outputs = bench.outputs(setting.backbone, setting.head)
+    return {"bits": outputs.bits, "values": values(setting.modules(), method)}

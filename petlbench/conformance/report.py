@@ -1,0 +1,56 @@
+"""What a check run found, and how a person reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+Outcome = Literal["pass", "fail", "skip"]
+STYLES: dict[Outcome, str] = {"pass": "green", "fail": "bold red", "skip": "dim"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check on one task. `message` says what to mend (fail) or why nothing was checked (skip)."""
+
+    check: str
+    outcome: Outcome
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All findings on one method, by task; every task has the same checks in the same order."""
+
+    method: str
+    backbone: str
+    findings: dict[str, list[Finding]] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        return not any(self.failures())
+
+    def failures(self) -> Iterator[tuple[str, Finding]]:
+        """(task, finding) of everything that failed."""
+        for task, findings in self.findings.items():
+            yield from ((task, finding) for finding in findings if finding.outcome == "fail")
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**asdict(self), "ok": self.ok}
+
+
+def render(report: Report) -> Group:
+    """A table of checks by tasks; below it what failed and what to do."""
+    table = Table("check", *report.findings, title=f"{report.method} on {report.backbone}")
+    for row in zip(*report.findings.values(), strict=True):
+        table.add_row(row[0].check, *(Text(finding.outcome, STYLES[finding.outcome]) for finding in row))
+    failures = list(report.failures())
+    told = [Text.assemble((f"{finding.check} on {task}: ", "bold red"), finding.message) for task, finding in failures]
+    verdict = Text(f"{len(failures)} failed", "bold red") if failures else Text("all passed", "bold green")
+    return Group(table, *told, verdict)

@@ -1,0 +1,69 @@
+"""What a method in its setting costs: measured the same way in a cell and in a profile."""
+
+from __future__ import annotations
+
+import torch
+from datasets import Dataset
+
+from petlbench.measure.flops import step_flops
+from petlbench.measure.latency import latency, throughput
+from petlbench.measure.memory import saved_bytes
+from petlbench.spec import Flops, Inference, Memory
+from petlbench.task import Batch, Row
+from petlbench.training import Batches, Setting
+
+
+def first_batch(train_rows: Dataset, setting: Setting) -> Batch:
+    """The batch that training starts with."""
+    return next(Batches(train_rows, setting))
+
+
+def canonical_saved_bytes(setting: Setting, batch: Batch) -> int:
+    """Bytes that a training step on `batch` saves for backward: the same on every machine."""
+    modules = setting.modules().train()
+    return saved_bytes(lambda: setting.task.loss(setting.backbone, setting.head, batch), *modules.values())
+
+
+def training_flops(setting: Setting, batch: Batch) -> Flops:
+    """Operations of a training step on `batch`, dropout off. Leaves the setting without gradients."""
+    modules = setting.modules().eval()
+    found = step_flops(lambda: setting.task.loss(setting.backbone, setting.head, batch))
+    modules.zero_grad(set_to_none=True)
+    return found
+
+
+def inference(setting: Setting, rows: Dataset, batch_size: int) -> Inference:
+    """Latency on one row, and throughput on a batch of `batch_size` rows or as many as there are.
+
+    Measured again after merging where the method can merge: the setting is left merged then.
+    """
+    chosen = [rows[i] for i in range(min(batch_size, len(rows)))]
+    found = {"batch_size": len(chosen), **_speed(setting, chosen)}
+    if setting.method is not None and setting.method.mergeable:
+        setting.method.merge()
+        found |= {f"merged_{name}": value for name, value in _speed(setting, chosen).items()}
+    return Inference(**found)
+
+
+def _speed(setting: Setting, rows: list[Row]) -> dict[str, float]:
+    setting.modules().eval()
+
+    @torch.no_grad()
+    def predict(part: list[Row]) -> None:
+        batch = setting.task.collate(part, setting.backbone, None).to(setting.device)
+        setting.task.predict(setting.backbone, setting.head, batch, beams=setting.recipe.beams)
+
+    once = latency(lambda: predict(rows[:1]), repeats=9, warmup=2, device=setting.device)
+    many = throughput(lambda: predict(rows), len(rows), repeats=3, warmup=1, device=setting.device)
+    return {"latency_seconds": once, "throughput": many}
+
+
+def stored_scalars(setting: Setting) -> int:
+    """Scalars in the adapter file: everything that trains, shared ones once."""
+    return sum(p.numel() for p in setting.trainable().values())
+
+
+def with_saved(memory: Memory, canonical: int) -> Memory:
+    """The accounting of a real step, completed with the canonical bytes saved for backward."""
+    others = memory.weights_bytes + memory.gradients_bytes + memory.optimizer_bytes
+    return memory.model_copy(update={"saved_bytes": canonical, "accounted_bytes": others + canonical})

@@ -1,0 +1,210 @@
+"""What a method costs, without training it: parameters, bytes, operations, and seconds of a few real steps."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from petlbench.assembly import build_backbone, build_setting, load_source, load_split
+from petlbench.backbones.base import Backbone
+from petlbench.costs import Costs
+from petlbench.costs import render as render
+from petlbench.datasets.base import Source
+from petlbench.errors import UserError
+from petlbench.measure.clock import IN_STEP, TRAINING, WARMUP, PhaseClock
+from petlbench.measure.environment import describe
+from petlbench.measure.memory import planned
+from petlbench.measure.parameters import count, inference_extra
+from petlbench.measure.setting import (
+    canonical_saved_bytes,
+    first_batch,
+    inference,
+    stored_scalars,
+    training_flops,
+    with_saved,
+)
+from petlbench.registry import METHODS, TASKS
+from petlbench.spec import Cell, MethodSpec, Parameters, Suite
+from petlbench.suite import expand
+from petlbench.task import Task
+from petlbench.training import Course, Setting, train_step
+
+TURNS = 2  # in which the timed steps of the methods alternate, so that a machine's drift hits them alike
+PEAKS = ("allocated_bytes", "reserved_bytes")
+SECONDS_OF_ENERGY = 1.0  # a GPU's driver renews its counter about ten times a second: less time gives no figure
+
+
+def profile_cells(
+    methods: Sequence[str],
+    *,
+    task: str,
+    backbone: str = "tiny",
+    batch_size: int = 32,
+    data_root: Path | None = None,
+) -> list[Cell]:
+    """One cell per method (names and wildcards, default configurations), with just the rows that a profile needs.
+
+    `task` is a name or `task:dataset`. Raises UserError for a name that does not exist or a pair that cannot work.
+    """
+    names = dict.fromkeys(name for pattern in methods for name in METHODS.names(pattern) or [pattern])
+    suite = Suite.model_validate(
+        {
+            "name": "profile",
+            "methods": list(names),
+            "tasks": [task],
+            "backbones": [backbone],
+            "recipe": {"batch_size": batch_size, "eval_batch_size": batch_size},
+        }
+    )
+    return expand(suite, limit=batch_size, data_root=data_root)
+
+
+def profile(
+    cells: Sequence[Cell],
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    steps: int = 10,
+    meta: bool = False,
+    data_root: Path | None = None,
+) -> list[Costs]:
+    """The costs of each cell, in the cells' order; `steps` training steps are timed.
+
+    With `meta` nothing is allocated or run: parameters and planned bytes only, of any size of backbone. `threads`:
+    torch's own number where None. Raises UserError for a method that does not fit the backbone.
+    """
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = torch.device("meta" if meta else where if device == "auto" else device)
+    found: dict[str, Costs] = {}
+    with _threads(threads), warnings.catch_warnings():
+        # Weights that are read into a backbone without memory go nowhere, as they should.
+        warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
+        environment = {} if meta else describe(str(chosen), torch.get_num_threads())
+        for _, group in groupby(sorted(cells, key=_shared), key=_shared):
+            subjects = _subjects(list(group), chosen)
+            if meta:
+                for subject in subjects:
+                    subject.plan()
+            else:
+                _measure(subjects, load_source(subjects[0].cell, data_root), steps)
+            found |= {subject.cell.id: subject.costs(environment) for subject in subjects}
+    return [found[cell.id] for cell in cells]
+
+
+def _measure(subjects: Sequence[_Subject], source: Source, steps: int) -> None:
+    for subject in subjects:
+        subject.measure(source)
+    turns = max(1, min(TURNS, steps))
+    for turn in range(turns):
+        for subject in subjects:
+            subject.train(steps // turns + (turn < steps % turns))
+    for subject in subjects:  # last, when nobody's is the first call of anything
+        subject.predict()
+
+
+def _shared(cell: Cell) -> str:
+    """Equal for cells that differ in nothing but method and recipe: they are measured on one backbone."""
+    return cell.model_dump_json(exclude={"method", "variant", "method_config", "recipe"})
+
+
+def _subjects(cells: Sequence[Cell], device: torch.device) -> list[_Subject]:
+    task, backbone = TASKS.get(cells[0].task)(), build_backbone(cells[0], device)
+    return [_Subject(cell, backbone, task, device) for cell in cells]
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Subject:
+    """One cell while it is measured, on a backbone that it borrows."""
+
+    def __init__(self, cell: Cell, backbone: Backbone, task: Task, device: torch.device) -> None:
+        self.cell, self.backbone, self.task, self.device = cell, backbone, task, device
+        self.untouched = sum(p.numel() for p in backbone.parameters())
+        self.clock = PhaseClock(device)
+        self.known: dict[str, Any] = {"cell": cell, "method": MethodSpec(name=cell.method, variant=cell.variant).label}
+        self.joules: list[tuple[float, int]] = []  # by turn: of so many steps
+
+    @contextmanager
+    def _adapted(self) -> Iterator[Setting]:
+        """The cell's setting; afterwards the backbone is as it was."""
+        cell = self.cell
+        try:
+            setting, handle = build_setting(cell, self.backbone, self.task, self.device, clock=self.clock)
+        except ValueError as error:
+            raise UserError(f"method '{cell.method}' does not fit backbone '{cell.backbone}': {error}") from error
+        try:
+            yield setting
+        finally:
+            handle.restore()
+
+    def plan(self) -> None:
+        """What is known without running anything."""
+        with self._adapted() as setting:
+            self.memory = planned(setting.modules().values())
+            self.known["parameters"] = _counted(setting)
+            if setting.method is not None and setting.method.mergeable:
+                setting.method.merge()
+            self._count_extra(setting)
+
+    def measure(self, source: Source) -> None:
+        """What is the same on every machine."""
+        self.rows = load_split(self.cell, source, self.task, "train")
+        with self._adapted() as setting:
+            batch = first_batch(self.rows, setting)
+            self.known["parameters"] = _counted(setting)
+            self.saved = canonical_saved_bytes(setting, batch)
+            self.known["flops"] = training_flops(setting, batch)
+
+    def predict(self) -> None:
+        with self._adapted() as setting:
+            self.known["inference"] = inference(setting, self.rows, self.cell.recipe.eval_batch_size)
+            self._count_extra(setting)
+
+    def _count_extra(self, merged: Setting) -> None:
+        extra = inference_extra(merged.backbone, self.untouched)
+        self.known["parameters"] = self.known["parameters"].model_copy(update={"inference_extra": extra})
+
+    def train(self, steps: int) -> None:
+        """A turn of `steps` timed steps after the untimed ones; the first is where memory is accounted."""
+        with self._adapted() as setting:
+            # The rate changes no cost, but a schedule shorter than the turn would fall below zero.
+            setting.recipe = setting.recipe.model_copy(update={"schedule": "constant"})
+            course = Course(setting, self.rows, setting.recipe.lr)
+            self.clock.warm_up()
+            for _ in range(WARMUP + steps):
+                train_step(course)
+            assert course.memory is not None
+            self.memory = with_saved(course.memory, self.saved)
+            self.joules.append(course.joules)
+
+    def costs(self, environment: dict[str, Any]) -> Costs:
+        timing = self.clock.timing()
+        seconds = {f"{name}_seconds": getattr(timing, f"{name}_seconds") for name in ("step", *IN_STEP)}
+        joules, steps = (sum(values) for values in zip(*self.joules, strict=True)) if self.joules else (0.0, 0)
+        telling = steps * (timing.step_seconds or 0.0) >= SECONDS_OF_ENERGY
+        energy = joules / steps if telling and joules else None
+        # Clocks share the device's peaks: only those of phases that end before another clock runs are this cell's.
+        peaks = {name: peak for name, peak in self.clock.peaks().items() if name in TRAINING}
+        largest = {f"peak_{kind}": max((getattr(p, kind) for p in peaks.values()), default=None) for kind in PEAKS}
+        memory = self.memory.model_copy(update={**largest, "peaks": peaks})
+        return Costs(**self.known, **seconds, memory=memory, step_joules=energy, environment=environment)
+
+
+def _counted(setting: Setting) -> Parameters:
+    counted = count(setting.backbone, setting.head, setting.backbone.host_parameters())
+    stored_bytes = sum(p.numel() * p.element_size() for p in setting.trainable().values())
+    return counted.model_copy(update={"stored": stored_scalars(setting), "stored_bytes": stored_bytes})

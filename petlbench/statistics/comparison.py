@@ -1,0 +1,112 @@
+"""Two methods, sample by sample. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections import defaultdict
+from collections.abc import Sequence
+from statistics import NormalDist
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from petlbench.errors import UserError
+from petlbench.records import Merged, Store
+from petlbench.spec import Record
+from petlbench.statistics.bootstrap import covariances, p_values
+from petlbench.statistics.grouping import SETTING
+from petlbench.statistics.sample_scores import score_matrix
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+BySeed = dict[int, Record]
+
+
+def compare(store: Store | Merged, a: str, b: str, confidence: float = 0.95) -> pd.DataFrame:
+    """Two methods (`method` or `method:variant`) paired by seed and test sample, a row per task, data set, backbone.
+
+    Columns: task, dataset, backbone, seeds (how many both ended ok on), metric, mean_a, mean_b, difference (a - b),
+    its normal interval low to high, and p, over seeds and test samples (over samples alone where there is one seed;
+    see bootstrap.covariances). p is for this one question: `pairs` corrects for many. Raises UserError for an unknown
+    method, when no pair of `ok` records exists, or when a pair differs in its samples, or in its code or data beyond
+    the method's own.
+    """
+    import pandas as pd
+
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be in (0, 1), not {confidence}")
+    records = store.load()
+    ours, theirs = (_by_setting(records, name) for name in (a, b))
+    common = {key: sorted(ours[key].keys() & theirs[key].keys()) for key in sorted(ours.keys() & theirs.keys())}
+    common = {key: seeds for key, seeds in common.items() if seeds}
+    if not common:
+        raise UserError(f"{a} and {b} share no task, data set, backbone and seed that ended ok for both; run both")
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    rows = []
+    for key, seeds in common.items():
+        left, right = ([side[key][number] for number in seeds] for side in (ours, theirs))
+        _check_fingerprints(left, right)
+        # One matrix for both, so that their samples are checked against each other and brought into one order.
+        _, scores = score_matrix(store, [*left, *right])
+        halves = [scores[: len(seeds)], scores[len(seeds) :]]
+        error = covariances(halves, [seeds, seeds]).difference_errors[0, 1]
+        mean_a, mean_b = (float(half.mean()) for half in halves)
+        difference = mean_a - mean_b
+        rows.append(
+            {
+                **dict(zip(SETTING, key, strict=True)),
+                "seeds": len(seeds),
+                "metric": left[0].main_metric,
+                "mean_a": mean_a,
+                "mean_b": mean_b,
+                "difference": difference,
+                "low": difference - z * error,
+                "high": difference + z * error,
+                "p": float(p_values(np.array([difference]), np.array([error]))[0]),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _by_setting(records: Sequence[Record], name: str) -> dict[tuple[str, str, str], BySeed]:
+    labels = {record.cell.id: _label(record) for record in records}
+    # A bare method name stands for its variant as long as there is only one.
+    variants = {text for text in labels.values() if text.split(":")[0] == name}
+    wanted = name if name in labels.values() or len(variants) != 1 else variants.pop()
+    if wanted not in labels.values():
+        known = sorted(set(labels.values()))
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise UserError(f"no records of method {name}; {hint}recorded: {', '.join(known) or 'nothing'}")
+    found: dict[tuple[str, str, str], BySeed] = defaultdict(dict)
+    recipes: dict[tuple[str, str, str], str] = {}
+    for record in records:
+        cell = record.cell
+        if _label(record) != wanted or record.outcome != "ok":
+            continue
+        key = (cell.task, cell.dataset, cell.backbone)
+        digest = cell.model_copy(update={"seed": 0}).digest
+        if recipes.setdefault(key, digest) != digest:
+            raise UserError(f"{cell.label} was run with several recipes or configurations; keep one per folder")
+        found[key][cell.seed] = record
+    return found
+
+
+def _check_fingerprints(left: Sequence[Record], right: Sequence[Record]) -> None:
+    """A method may differ from another in its own code only, and its seeds not even in that."""
+    for side, other, own in ((left, left, True), (right, right, True), (left, right, False)):
+        reference = side[0].fingerprints
+        for record in other:
+            names = sorted(reference.keys() | record.fingerprints.keys())
+            parts = [n for n in names if reference.get(n) != record.fingerprints.get(n) and (own or n != "method")]
+            if parts:
+                raise UserError(
+                    f"{side[0].cell.label} and {record.cell.label} were run with different code or data "
+                    f"({', '.join(parts)}); rerun the older one"
+                )
+
+
+def _label(record: Record) -> str:
+    cell = record.cell
+    return f"{cell.method}:{cell.variant}" if cell.variant else cell.method

@@ -1,0 +1,1 @@
+"""Microbenchmarks; `make microbench` runs them."""

@@ -1,0 +1,117 @@
+"""What the training loop costs beyond what anybody's loop would: `python -m tests.benchmarks.overhead`.
+
+After every step of the training loop one written by hand takes a step of its own, with the same modules, the same batch
+and the same kind of optimizer, so that a machine's drift hits both: the median ratio of such pairs is what counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import nn
+
+from petlbench.assembly import build_backbone, build_setting, load_source, load_split
+from petlbench.measure.clock import WARMUP
+from petlbench.profile import profile_cells
+from petlbench.registry import TASKS
+from petlbench.spec import Cell
+from petlbench.training import Setting, fit, optimizer, rate
+
+LIMIT = 1.05  # of the ratio
+VALIDATION_ROWS = 2  # validation ends the run, and is not timed
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Median seconds of a step by both loops, and the median of the pairs' ratios."""
+
+    loop_seconds: float
+    hand_seconds: float
+    ratio: float
+    phases_share: float  # sum of the phases over the total of the same run: 1
+
+
+def prepare(method: str, batch_size: int = 8) -> tuple[Setting, Dataset]:
+    """A method on `tiny` and vqa, ready to train, and rows of exactly one batch."""
+    cell: Cell = profile_cells([method], task="vqa", batch_size=batch_size)[0]
+    task, device = TASKS.get(cell.task)(), torch.device("cpu")
+    rows = load_split(cell, load_source(cell, None), task, "train")
+    setting, _ = build_setting(cell, build_backbone(cell, device), task, device)
+    return setting, rows
+
+
+def by_hand(setting: Setting, rows: Dataset) -> Iterator[None]:
+    """A plain loop, a step at a time: no clock, no report, no accounting."""
+    backbone, head, task, recipe = setting.backbone, setting.head, setting.task, setting.recipe
+    parameters = setting.trainable()
+    optim = optimizer(parameters, recipe, recipe.lr)
+    rng = np.random.default_rng([setting.seed, 0])
+    for step in range(recipe.steps):
+        order = rng.permutation(len(rows)).tolist()  # the rows are one batch
+        batch = task.collate([rows[i] for i in order], backbone, rng).to(setting.device)
+        task.loss(backbone, head, batch).backward()
+        nn.utils.clip_grad_norm_(parameters.values(), recipe.clip_norm)
+        for group in optim.param_groups:
+            group["lr"] = recipe.lr * rate(recipe, step)
+        optim.step()
+        optim.zero_grad(set_to_none=True)
+        yield
+
+
+def measure(method: str = "lora", steps: int = 150, batch_size: int = 8) -> Overhead:
+    """Both loops, a step of the one and a step of the other in turns, without the first ones, which warm caches.
+
+    A step of the training loop is all that it does between two reports.
+    """
+    setting, rows = prepare(method, batch_size)
+    setting.recipe = setting.recipe.model_copy(update={"steps": steps})
+    hand = by_hand(setting, rows)
+    marks: list[tuple[float, float]] = []  # where a step of the loop ends, and then one by hand
+
+    def report(event: dict[str, Any]) -> None:
+        if event["phase"] == "train":
+            ended = perf_counter()
+            next(hand)
+            marks.append((ended, perf_counter()))
+
+    setting.report = report
+    fit(setting, rows, rows.select(range(VALIDATION_ROWS)), setting.recipe.lr)
+    timing = setting.clock.timing()
+    pairs = [(b[0] - a[1], b[1] - b[0]) for a, b in pairwise(marks)][WARMUP:]
+    return Overhead(
+        loop_seconds=median(ours for ours, _ in pairs),
+        hand_seconds=median(theirs for _, theirs in pairs),
+        ratio=median(ours / theirs for ours, theirs in pairs),
+        phases_share=sum(timing.phases.values()) / timing.total_seconds,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print both medians and the ratio; exit status 1 where the ratio is above LIMIT."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--method", default="lora")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    found = measure(args.method, args.steps, args.batch_size)
+    print(f"training loop  {1000 * found.loop_seconds:.2f} ms a step")
+    print(f"by hand        {1000 * found.hand_seconds:.2f} ms a step")
+    print(f"ratio          {found.ratio:.3f} (limit {LIMIT})")
+    print(f"phases / total {found.phases_share:.4f}")
+    return int(found.ratio > LIMIT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
