@@ -7,6 +7,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -93,6 +94,13 @@ def _failure(kind: str, name: str) -> str | None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the cells of a suite that need it, then show the whole folder."""
+    from petlbench.launch import process
+
+    with nullcontext() if args.dry_run else process.server_beside():
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     from petlbench.fingerprint import fingerprints
     from petlbench.records import Store
     from petlbench.states import state_of

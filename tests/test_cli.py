@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launcher:
     launcher = Launcher()
     monkeypatch.setattr("petlbench.suite.expand", lambda suite, **filters: CELLS)
     monkeypatch.setattr("petlbench.launch.local.run_cells", launcher)
+    monkeypatch.setattr("petlbench.launch.process.server_beside", nullcontext)
     monkeypatch.chdir(tmp_path)
     return launcher
 

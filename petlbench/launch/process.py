@@ -58,6 +58,16 @@ def end_server() -> None:
 
 
 @contextmanager
+def server_beside() -> Iterator[None]:
+    """The server does its imports beside those of the block, and is gone after it."""
+    preloaded_context()
+    try:
+        yield
+    finally:
+        end_server()
+
+
+@contextmanager
 def _handling(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread gets and handles signals
         yield
