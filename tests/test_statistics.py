@@ -6,17 +6,20 @@ import json
 import math
 import os
 import tracemalloc
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from petlbench.errors import UserError
 from petlbench.leaderboard import table
 from petlbench.records import Store, find
 from petlbench.statistics import PAIR_COLUMNS, analysis, compare, mean_std, pairs
-from petlbench.statistics.bootstrap import bootstrap_means, covariances, holm, p_values
+from petlbench.statistics.bootstrap import bootstrap_means, covariances
+from petlbench.statistics.significance import holm, p_values, quantiles
 
 from .record_factory import make_record, make_samples
 
@@ -50,9 +53,17 @@ def error(scores: list[np.ndarray], seeds: list[list[int]]) -> float:
     """The standard error of one row's mean, which resamples must have too, or of two rows' difference."""
     found = covariances(scores, seeds)
     resampled = bootstrap_means(scores, seeds, 4_000)
-    assert resampled.std(axis=1, ddof=1) == pytest.approx(found.errors, rel=0.05)
-    assert resampled.mean(axis=1) == pytest.approx([matrix.mean() for matrix in scores], abs=0.06 * found.errors.max())
-    return float(found.errors[0] if len(scores) == 1 else found.difference_errors[0, 1])
+    assert resampled.std(axis=1, ddof=1) == pytest.approx(found.of_rows.errors, rel=0.05)
+    largest = found.of_rows.errors.max()
+    assert resampled.mean(axis=1) == pytest.approx([matrix.mean() for matrix in scores], abs=0.06 * largest)
+    return float(found.of_rows.errors[0] if len(scores) == 1 else found.of_differences.errors[0, 1])
+
+
+def p_and_freedom(scores: Sequence[np.ndarray], seeds: list[list[int]]) -> tuple[float, float]:
+    """Of the difference of two rows."""
+    errors, freedom = (values[0, 1] for values in covariances(scores, seeds).of_differences)
+    a, b = scores
+    return float(p_values(a.mean() - b.mean(), errors, freedom)), float(freedom)
 
 
 def test_mean_and_deviation_leave_unknown_what_too_few_values_give() -> None:
@@ -91,7 +102,7 @@ def test_pairing_removes_what_two_methods_have_in_common() -> None:
 def test_rounding_does_not_pass_for_a_tiny_error() -> None:
     scores = np.random.default_rng(3).random((3, 100))
     gains = [scores + gain for gain in np.linspace(0, 1, 20)]
-    assert (covariances(gains, [[0, 1, 2]] * 20).difference_errors == 0).all()
+    assert (covariances(gains, [[0, 1, 2]] * 20).of_differences.errors == 0).all()
 
 
 def test_a_row_s_draws_do_not_depend_on_the_other_rows() -> None:
@@ -118,21 +129,52 @@ def test_holm_steps_down_and_never_decreases() -> None:
     assert holm(np.array([0.9, 0.8])).tolist() == [1.0, 1.0] and holm(np.array([])).size == 0
 
 
-def test_p_values_are_the_normal_ones_and_decided_where_nothing_varies() -> None:
-    p = p_values(np.array([1.959964, -1.959964, 0.0, 1.0, 0.0, 1.0]), np.array([1.0, 1.0, 1.0, 0.0, 0.0, math.nan]))
+def test_p_values_are_student_s_and_decided_where_nothing_varies() -> None:
+    errors = np.array([1.0, 1.0, 1.0, 0.0, 0.0, math.nan])
+    p = p_values(np.array([12.706205, -12.706205, 0.0, 1.0, 0.0, 1.0]), errors, np.ones(6))
     assert p[:5] == pytest.approx([0.05, 0.05, 1.0, 0.0, 1.0], abs=1e-6) and math.isnan(p[5])
+    assert quantiles(np.array([1.0, 1e9]), 0.95) == pytest.approx([12.706205, 1.959964], abs=1e-6)
 
 
-@pytest.mark.parametrize("seed_spread", [0.0, 0.03])
-def test_about_as_many_null_pairs_are_significant_as_claimed(seed_spread: float) -> None:
+def test_where_seeds_decide_the_test_is_the_paired_t_test_over_seed_means() -> None:
+    a, b = np.array([0.1, 0.5, 0.3]), np.array([0.4, 1.2, 0.9])
+    scores = [levels[:, None] + 1e-6 * NORMAL + 5 * NORMAL for levels in (a, b)]  # hard samples cancel
+    p, freedom = p_and_freedom(scores, [[0, 1, 2]] * 2)
+    assert freedom == pytest.approx(2, abs=1e-3) and p == pytest.approx(stats.ttest_rel(a, b).pvalue, rel=1e-3)
+
+
+def test_where_samples_decide_the_test_is_the_paired_t_test_over_samples() -> None:
+    a, b = np.random.default_rng(4).normal(size=(2, 1, 8)) + np.array([[[1.0]], [[0.0]]])
+    p, freedom = p_and_freedom([a, b], [[0], [0]])
+    assert freedom == pytest.approx(7) and p == pytest.approx(stats.ttest_rel(a[0], b[0]).pvalue)
+
+
+def test_other_seeds_bring_degrees_of_freedom_of_their_own() -> None:
+    levels = np.array([0.0, 0.4, 0.9])
+    a, b = (np.repeat(values[:, None], 50, axis=1) for values in (levels, 2 + levels[::-1]))
+    p, freedom = p_and_freedom([a, b], [[0, 1, 2], [3, 4, 5]])
+    # Weighted by shares, where Welch's own formula, which squares them, would give 4 to two groups of equal spread.
+    assert freedom == pytest.approx(2) and p_and_freedom([a, b[:1]], [[0, 1, 2], [3]])[1] == pytest.approx(2)
+    welch = stats.ttest_ind(levels, 2 + levels, equal_var=False)
+    assert p == pytest.approx(2 * stats.t.sf(abs(welch.statistic), 2))
+
+
+def test_degrees_of_freedom_lie_between_those_of_seeds_and_of_samples() -> None:
+    spreads = np.array([1e-3, 0.03, 0.1, 0.3, 3.0])
+    levels = spreads[:, None, None] * np.array([-1.0, 0.0, 1.0])[:, None]
+    freedom = covariances(list(levels + NORMAL), [[0, 1, 2]] * 5).of_rows.freedom
+    assert (np.diff(freedom) < 0).all() and freedom[[0, -1]] == pytest.approx([399, 2], rel=0.1)
+
+
+@pytest.mark.parametrize("seeds, spread, at_most", [(1, 0.0, 0.07), (3, 0.0, 0.06), (3, 0.3, 0.075), (10, 0.03, 0.07)])
+def test_about_as_many_null_pairs_are_significant_as_claimed(seeds: int, spread: float, at_most: float) -> None:
     rng = np.random.default_rng(6)
     found = []
-    for _ in range(500):
-        levels = rng.normal(0, seed_spread, size=(2, 10, 1))
-        a, b = rng.normal(0, 0.5, size=(2, 10, 200)) + levels + rng.normal(0, 0.5, size=200)
-        errors = covariances([a, b], [list(range(10))] * 2).difference_errors
-        found.append(p_values(np.array([a.mean() - b.mean()]), errors[0, 1:])[0] < 0.05)
-    assert 0.02 < np.mean(found) < 0.09
+    for _ in range(1000):
+        levels = rng.normal(0, spread, size=(2, seeds, 1))
+        a, b = rng.normal(0, 0.5, size=(2, seeds, 100)) + levels + rng.normal(0, 0.5, size=100)
+        found.append(p_and_freedom([a, b], [list(range(seeds))] * 2)[0] < 0.05)
+    assert 0.008 < np.mean(found) < at_most
 
 
 def test_identical_methods_tie_and_a_clear_difference_separates(store: Store) -> None:
@@ -166,6 +208,15 @@ def test_the_interval_of_a_row_is_laid_around_its_reported_score(store: Store) -
     row = table(store).iloc[0]
     assert (row.score_low, row.score_high) == pytest.approx((0.7 - 1.96 * 0.005, 0.7 + 1.96 * 0.005), abs=0.0008)
     assert row["rank"] == 1
+
+
+def test_the_interval_of_few_seeds_is_student_s(store: Store) -> None:
+    levels = np.array([0.4, 0.5, 0.7])
+    for seed, level in enumerate(levels):
+        put(store, "lora", level + 1e-6 * NORMAL, seed=seed)
+    row = table(store).iloc[0]
+    low, high = stats.t.interval(0.95, 2, levels.mean(), stats.sem(levels))
+    assert (row.score_low, row.score_high) == pytest.approx((low, high), abs=0.05 * (high - low))
 
 
 def test_pairs_keep_settings_metrics_and_code_apart(store: Store) -> None:
@@ -249,7 +300,7 @@ def test_a_damaged_cache_is_computed_anew_and_replaced(
         "null entries": {"means": None},
         "short": {"low": [0.0]},
         "wild index": {"paired": [0, 7]},
-        "words": {"errors": "x"},
+        "words": {"p": "x"},
     }
     entry.update(changes.get(damage, {}))
     path.write_text(json.dumps(content) if damage in changes else damage)

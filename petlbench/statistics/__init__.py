@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from petlbench.records import Merged, Store
-from petlbench.statistics.analysis import CONFIDENCE, LEVEL, analyse
+from petlbench.statistics.analysis import LEVEL, analyse
 from petlbench.statistics.comparison import compare
 from petlbench.statistics.grouping import SETTING, Stale, fresh, groups, label
 
@@ -35,22 +34,22 @@ def mean_std(values: Iterable[float]) -> tuple[float, float]:
 def pairs(results: Store | Merged, *, stale: Stale = fresh) -> pd.DataFrame:
     """Every pair of comparable rows of the leaderboard, with exactly PAIR_COLUMNS; `a` stands higher in it than `b`.
 
-    `mean_a` and `mean_b` are over seeds and test samples; `low` and `high` are the ends of the normal 95 % interval of
-    the difference a - b; `p_holm` is `p` adjusted over the pairs of the setting, and `significant` where it is below
-    0.05. `stale` is as in `leaderboard.table`. `attrs["notes"]` says, by setting, which rows have no pairs, and why.
+    `mean_a` and `mean_b` are over seeds and test samples; `low` and `high` are the ends of the 95 % interval of the
+    difference a - b, by Student's t as is `p` (degrees of freedom: bootstrap.Covariances); `p_holm` is `p` adjusted
+    over the pairs of the setting, and `significant` where it is below 0.05. `stale` is as in `leaderboard.table`.
+    `attrs["notes"]` says, by setting, which rows have no pairs, and why.
     """
     import pandas as pd
 
     rows = groups(results.load(), stale)
     names = np.array([label(row) for row in rows], dtype=object)
-    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     columns: dict[str, list[np.ndarray]] = {name: [] for name in PAIR_COLUMNS}
     notes: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for indices, found in analyse(results, rows):
         first = rows[indices[0]]
         notes[first.setting] += found.notes
         left, right = found.pairs
-        difference, margin = found.means[left] - found.means[right], z * found.errors[left, right]
+        difference, margin = found.means[left] - found.means[right], found.margins[left, right]
         texts = dict(zip([*SETTING, "metric"], [*first.setting, first.metric], strict=True))
         values = {
             **{name: np.full(len(left), text, dtype=object) for name, text in texts.items()},

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
+from statistics import NormalDist
 
 import numpy as np
 
 from petlbench.errors import UserError
 from petlbench.records import Merged, Store
-from petlbench.statistics.bootstrap import bootstrap_means, covariances, holm, p_values
+from petlbench.statistics.bootstrap import bootstrap_means, covariances
 from petlbench.statistics.cache import Cache, key
 from petlbench.statistics.grouping import Group, label, pools
 from petlbench.statistics.sample_scores import Ids, aligned, score_matrix
+from petlbench.statistics.significance import holm, p_values, quantiles
 
-VERSION = 1  # of the computation: raised when the same scores give other numbers, so that old caches are not believed
+VERSION = 2  # of the computation: raised when the same scores give other numbers, so that old caches are not believed
 RESAMPLES = 4_000  # they put the ends of an interval off by some 2 % of its length; standard errors need none
 SEED = 0
 CONFIDENCE = 0.95
@@ -30,21 +32,21 @@ class Statistics:
     means: np.ndarray  # [rows], over seeds and test samples
     low: np.ndarray  # [rows], ends of the interval less the mean
     high: np.ndarray
-    errors: np.ndarray  # [rows, rows], standard errors of differences; on the diagonal 0 for what can be paired
+    margins: np.ndarray  # [rows, rows], half the interval of differences; on the diagonal 0 for what can be paired
+    p_matrix: np.ndarray  # [rows, rows], p values of differences; on the diagonal 1 for what can be paired
     notes: tuple[str, ...]  # why rows are left out
 
     @cached_property
     def pairs(self) -> tuple[np.ndarray, np.ndarray]:
         """Row indices of all pairs, the earlier row on the left."""
-        paired = np.flatnonzero(~np.isnan(np.diag(self.errors)))
+        paired = np.flatnonzero(~np.isnan(np.diag(self.margins)))
         left, right = np.triu_indices(len(paired), 1)
         return paired[left], paired[right]
 
     @cached_property
     def p(self) -> np.ndarray:
         """The p value of each pair."""
-        left, right = self.pairs
-        return p_values(self.means[left] - self.means[right], self.errors[left, right])
+        return self.p_matrix[self.pairs]
 
     @cached_property
     def adjusted(self) -> np.ndarray:
@@ -57,7 +59,7 @@ class Statistics:
         left, right = self.pairs
         worse = np.where(self.means[left] > self.means[right], right, left)[self.adjusted < LEVEL]
         ranks = 1.0 + np.bincount(worse, minlength=len(self.means))
-        return np.where(np.isnan(np.diag(self.errors)), np.nan, ranks)
+        return np.where(np.isnan(np.diag(self.margins)), np.nan, ranks)
 
 
 def analyse(results: Store | Merged, rows: Sequence[Group]) -> list[tuple[list[int], Statistics]]:
@@ -73,7 +75,7 @@ def analyse(results: Store | Merged, rows: Sequence[Group]) -> list[tuple[list[i
         name = key(cache.stores, pool, [VERSION, RESAMPLES, SEED, CONFIDENCE])
         arrays = cache.get(name, len(pool))
         statistics = Statistics(*arrays) if arrays else _compute(results, pool)
-        cache.put(name, statistics.means, statistics.low, statistics.high, statistics.errors, statistics.notes)
+        cache.put(name, *(getattr(statistics, field.name) for field in fields(statistics)))
         found.append((indices, statistics))
     cache.save()
     return found
@@ -82,7 +84,8 @@ def analyse(results: Store | Merged, rows: Sequence[Group]) -> list[tuple[list[i
 def _compute(results: Store | Merged, pool: Sequence[Group]) -> Statistics:
     ids, matrices, notes = _read(results, pool)
     means, low, high = np.full((3, len(pool)), np.nan)
-    errors = np.full((len(pool), len(pool)), np.nan)
+    margins, p = np.full((2, len(pool), len(pool)), np.nan)
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     tested: dict[frozenset[object], list[int]] = {}
     for index in matrices:
         tested.setdefault(frozenset(ids[index]), []).append(index)
@@ -95,15 +98,18 @@ def _compute(results: Store | Merged, pool: Sequence[Group]) -> Statistics:
         resampled = bootstrap_means(scores, seeds, RESAMPLES, SEED)
         means[members] = [matrix.mean() for matrix in scores]
         ends = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=1)
-        low[members], high[members] = ends - means[members]
+        found = covariances(scores, seeds)
+        # The ends are where they are with known variances; that these are estimated is what Student's t adds.
+        low[members], high[members] = (ends - means[members]) * quantiles(found.of_rows.freedom, CONFIDENCE) / z
         if samples == usual:
             keep = [place for place, index in enumerate(members) if index in whole]
             where = [members[place] for place in keep]
-            found = covariances([scores[place] for place in keep], [seeds[place] for place in keep])
-            errors[np.ix_(where, where)] = found.difference_errors
+            errors, freedom = (values[np.ix_(keep, keep)] for values in found.of_differences)
+            margins[np.ix_(where, where)] = errors * quantiles(freedom, CONFIDENCE)
+            p[np.ix_(where, where)] = p_values(means[where, None] - means[where], errors, freedom)
         else:
             notes += [f"{label(pool[index])} is not ranked: tested on other samples than most" for index in members]
-    return Statistics(means, low, high, errors, tuple(notes))
+    return Statistics(means, low, high, margins, p, tuple(notes))
 
 
 def _read(results: Store | Merged, pool: Sequence[Group]) -> tuple[dict[int, Ids], dict[int, np.ndarray], list[str]]:

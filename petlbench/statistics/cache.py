@@ -16,7 +16,7 @@ from petlbench.records import Merged, Store, write_atomic
 from petlbench.statistics.grouping import Group, label
 
 FILE = "statistics.json"
-Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]
 
 
 def key(stores: Sequence[Store], pool: Sequence[Group], constants: Sequence[float]) -> str:
@@ -57,30 +57,39 @@ class Cache:
             entry = self._known[name]
             means, low, high = (np.array(entry[part], dtype=float) for part in ("means", "low", "high"))
             paired = np.array(entry["paired"], dtype=int)
-            errors = np.full((rows, rows), np.nan)
+            margins, p = np.full((2, rows, rows), np.nan)
             left, right = np.triu_indices(len(paired), 1)
-            errors[paired, paired] = 0.0
-            errors[paired[left], paired[right]] = errors[paired[right], paired[left]] = entry["errors"]
+            for matrix, part, same in ((margins, "margins", 0.0), (p, "p", 1.0)):
+                matrix[paired, paired] = same
+                matrix[paired[left], paired[right]] = matrix[paired[right], paired[left]] = entry[part]
             notes = tuple(map(str, entry["notes"]))
             if {means.shape, low.shape, high.shape} != {(rows,)}:
                 return None
         except (KeyError, TypeError, ValueError, IndexError):
             return None
         self._hits.add(name)
-        return means, low, high, errors, notes
+        return means, low, high, margins, p, notes
 
     def put(
-        self, name: str, means: np.ndarray, low: np.ndarray, high: np.ndarray, errors: np.ndarray, notes: Sequence[str]
+        self,
+        name: str,
+        means: np.ndarray,
+        low: np.ndarray,
+        high: np.ndarray,
+        margins: np.ndarray,
+        p: np.ndarray,
+        notes: Sequence[str],
     ) -> None:
-        """Keep [rows], [rows], [rows] and the symmetric [rows, rows] of one pool under `name`."""
-        paired = np.flatnonzero(~np.isnan(np.diag(errors)))
+        """Keep three [rows], the symmetric [rows, rows] of margins and of p values, and notes of one pool."""
+        paired = np.flatnonzero(~np.isnan(np.diag(margins)))
         left, right = np.triu_indices(len(paired), 1)
         self._used[name] = {
             "means": means.tolist(),
             "low": low.tolist(),
             "high": high.tolist(),
             "paired": paired.tolist(),
-            "errors": errors[paired[left], paired[right]].tolist(),
+            "margins": margins[paired[left], paired[right]].tolist(),
+            "p": p[paired[left], paired[right]].tolist(),
             "notes": list(notes),
         }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections import defaultdict
 from collections.abc import Sequence
-from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,9 +12,10 @@ import numpy as np
 from petlbench.errors import UserError
 from petlbench.records import Merged, Store
 from petlbench.spec import Record
-from petlbench.statistics.bootstrap import covariances, p_values
+from petlbench.statistics.bootstrap import covariances
 from petlbench.statistics.grouping import SETTING
 from petlbench.statistics.sample_scores import score_matrix
+from petlbench.statistics.significance import p_values, quantiles
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,10 +27,10 @@ def compare(store: Store | Merged, a: str, b: str, confidence: float = 0.95) -> 
     """Two methods (`method` or `method:variant`) paired by seed and test sample, a row per task, data set, backbone.
 
     Columns: task, dataset, backbone, seeds (how many both ended ok on), metric, mean_a, mean_b, difference (a - b),
-    its normal interval low to high, and p, over seeds and test samples (over samples alone where there is one seed;
-    see bootstrap.covariances). p is for this one question: `pairs` corrects for many. Raises UserError for an unknown
-    method, when no pair of `ok` records exists, or when a pair differs in its samples, or in its code or data beyond
-    the method's own.
+    its interval low to high and p, both by Student's t, over seeds and test samples (over samples alone where there is
+    one seed; see bootstrap.covariances). p is for this one question: `pairs` corrects for many. Raises UserError for an
+    unknown method, when no pair of `ok` records exists, or when a pair differs in its samples, or in its code or data
+    beyond the method's own.
     """
     import pandas as pd
 
@@ -42,7 +42,6 @@ def compare(store: Store | Merged, a: str, b: str, confidence: float = 0.95) -> 
     common = {key: seeds for key, seeds in common.items() if seeds}
     if not common:
         raise UserError(f"{a} and {b} share no task, data set, backbone and seed that ended ok for both; run both")
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
     rows = []
     for key, seeds in common.items():
         left, right = ([side[key][number] for number in seeds] for side in (ours, theirs))
@@ -50,7 +49,8 @@ def compare(store: Store | Merged, a: str, b: str, confidence: float = 0.95) -> 
         # One matrix for both, so that their samples are checked against each other and brought into one order.
         _, scores = score_matrix(store, [*left, *right])
         halves = [scores[: len(seeds)], scores[len(seeds) :]]
-        error = covariances(halves, [seeds, seeds]).difference_errors[0, 1]
+        error, freedom = (values[0, 1] for values in covariances(halves, [seeds, seeds]).of_differences)
+        margin = float(error * quantiles(freedom, confidence))
         mean_a, mean_b = (float(half.mean()) for half in halves)
         difference = mean_a - mean_b
         rows.append(
@@ -61,9 +61,9 @@ def compare(store: Store | Merged, a: str, b: str, confidence: float = 0.95) -> 
                 "mean_a": mean_a,
                 "mean_b": mean_b,
                 "difference": difference,
-                "low": difference - z * error,
-                "high": difference + z * error,
-                "p": float(p_values(np.array([difference]), np.array([error]))[0]),
+                "low": difference - margin,
+                "high": difference + margin,
+                "p": float(p_values(np.array(difference), error, freedom)),
             }
         )
     return pd.DataFrame(rows)
