@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,14 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def entry() -> NoReturn:
-    """The program: `main`, and out; at once when interrupted, for unloading torch takes seconds."""
+    """The program: `main`, and out at once, for unloading torch takes seconds, which nobody should wait for."""
     status = main()
-    if status >= INTERRUPTED - 1:
-        atexit._run_exitfuncs()  # temporary folders go here
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+    atexit._run_exitfuncs()  # temporary folders go here
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(BrokenPipeError):
+            stream.flush()
+    os._exit(status)
 
 
 def _checked(argv: Sequence[str]) -> Sequence[str]:
@@ -122,7 +122,7 @@ def _add_profile(profile: argparse.ArgumentParser) -> None:
     profile.add_argument("--backbone", default="tiny", metavar="NAME", help="default: %(default)s")
     profile.add_argument("--task", default="vqa", metavar="TASK", help="task, or task:dataset (default: %(default)s)")
     profile.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="default: %(default)s")
-    profile.add_argument("--steps", type=_positive, default=10, metavar="N", help="timed (default: %(default)s)")
+    profile.add_argument("--steps", type=_positive, default=6, metavar="N", help="timed (default: %(default)s)")
     profile.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: %(default)s")
     profile.add_argument("--threads", type=_positive, metavar="N", help="default: all cores")
     profile.add_argument("--meta", action="store_true", help="only what needs no memory: counts and planned bytes")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 
 from petlbench.assembly import build_backbone, build_setting, load_source, load_split
 from petlbench.backbones.base import Backbone
@@ -70,7 +71,7 @@ def profile(
     *,
     device: str = "auto",
     threads: int | None = None,
-    steps: int = 10,
+    steps: int = 6,
     meta: bool = False,
     data_root: Path | None = None,
 ) -> list[Costs]:
@@ -98,8 +99,12 @@ def profile(
 
 
 def _measure(subjects: Sequence[_Subject], source: Source, steps: int) -> None:
+    rows: dict[int | None, Dataset] = {}
     for subject in subjects:
-        subject.measure(source)
+        limit = subject.cell.recipe.train_limit
+        if limit not in rows:
+            rows[limit] = load_split(subject.cell, source, subject.task, "train")
+        subject.measure(rows[limit])
     turns = max(1, min(TURNS, steps))
     for turn in range(turns):
         for subject in subjects:
@@ -160,9 +165,9 @@ class _Subject:
                 setting.method.merge()
             self._count_extra(setting)
 
-    def measure(self, source: Source) -> None:
-        """What is the same on every machine."""
-        self.rows = load_split(self.cell, source, self.task, "train")
+    def measure(self, rows: Dataset) -> None:
+        """What is the same on every machine, for batches of `rows`."""
+        self.rows = rows
         with self._adapted() as setting:
             batch = first_batch(self.rows, setting)
             self.known["parameters"] = _counted(setting)
@@ -184,8 +189,9 @@ class _Subject:
             # The rate changes no cost, but a schedule shorter than the turn would fall below zero.
             setting.recipe = setting.recipe.model_copy(update={"schedule": "constant"})
             course = Course(setting, self.rows, setting.recipe.lr)
-            self.clock.warm_up()
-            for _ in range(WARMUP + steps):
+            untimed = 1 if self.joules else WARMUP  # by the second turn only the optimizer's state is new
+            self.clock.warm_up(untimed)
+            for _ in range(untimed + steps):
                 train_step(course)
             assert course.memory is not None
             self.memory = with_saved(course.memory, self.saved)

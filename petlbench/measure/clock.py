@@ -102,9 +102,9 @@ class PhaseClock:
             self._charge()
             self._open.pop()
 
-    def warm_up(self) -> None:
-        """The next WARMUP steps stay out of the medians: call it where a trial begins, and after a resume."""
-        self._cold = WARMUP
+    def warm_up(self, steps: int = WARMUP) -> None:
+        """The next `steps` stay out of the medians: call it where a trial begins, and after a resume."""
+        self._cold = steps
 
     @contextmanager
     def step(self) -> Iterator[None]:
