@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from petlbench.errors import UserError
+from petlbench.errors import Unwritable
 
 SHARE = 50  # a checkpoint is written no sooner than after this many times the seconds that the last one took
 
@@ -40,7 +40,7 @@ def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
-    """Write a safetensors file atomically; its size in bytes. Raises UserError when it cannot be written."""
+    """Write a safetensors file atomically; its size in bytes. Raises Unwritable when it cannot be written."""
     partial = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         try:
@@ -51,9 +51,9 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-    except Exception as error:  # safetensors has its own exception for a full disk
-        what = (isinstance(error, OSError) and error.strerror) or error
-        raise UserError(f"cannot write {path}: {what}; free some space there or choose another folder") from error
+    except (OSError, SafetensorError) as error:  # which of the two a full disk raises depends on the step
+        what = (isinstance(error, OSError) and error.strerror) or str(error).rpartition(": ")[2]
+        raise Unwritable(f"cannot write {path}: {what}; free some space there or choose another folder") from error
     return path.stat().st_size
 
 
@@ -88,7 +88,7 @@ class Checkpoint:
         return self._now() - self._last >= max(self._seconds, share * self._cost)
 
     def save(self, state: State) -> None:
-        """Replace the checkpoint. Raises UserError when the disk is full."""
+        """Replace the checkpoint. Raises Unwritable when the disk is full."""
         start = self._now()
         save_tensors(self.path, state.tensors, {"key": self.key, "rest": json.dumps(state.rest)})
         self._last = self._now()

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from .errors import UserError
+from .errors import Unwritable, UserError
 from .spec import SCHEMA_VERSION, Cell, Record
 
 FOLDERS = ("records", "samples", "adapters", "checkpoints", "logs", "claims", "cache")
@@ -32,7 +32,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` so that `path` holds either its old content or all of the new one.
 
     The temporary name is unique, so that several processes can write the same path: the last one wins.
-    Raises UserError when the disk is full, the folder cannot be written, or the name is too long.
+    Raises Unwritable when the disk is full, the folder cannot be written, or the name is too long.
     """
     temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
     try:
@@ -46,13 +46,13 @@ def write_atomic(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise UserError(
+        raise Unwritable(
             f"cannot write {path}: {error.strerror or error}; free some space there or choose another folder"
         ) from error
 
 
 def make_folder(path: Path) -> None:
-    """Create `path` and its parents. Raises UserError when it cannot be written to, or its disk is full."""
+    """Create `path` and its parents. Raises Unwritable when it cannot be written to, or its disk is full."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".{uuid.uuid4().hex}.tmp"
@@ -61,7 +61,7 @@ def make_folder(path: Path) -> None:
         finally:
             probe.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(
+        raise Unwritable(
             f"cannot write to folder {path}: {error.strerror or error}; choose another folder or its permissions"
         ) from error
 

@@ -19,7 +19,7 @@ from petlbench import fingerprint
 from petlbench.assembly import Data, build_backbone, load_data, load_source
 from petlbench.backbones.base import Backbone
 from petlbench.checkpoint import Checkpoint, save_tensors
-from petlbench.errors import UserError
+from petlbench.errors import Unwritable, UserError
 from petlbench.measure.clock import PhaseClock
 from petlbench.measure.environment import describe
 from petlbench.measure.memory import peak_rss_bytes
@@ -59,7 +59,7 @@ def run_cell(
 
     A cell that was killed goes on from its last checkpoint; one is written every `checkpoint_seconds` while it trains.
     `fingerprints`: those to record, of the code as it was when it was imported; by default as it is now.
-    Raises UserError when the record itself cannot be saved.
+    Raises Unwritable when results cannot be saved.
     """
     disable_progress_bars()
     chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
@@ -67,6 +67,8 @@ def run_cell(
     run = CellRun(cell, Store.open(store_root, create=True), options, lambda event: report({"cell": cell.id, **event}))
     try:
         return run.execute()
+    except Unwritable:
+        raise
     except Exception as error:  # one cell's fault must not take the others down
         traceback.print_exc()
         sys.stderr.flush()

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 
+from petlbench.errors import Unwritable
 from petlbench.records import Store
 from petlbench.spec import Cell, Record
 
@@ -133,3 +134,7 @@ def once(cell: Cell, store_root: Path, *, report: Report, **options: Any) -> Rec
     (store_root / f"{cell.seed}.ran").touch(exist_ok=False)
     time.sleep(0.1)
     return ok(cell, store_root, report=report, **options)
+
+
+def unwritable(cell: Cell, store_root: Path, *, report: Report, **options: Any) -> Record:
+    raise Unwritable("cannot write there: No space left on device")

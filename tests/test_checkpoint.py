@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from petlbench import checkpoint as checkpoint_module
 from petlbench import search
 from petlbench.checkpoint import Checkpoint, State, save_tensors
-from petlbench.errors import UserError
+from petlbench.errors import Unwritable
 from petlbench.measure.clock import PhaseClock
 from petlbench.records import Store
 from petlbench.runner import run_cell
@@ -176,11 +176,21 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint_module, "save_file", full)
-    with pytest.raises(UserError, match="No space left on device; free some space"):
+    with pytest.raises(Unwritable, match="No space left on device; free some space"):
         kept.save(State({"x": torch.zeros(2)}, {"step": 2}))
     found = kept.load()
     assert found and found.rest == {"step": 1} and torch.equal(found.tensors["x"], torch.ones(2))
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_disk_that_fills_up_ends_the_run_and_is_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Checkpoint, state: State) -> None:
+        raise Unwritable("cannot write there")
+
+    monkeypatch.setattr(Checkpoint, "save", full)
+    with pytest.raises(Unwritable):
+        run_cell(cell(), tmp_path, device="cpu", checkpoint_seconds=0)
+    assert Store.open(tmp_path, create=False).load() == []
 
 
 def test_tensors_of_any_layout_are_stored_as_they_read(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from petlbench.errors import UserError
+from petlbench.errors import Unwritable, UserError
 from petlbench.launch import local, process
 from petlbench.launch.progress import Event, Progress
 from petlbench.records import Store
@@ -157,6 +157,12 @@ def test_each_misfortune_leaves_its_row_beside_the_good_ones(store: Store) -> No
     assert [r.log for r in (records[0], records[2], records[3])] == [(), ("the loss is nan",), ("now to sleep",)]
     assert [store.get(r.cell) for r in records[1:5]] == records[1:5]
     assert [r.fingerprints for r in records if r.outcome in ("timeout", "oom", "failed")] == [known] * 3
+
+
+def test_a_full_disk_ends_the_run_and_is_no_cells_fault(store: Store) -> None:
+    with pytest.raises(Unwritable, match="No space left on device"):
+        run("unwritable", 3, store)
+    assert store.load() == []
 
 
 def test_the_memory_of_what_a_cell_has_started_counts_and_all_of_it_is_ended(store: Store) -> None:

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from petlbench.errors import UserError
+from petlbench.errors import Unwritable, UserError
 from petlbench.launch.claims import Claim
 from petlbench.spec import Cell
 
@@ -51,6 +51,8 @@ def live(
         send("begun", None)
         run_cell = pkgutil.resolve_name(target)
         send("record", run_cell(cell, root, **options, report=lambda event: send("event", event)))
+    except Unwritable as error:
+        send("unwritable", str(error))
     except UserError as error:
         send("error", str(error))
     except Exception as error:

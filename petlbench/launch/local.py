@@ -58,8 +58,8 @@ def run_cells(
     a record that it returns is taken instead of running the cell again. `fingerprints` are those of the
     code as it is when the run starts: whoever edits it meanwhile finds the records stale.
 
-    On KeyboardInterrupt (also SIGTERM and SIGHUP: Stopped), or when a record cannot be saved, all processes are ended
-    before the exception goes on.
+    On KeyboardInterrupt (also SIGTERM and SIGHUP: Stopped), or when results cannot be saved (Unwritable), all processes
+    are ended before the exception goes on.
     """
     if jobs < 1:
         raise UserError(f"the number of jobs must be at least 1, not {jobs}")

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from petlbench.errors import Unwritable
 from petlbench.launch.claims import Claim
 from petlbench.launch.progress import Event
 from petlbench.launch.watch import Limits, Watch, signal_group
@@ -127,7 +128,7 @@ class Run:
         return [self.process.sentinel, *([self.reader] if self.open else [])]
 
     def receive(self) -> Iterator[Event]:
-        """Take all messages that have arrived; yield the events among them."""
+        """Take all messages that have arrived; yield the events among them. Raises Unwritable if the cell did."""
         while self.open and self.reader.poll():
             try:
                 kind, content = self.reader.recv()
@@ -138,6 +139,8 @@ class Run:
                 yield content
             elif kind == "begun":  # imports of the server, which the first cell waits for, are not the cell's time
                 self.watch.begun = time.monotonic()
+            elif kind == "unwritable":
+                raise Unwritable(content)
             elif kind == "record":
                 self.record = content
             else:
