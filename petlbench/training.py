@@ -117,6 +117,7 @@ class Course:
 
     def __init__(self, setting: Setting, train: Dataset, lr: float) -> None:
         self.setting, self.lr = setting, lr
+        self.modules = setting.modules().train()
         self.parameters = setting.trainable()
         self.optimizer = optimizer(self.parameters, setting.recipe, lr)
         self.batches = Batches(train, setting)
@@ -129,7 +130,7 @@ class Course:
 
     def _values(self) -> dict[str, Tensor]:
         """What training can change of the modules."""
-        return {**self.parameters, **dict(self.setting.modules().named_buffers())}
+        return {**self.parameters, **dict(self.modules.named_buffers())}
 
     def state(self) -> State:
         """A copy on disk of this is enough to go on as if nothing had happened."""
@@ -221,8 +222,7 @@ def fit(
 def train_step(course: Course) -> None:
     """One optimizer step; the first one is also where memory is accounted, and never timed."""
     setting, clock, lr, recipe = course.setting, course.setting.clock, course.lr, course.setting.recipe
-    modules = setting.modules().train()
-    saved = SavedTensors(modules) if course.memory is None else None
+    saved = SavedTensors(course.modules) if course.memory is None else None
     joules = course.meter() if course.meter else 0.0
     with clock.step():
         batch = next(course.batches)
@@ -239,7 +239,11 @@ def train_step(course: Course) -> None:
         course.joules = (course.joules[0] + course.meter() - joules, course.joules[1] + 1)
     if saved is not None:
         course.memory = account(
-            modules.values(), course.optimizer, 0, native_saved_bytes=saved.saved_bytes, backend=_backend(setting)
+            course.modules.values(),
+            course.optimizer,
+            0,
+            native_saved_bytes=saved.saved_bytes,
+            backend=_backend(setting),
         )
     with clock.phase("optimizer"):
         course.optimizer.zero_grad(set_to_none=True)
@@ -256,6 +260,7 @@ def _validate(course: Course, validation: Dataset) -> None:
     setting = course.setting
     with setting.clock.phase("validation"):
         scores, _ = evaluate(setting, validation)
+        course.modules.train()
     score = scores.metrics[setting.task.main_metric]
     setting.report({"phase": "validation", "step": course.step, "steps": setting.recipe.steps, "score": score})
     if course.best is None or score > course.best.score:

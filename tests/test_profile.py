@@ -132,7 +132,7 @@ def test_the_timed_steps_of_the_methods_alternate_and_their_rate_stays_positive(
     turns = [name for i, (name, _) in enumerate(steps) if i == 0 or steps[i - 1][0] != name]
     assert turns == ["BitFit", "HeadOnly", "BitFit", "HeadOnly"]
     assert all(lr > 0 for _, lr in steps)
-    assert len(steps) == 2 * (3 + 2 * training.WARMUP)
+    assert len(steps) == 2 * (3 + training.WARMUP + 1)
 
 
 def test_energy_is_told_only_where_it_was_measured_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
