@@ -171,11 +171,10 @@ def test_a_write_that_the_system_cuts_off_leaves_the_old_record_whole(store: Sto
 import resource
 from petlbench.records import Store
 from petlbench.errors import UserError
-from tests.record_factory import make_record
 store = Store.open({str(store.root)!r}, create=False)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 try:
-    store.save(make_record(score=0.9))
+    store.save(store.load()[0].model_copy(update={{"reason": "another"}}))
 except UserError as error:
     print(error)
 try:
@@ -184,7 +183,7 @@ except UserError as error:
     print(error)
 """
     run = [sys.executable, "-c", code]
-    done = subprocess.run(run, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run(run, capture_output=True, text=True, check=True)
     said = done.stdout.splitlines()
     assert [line.split(str(store.root))[0] for line in said] == ["cannot write ", "cannot write to folder "]
     assert files(store.root) == before and store.load() == [old]
