@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from petlbench.backbones.base import Backbone
 from petlbench.backbones.sites import Snapshot
+from petlbench.checkpoint import seed_everything
 from petlbench.datasets.base import Source, Split
 from petlbench.errors import UserError
 from petlbench.measure.clock import PhaseClock
@@ -58,7 +59,7 @@ def load_data(cell: Cell, source: Source, task: Task) -> Data:
 def build_backbone(cell: Cell, device: torch.device) -> Backbone:
     """The cell's backbone; what its weights leave open is drawn from the cell's seed."""
     kind: Any = BACKBONES.get(cell.backbone)
-    torch.manual_seed(cell.seed)
+    seed_everything(cell.seed)
     # Values are drawn on the CPU, so that they are the same on every device; the meta device allocates nothing.
     with device if device.type == "meta" else torch.device("cpu"):
         backbone: Backbone = kind(kind.Config(**cell.backbone_config))
@@ -86,10 +87,10 @@ def build_setting(
     `method` defaults to the cell's own. Raises UserError when nothing is left to train.
     """
     method = method or build_method(cell)
-    torch.manual_seed(cell.seed)
+    seed_everything(cell.seed)
     adapted, handle = adapt(method, backbone)
     head = task.head(adapted).to(device)
-    torch.manual_seed(cell.seed + 1)  # dropout, whatever the method drew
+    seed_everything(cell.seed + 1)  # dropout, whatever the method drew
     setting = Setting(
         adapted, head, task, cell.recipe, cell.seed, device, clock or PhaseClock(device), report, method=method
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -57,14 +59,33 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     return path.stat().st_size
 
 
+def seed_everything(seed: int) -> None:
+    """Start all random numbers that somebody's code may draw: Python's, numpy's global ones, and torch's."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
 def rng_state(device: torch.device) -> dict[str, Tensor]:
-    """What torch's random numbers on CPU and `device` depend on."""
-    states = {"cpu": torch.get_rng_state()}
-    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+    """Where all random numbers stand, those of `device` among them."""
+    version, words, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    found = {
+        "cpu": torch.get_rng_state(),
+        "python": torch.tensor([version, *words]),
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy": torch.tensor([*map(int, keys), position, has_gauss]),
+        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+    }
+    return found | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
 def set_rng_state(states: Mapping[str, Tensor], device: torch.device) -> None:
     """Put back what `rng_state` gave."""
+    version, *words = states["python"].tolist()
+    random.setstate((version, tuple(words), next(iter(states["python_gauss"].tolist()), None)))
+    *keys, position, has_gauss = states["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, states["numpy_gauss"].item()))
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"], device)

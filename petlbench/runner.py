@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from datasets import disable_progress_bars
@@ -39,6 +39,7 @@ from petlbench.spec import Cell, Memory, Outcome, Parameters, Record, Size
 from petlbench.task import Task
 from petlbench.training import Diverged, Fit, Report, Setting, evaluate, load_state
 
+T = TypeVar("T")
 Event = dict[str, Any]
 PEAKS = ("allocated_bytes", "reserved_bytes")
 
@@ -138,11 +139,15 @@ class CellRun:
         peaks = self.clock.peaks()
         self.report({"phase": "measure"})
         with self.clock.phase("measure"):
-            memory = self._memory(setting, fitted, data)
-            flops = training_flops(setting, first_batch(data.train, setting))
+            batch = first_batch(data.train, setting)
+            saved = self._measured("saved tensors", lambda: canonical_saved_bytes(setting, batch))
+            memory = self._memory(fitted, saved)
+            flops = self._measured("operations", lambda: training_flops(setting, batch))
             parameters = self._parameters(setting, stored_bytes)
-            predicting = inference(setting, data.test, self.cell.recipe.eval_batch_size)
-            extra = inference_extra(setting.backbone, self.untouched)  # asked last: by now it is merged
+            size = self.cell.recipe.eval_batch_size
+            predicting = self._measured("inference", lambda: inference(setting, data.test, size))
+            # Asked last: by now it is merged.
+            extra = inference_extra(setting.backbone, self.untouched) if predicting else None
         largest = {f"peak_{kind}": max((getattr(p, kind) for p in peaks.values()), default=None) for kind in PEAKS}
         record = Record(
             **self._common() | {"parameters": parameters.model_copy(update={"inference_extra": extra})},
@@ -211,10 +216,17 @@ class CellRun:
         counted = count(setting.backbone, setting.head, setting.backbone.host_parameters())
         return counted.model_copy(update={"stored": stored_scalars(setting), "stored_bytes": stored_bytes})
 
-    def _memory(self, setting: Setting, fitted: Fit, data: Data) -> Memory:
+    def _measured(self, what: str, measure: Callable[[], T]) -> T | None:
+        """What `measure` gives. Unfused attention may need more memory than training: no reason to lose the cell."""
+        try:
+            return measure()
+        except torch.OutOfMemoryError:
+            self.known["notes"] += (f"{what} not measured: out of memory",)
+            return None
+
+    def _memory(self, fitted: Fit, saved: int | None) -> Memory:
         assert fitted.memory is not None
-        memory = with_saved(fitted.memory, canonical_saved_bytes(setting, first_batch(data.train, setting)))
-        return memory.model_copy(update={"peak_rss_bytes": peak_rss_bytes()})
+        return with_saved(fitted.memory, saved).model_copy(update={"peak_rss_bytes": peak_rss_bytes()})
 
     def _save_adapter(self, fitted: Fit) -> int:
         """Everything that trained, and nothing else, as safetensors; its size in bytes."""

@@ -162,11 +162,11 @@ class Memory(Frozen):
     weights_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
-    saved_bytes: int = Field(
+    saved_bytes: int | None = Field(
         description="tensors that one training step saves for backward, deduplicated by storage, with unfused "
         "attention and one-byte dropout masks"
     )
-    accounted_bytes: int = Field(description="the four above together")
+    accounted_bytes: int | None = Field(description="the four above together")
     native_saved_bytes: int | None = Field(None, description="the same as the machine really keeps them")
     saved_backend: str = Field("", description="what the native bytes depend on: device and attention implementation")
     peaks: dict[str, Peak] = Field({}, description="by phase; CUDA only")

@@ -264,7 +264,8 @@ def _validate(course: Course, validation: Dataset) -> None:
     score = scores.metrics[setting.task.main_metric]
     setting.report({"phase": "validation", "step": course.step, "steps": setting.recipe.steps, "score": score})
     if course.best is None or score > course.best.score:
-        state = {name: p.detach().clone() for name, p in course.parameters.items()}
+        # On the CPU: a second copy on a GPU would pass for what training takes.
+        state = {name: p.detach().to("cpu", copy=True) for name, p in course.parameters.items()}
         course.best = Best(score, course.step, scores.metrics, state)
 
 

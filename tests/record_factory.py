@@ -46,7 +46,6 @@ def make_record(
         seed=seed,
         recipe=Recipe(steps=steps),
     )
-    head = 1_000
     common: dict[str, Any] = {
         "cell": cell,
         "outcome": outcome,
@@ -55,29 +54,10 @@ def make_record(
         "environment": environment or {},
         "size": Size(name=size[0], value=size[1]) if size else None,
         "fingerprints": fingerprints or {},
-        "parameters": Parameters(
-            method=trainable - head,
-            head=head,
-            host=0,
-            trainable=trainable,
-            total=1_000_000,
-            percent=trainable / 1e4,
-            stored=trainable if outcome == "ok" else None,
-        ),
+        "parameters": _parameters(trainable, trainable if outcome == "ok" else None),
     }
     if outcome != "ok":
         return Record(**common, reason="out of memory")
-    quarter = accounted // 4
-    memory = Memory(
-        weights_bytes=quarter,
-        gradients_bytes=quarter,
-        optimizer_bytes=quarter,
-        saved_bytes=accounted - 3 * quarter,
-        accounted_bytes=accounted,
-        saved_backend="cpu, unfused",
-        peak_allocated_bytes=peaks[0],
-        peak_rss_bytes=peaks[1],
-    )
     timing = Timing(
         phases={"forward": train_seconds, "other": 1.0},
         total_seconds=train_seconds + 1.0,
@@ -88,11 +68,38 @@ def make_record(
     return Record(
         **common,
         metrics={metric: score},
-        memory=memory,
+        memory=_memory(accounted, *peaks),
         timing=timing,
         inference=inference,
         flops=Flops(forward=flops[0], backward=flops[1]) if flops else None,
         step_joules=step_joules,
+    )
+
+
+def _memory(accounted: int, peak_allocated: int | None, peak_rss: int | None) -> Memory:
+    quarter = accounted // 4
+    return Memory(
+        weights_bytes=quarter,
+        gradients_bytes=quarter,
+        optimizer_bytes=quarter,
+        saved_bytes=accounted - 3 * quarter,
+        accounted_bytes=accounted,
+        saved_backend="cpu, unfused",
+        peak_allocated_bytes=peak_allocated,
+        peak_rss_bytes=peak_rss,
+    )
+
+
+def _parameters(trainable: int, stored: int | None) -> Parameters:
+    head = 1_000
+    return Parameters(
+        method=trainable - head,
+        head=head,
+        host=0,
+        trainable=trainable,
+        total=1_000_000,
+        percent=trainable / 1e4,
+        stored=stored,
     )
 
 

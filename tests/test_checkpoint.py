@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from petlbench import checkpoint as checkpoint_module
 from petlbench import search
-from petlbench.checkpoint import Checkpoint, State, save_tensors
+from petlbench.checkpoint import Checkpoint, State, rng_state, save_tensors, set_rng_state
 from petlbench.errors import Unwritable
 from petlbench.measure.clock import PhaseClock
 from petlbench.records import Store
@@ -200,6 +202,19 @@ def test_tensors_of_any_layout_are_stored_as_they_read(tmp_path: Path) -> None:
     kept.save(State({"x": value}))
     found = kept.load()
     assert found and torch.equal(found.tensors["x"], value)
+
+
+def test_all_random_numbers_go_on_where_they_stood() -> None:
+    def draw() -> list[float]:
+        return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(()).item()]
+
+    draw()  # the second normal number of a pair is kept for later: that is state too
+    device = torch.device("cpu")
+    state = State(dict(rng_state(device)))
+    expected = [draw(), draw()]
+    assert draw() != expected[0]
+    set_rng_state(state.tensors, device)
+    assert [draw(), draw()] == expected
 
 
 def test_a_clock_of_a_resumed_cell_counts_on() -> None:

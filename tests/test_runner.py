@@ -140,6 +140,22 @@ def test_what_goes_wrong_is_recorded_with_its_reason(
     assert Store.open(tmp_path, create=False).load() == [record]
 
 
+def test_a_measurement_that_does_not_fit_in_memory_does_not_cost_the_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def starve(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(runner, "canonical_saved_bytes", starve)
+    monkeypatch.setattr(runner, "inference", starve)
+    record = run_cell(cell(), tmp_path, device="cpu")
+    assert record.outcome == "ok" and record.metrics and record.flops
+    assert record.memory and record.memory.weights_bytes and record.memory.accounted_bytes is None
+    assert record.inference is None
+    assert {"saved tensors not measured: out of memory", "inference not measured: out of memory"} <= set(record.notes)
+    assert Store.open(tmp_path, create=False).load() == [record]
+
+
 def test_the_test_split_is_evaluated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     real = runner.evaluate

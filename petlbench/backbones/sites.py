@@ -273,7 +273,8 @@ class Snapshot:
         self._children = [(m, dict(m._modules), m.training) for m in module.modules()]
         self._flags = [(p, p.requires_grad) for p in module.parameters()]
         values = [*module.parameters(), *module.buffers()]
-        self._values = [(t, t.detach().clone()) for t in values]
+        # On the CPU: a second copy of all weights on a GPU would pass for what training takes.
+        self._values = [(t, t.detach().to("cpu", copy=True)) for t in values if not t.is_meta]
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -63,7 +63,8 @@ def stored_scalars(setting: Setting) -> int:
     return sum(p.numel() for p in setting.trainable().values())
 
 
-def with_saved(memory: Memory, canonical: int) -> Memory:
-    """The accounting of a real step, completed with the canonical bytes saved for backward."""
+def with_saved(memory: Memory, canonical: int | None) -> Memory:
+    """The accounting of a real step, completed with the canonical bytes saved for backward (None: unknown)."""
     others = memory.weights_bytes + memory.gradients_bytes + memory.optimizer_bytes
-    return memory.model_copy(update={"saved_bytes": canonical, "accounted_bytes": others + canonical})
+    accounted = None if canonical is None else others + canonical
+    return memory.model_copy(update={"saved_bytes": canonical, "accounted_bytes": accounted})
