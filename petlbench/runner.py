@@ -140,8 +140,8 @@ class CellRun:
         self.report({"phase": "measure"})
         with self.clock.phase("measure"):
             batch = first_batch(data.train, setting)
-            saved = self._measured("saved tensors", lambda: canonical_saved_bytes(setting, batch))
-            memory = self._memory(fitted, saved)
+            canonical = self._measured("saved tensors", lambda: canonical_saved_bytes(setting, batch))
+            memory = self._memory(fitted, canonical)
             flops = self._measured("operations", lambda: training_flops(setting, batch))
             parameters = self._parameters(setting, stored_bytes)
             size = self.cell.recipe.eval_batch_size
