@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
 
@@ -26,7 +27,8 @@ def repair(store: Store) -> list[str]:
     if not _is_ours(store):
         raise UserError(f"{store.root} is not a results folder (no record of petlbench in it); check the path")
     try:
-        return [*_remove_leftovers(store), *Repair(store).run()]
+        folders = [store.root, *(store.root / name for name in FOLDERS)]
+        return [*remove_leftovers(store, folders, LEFTOVER_SECONDS), *Repair(store).run()]
     except OSError as error:
         raise UserError(
             f"cannot repair {store.root}: {error.strerror or error} ({error.filename}); check its permissions"
@@ -43,11 +45,12 @@ def _is_ours(store: Store) -> bool:
     return any(b'"schema_version"' in path.read_bytes() for path in files)  # a truncated record still says so
 
 
-def _remove_leftovers(store: Store) -> list[str]:
+def remove_leftovers(store: Store, folders: Iterable[Path], seconds: float) -> list[str]:
+    """Remove the temporary files in `folders` that are older than `seconds`; one line for each."""
     lines = []
-    for folder in (store.root, *(store.root / name for name in FOLDERS)):
+    for folder in folders:
         for path in sorted(folder.glob(".*.tmp")):
-            if path.is_file() and time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
+            if path.is_file() and time.time() - path.stat().st_mtime >= seconds:
                 path.unlink(missing_ok=True)
                 lines.append(f"{path.relative_to(store.root)} removed: a write that was cut off left it behind")
     return lines

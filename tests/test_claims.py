@@ -107,6 +107,18 @@ def test_a_cell_that_another_run_holds_is_put_back_and_run_only_if_that_leaves_n
     assert order == [("started", 1), ("finished", 1), ("waiting", 1), *end]
 
 
+def test_what_a_killed_run_left_half_written_goes_unless_somebody_is_at_work(store: Store) -> None:
+    half = store.checkpoints / ".0123.tmp"
+    half.touch()
+    claim = take(store.claims / "another.lock")
+    assert claim is not None
+    run("ok", 1, store)
+    assert half.exists()
+    claim.release()
+    run("ok", 1, store)
+    assert not half.exists()
+
+
 def test_a_claim_outlives_its_launcher_while_the_cell_does(tmp_path: Path) -> None:
     program, cell_pid = launcher(tmp_path, "talkative")
     os.kill(cell_pid, signal.SIGSTOP)  # it can not notice that its launcher has gone

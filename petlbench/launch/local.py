@@ -15,12 +15,13 @@ from rich.console import Console
 
 from petlbench.errors import UserError
 from petlbench.launch.child import live
-from petlbench.launch.claims import Claim, take
+from petlbench.launch.claims import Claim, idle, take
 from petlbench.launch.process import Run, end_server, failure, preloaded_context, stop, stopped_by_signals
 from petlbench.launch.progress import Progress, progress_on
 from petlbench.launch.watch import Limits, fair_share, last_lines, signal_group
 from petlbench.measure.environment import cores
 from petlbench.records import Store
+from petlbench.repair import remove_leftovers
 from petlbench.spec import Cell, Record
 
 TARGET = "petlbench.runner:run_cell"
@@ -74,6 +75,8 @@ def run_cells(
         "checkpoint_seconds": checkpoint_seconds,
     }
     limits = Limits(timeout, memory_limit or fair_share(jobs))
+    if idle(store.claims):  # then nobody writes what only cells write, and half a file is of no use to anyone
+        remove_leftovers(store, (store.records, store.sample_scores, store.adapters, store.checkpoints), 0.0)
     with stopped_by_signals():
         try:
             launch = _Launch(store, jobs, done, fingerprints, limits, target, options)
