@@ -101,9 +101,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from petlbench.fingerprint import fingerprints
     from petlbench.records import Store
-    from petlbench.states import state_of
+    from petlbench.states import fingerprints_of, state_of
     from petlbench.suite import expand, load_suite
 
     suite = load_suite(args.suite)
@@ -119,7 +118,7 @@ def _run(args: argparse.Namespace) -> int:
     out = args.out or Path("runs") / suite.name
     store = Store(out)
     begun = datetime.now(UTC).isoformat(timespec="seconds")
-    now = {cell.id: fingerprints(cell, args.data_root) for cell in cells}
+    now = fingerprints_of(cells, args.data_root)
     settled = {"done"} | (set() if args.retry_failed else {"failed"}) | ({"stale"} if args.keep_stale else set())
 
     def done(cell: Cell) -> Record | None:

@@ -52,9 +52,8 @@ def table(results: Store | Merged | Iterable[Record], *, stale: Stale = fresh) -
     but the method and are equally fresh or stale. `score_low` and `score_high` are the 95 % interval over seeds and
     test samples. Interval and rank need `results` to be a Store or Merged, and are missing for bare records.
 
-    `attrs` holds, by row index, `contended` (a set: timings taken while other cells ran), `runs` (seeds run), `stale`
-    (parts changed), `tied` (a set: rows that share their rank) and, by setting, `machines` and `notes` (what a reader
-    must know).
+    `attrs` holds, by row index, `runs` (seeds run), `stale` (parts changed), `tied` (a set: rows that share their rank)
+    and, by setting, `machines` and `notes` (what a reader must know).
     """
     store, records = (results, results.load()) if isinstance(results, (Store, Merged)) else (None, results)
     rows = groups(records, stale)
@@ -67,7 +66,6 @@ def table(results: Store | Merged | Iterable[Record], *, stale: Stale = fresh) -
         types.update(dict.fromkeys(names, kind))
     frame = pd.DataFrame(columns, columns=list(COLUMNS)).astype(types)
     frame.attrs.update(
-        contended={index for index, row in enumerate(columns) if row["contended"]},
         runs={index: len(row.records) for index, row in enumerate(rows)},
         stale={index: row.stale for index, row in enumerate(rows) if row.stale},
         tied=tied,

@@ -34,7 +34,7 @@ from petlbench.registry import METHODS, TASKS
 from petlbench.spec import Cell, MethodSpec, Parameters, Suite
 from petlbench.suite import expand
 from petlbench.task import Task
-from petlbench.training import Course, Setting, train_step
+from petlbench.training import Course, Diverged, Setting, train_step
 
 TURNS = 2  # in which the timed steps of the methods alternate, so that a machine's drift hits them alike
 PEAKS = ("allocated_bytes", "reserved_bytes")
@@ -191,8 +191,11 @@ class _Subject:
             course = Course(setting, self.rows, setting.recipe.lr)
             untimed = 1 if self.joules else WARMUP  # by the second turn only the optimizer's state is new
             self.clock.warm_up(untimed)
-            for _ in range(untimed + steps):
-                train_step(course)
+            try:
+                for _ in range(untimed + steps):
+                    train_step(course)
+            except Diverged as error:
+                raise UserError(f"method '{self.cell.method}' cannot be profiled: {error}; lower its rate") from error
             assert course.memory is not None
             self.memory = with_saved(course.memory, self.saved)
             self.joules.append(course.joules)

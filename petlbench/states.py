@@ -1,14 +1,18 @@
-"""Is a record still what its cell would give? Imports no torch."""
+"""Is a record still what its cell would give? Imports no torch but where it says so."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from petlbench.errors import UserError
-from petlbench.fingerprint import changed, code_fingerprints
-from petlbench.spec import Record
+from petlbench.fingerprint import changed, code_fingerprints, fingerprints
+from petlbench.spec import Cell, Record
+
+if TYPE_CHECKING:
+    from petlbench.datasets.base import Source
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,20 @@ def state_of(record: Record | None, now: Mapping[str, str]) -> State:
     if parts := changed(record, now):
         return State("stale", ", ".join(parts))
     return State("done") if record.outcome == "ok" else State("failed", record.outcome)
+
+
+def fingerprints_of(cells: Iterable[Cell], data_root: Path | None) -> dict[str, dict[str, str]]:
+    """By cell id, the fingerprints that each would get today; every data source is opened once. Imports torch."""
+    from petlbench.assembly import load_source
+
+    sources: dict[str, Source] = {}
+    found = {}
+    for cell in cells:
+        key = cell.model_dump_json(include={"dataset", "dataset_config"})
+        if key not in sources:
+            sources[key] = load_source(cell, data_root)
+        found[cell.id] = fingerprints(cell, data_root, sources[key])
+    return found
 
 
 def stale_parts(record: Record) -> tuple[str, ...]:

@@ -58,18 +58,11 @@ def make_record(
     }
     if outcome != "ok":
         return Record(**common, reason="out of memory")
-    timing = Timing(
-        phases={"forward": train_seconds, "other": 1.0},
-        total_seconds=train_seconds + 1.0,
-        train_seconds=train_seconds,
-        step_seconds=train_seconds / steps,
-        jobs=jobs,
-    )
     return Record(
         **common,
         metrics={metric: score},
         memory=_memory(accounted, *peaks),
-        timing=timing,
+        timing=_timing(train_seconds, steps, jobs),
         inference=inference,
         flops=Flops(forward=flops[0], backward=flops[1]) if flops else None,
         step_joules=step_joules,
@@ -87,6 +80,16 @@ def _memory(accounted: int, peak_allocated: int | None, peak_rss: int | None) ->
         saved_backend="cpu, unfused",
         peak_allocated_bytes=peak_allocated,
         peak_rss_bytes=peak_rss,
+    )
+
+
+def _timing(train_seconds: float, steps: int, jobs: int) -> Timing:
+    return Timing(
+        phases={"forward": train_seconds, "other": 1.0},
+        total_seconds=train_seconds + 1.0,
+        train_seconds=train_seconds,
+        step_seconds=train_seconds / steps,
+        jobs=jobs,
     )
 
 

@@ -346,4 +346,5 @@ def test_a_method_is_held_to_its_claims(
     monkeypatch.setenv("PETLBENCH_CACHE", str(tmp_path))
     assert cli.main(["check", "tests.broken_methods:Gains", "--tasks", "rec", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert {finding["outcome"] for finding in report["findings"]["rec"]} <= {"pass", "skip"}
+    outcomes = [finding["outcome"] for finding in report["findings"]["rec"]]
+    assert len(outcomes) == 12 and outcomes.count("pass") >= 8 and "fail" not in outcomes

@@ -148,7 +148,7 @@ def test_a_report_reads_as_a_table_and_as_plain_data(others: dict[str, Report]) 
         ({"method": "lorra"}, "did you mean 'lora'"),
         ({"method": "nowhere:Method"}, "'nowhere:Method' cannot be imported"),
         ({"method": "pathlib:Path"}, "not a subclass of petlbench.method.Method"),
-        ({"config": {"rank": 0}}, "'lora' refuses option 'rank'"),
+        ({"config": {"rank": 0}}, "method 'lora': config: rank: Input should be greater than 0, got 0"),
         ({"backbone": "tinny"}, "did you mean 'tiny'"),
         ({"tasks": ["vqqa"]}, "did you mean 'vqa'"),
     ],

@@ -17,6 +17,7 @@ from petlbench.errors import UserError
 from petlbench.fingerprint import changed, closure, code_fingerprints, fingerprints
 from petlbench.registry import BACKBONES, DATASETS, METHODS, TASKS, Registry
 from petlbench.spec import Cell
+from petlbench.states import fingerprints_of
 
 from .record_factory import make_record
 from .test_registry import install
@@ -254,3 +255,22 @@ def test_what_changed_is_named_and_what_was_never_recorded_has_changed() -> None
     record = make_record(fingerprints={"method": "a", "task": "b", "data": "c"})
     assert changed(record, {"method": "a", "task": "b"}) == ()
     assert changed(record, {"method": "x", "task": "b", "weights": "d"}) == ("method", "weights")
+
+
+def test_the_cells_of_a_run_open_each_source_once_and_get_what_each_would_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from petlbench import assembly
+
+    opened: list[str] = []
+    real = assembly.load_source
+    monkeypatch.setattr(assembly, "load_source", lambda cell, root: (opened.append(cell.dataset), real(cell, root))[1])
+    small = {"train_scenes": 24, "validation_scenes": 12, "test_scenes": 12}
+    cells = [
+        CELL.model_copy(update={"task": task, "dataset": dataset, "dataset_config": small})
+        for task in ("rec", "vqa")
+        for dataset in ("digits", "shapes")
+    ]
+    found = fingerprints_of(cells, None)
+    assert opened == ["digits", "shapes"]
+    assert found == {cell.id: fingerprints(cell) for cell in cells}

@@ -143,6 +143,15 @@ def test_energy_is_told_only_where_it_was_measured_long_enough(monkeypatch: pyte
     assert measured("bitfit", steps=1)[0].step_joules == 5
 
 
+def test_a_method_that_diverges_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverge(course: training.Course) -> None:
+        raise training.Diverged("the loss is nan at step 1")
+
+    monkeypatch.setattr(profiling, "train_step", diverge)
+    with pytest.raises(UserError, match="'bitfit' cannot be profiled: the loss is nan at step 1; lower its rate"):
+        measured("bitfit", steps=1)
+
+
 def test_a_method_that_does_not_fit_is_the_users_to_mend() -> None:
     with pytest.raises(UserError, match=r"'lora' does not fit backbone 'tiny'.*no stack 'fusion'"):
         profile([cell("lora", method_config={"stacks": ["fusion"]})], meta=True)

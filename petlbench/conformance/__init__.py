@@ -10,8 +10,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pydantic import ValidationError
-
 from petlbench.conformance.bench import Bench, Reference, cell_of, method_class
 from petlbench.conformance.checks import CHECKS, judge
 from petlbench.conformance.observation import Seen, observe
@@ -22,6 +20,7 @@ from petlbench.errors import UserError
 from petlbench.method import Method
 from petlbench.registry import BACKBONES, TASKS
 from petlbench.spec import Cell
+from petlbench.suite import validated
 
 __all__ = ["CHECKS", "Finding", "Report", "check", "check_all", "render"]
 
@@ -55,7 +54,7 @@ def check_all(
     served = _served(backbone, tasks)
     subjects = [(_name(method), method_class(method) if isinstance(method, str) else method) for method in methods]
     for name, kind in subjects:
-        _validate(name, kind, config or {})
+        validated(kind.Config, config or {}, f"method '{name}': config")
     reports = [Report(name, backbone) for name, _ in subjects]
     seen: list[tuple[Report, str, Path, Seen]] = []
     adapters: dict[Path, Cell] = {}
@@ -99,12 +98,3 @@ def _served(backbone: str, tasks: Sequence[str] | None) -> list[str]:
     if not served:
         raise UserError(f"backbone '{backbone}' serves no task: `petlbench list tasks` shows all")
     return served
-
-
-def _validate(name: str, kind: type[Method], config: dict[str, Any]) -> None:
-    try:
-        kind.Config(**config)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"method '{name}' refuses option '{where}' of its configuration: {first['msg']}") from error

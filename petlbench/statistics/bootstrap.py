@@ -47,9 +47,9 @@ class Covariances:
         """Satterthwaite's degrees of freedom (1946, Biometrics Bulletin 2(6)), made safe for few seeds.
 
         His are total^2 / (seeds^2 / (S - 1) + samples^2 / (n - 1)). With two or three seeds these are too many: seeds
-        that happen to agree make the error small and the degrees of freedom many at once, and up to 13 % (8 %) of null
-        pairs pass for different at 5 %. Weighting by plain shares, total / (seeds / (S - 1) + samples / (n - 1)),
-        gives never more, the same where one source is alone, and at worst 9 % (6 %); at most 5 % with five seeds.
+        that happen to agree make the error small and the degrees of freedom many at once, and equal methods pass for
+        different. Weighting by plain shares, total / (seeds / (S - 1) + samples / (n - 1)), never gives more, and gives
+        the same where one source is alone.
         """
         seeds, samples, both = map(of, (self.seeds, self.samples, self.both))
         # Each alone is expected to be at most the whole: an estimate below them is chance.

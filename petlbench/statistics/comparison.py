@@ -13,7 +13,7 @@ from petlbench.errors import UserError
 from petlbench.records import Merged, Store
 from petlbench.spec import Record
 from petlbench.statistics.bootstrap import covariances
-from petlbench.statistics.grouping import SETTING
+from petlbench.statistics.grouping import SETTING, label
 from petlbench.statistics.sample_scores import score_matrix
 from petlbench.statistics.significance import p_values, quantiles
 
@@ -70,7 +70,7 @@ def compare(store: Store | Merged, a: str, b: str, confidence: float = 0.95) -> 
 
 
 def _by_setting(records: Sequence[Record], name: str) -> dict[tuple[str, str, str], BySeed]:
-    labels = {record.cell.id: _label(record) for record in records}
+    labels = {record.cell.id: label(record.cell) for record in records}
     # A bare method name stands for its variant as long as there is only one.
     variants = {text for text in labels.values() if text.split(":")[0] == name}
     wanted = name if name in labels.values() or len(variants) != 1 else variants.pop()
@@ -83,7 +83,7 @@ def _by_setting(records: Sequence[Record], name: str) -> dict[tuple[str, str, st
     recipes: dict[tuple[str, str, str], str] = {}
     for record in records:
         cell = record.cell
-        if _label(record) != wanted or record.outcome != "ok":
+        if label(record.cell) != wanted or record.outcome != "ok":
             continue
         key = (cell.task, cell.dataset, cell.backbone)
         digest = cell.model_copy(update={"seed": 0}).digest
@@ -105,8 +105,3 @@ def _check_fingerprints(left: Sequence[Record], right: Sequence[Record]) -> None
                     f"{side[0].cell.label} and {record.cell.label} were run with different code or data "
                     f"({', '.join(parts)}); rerun the older one"
                 )
-
-
-def _label(record: Record) -> str:
-    cell = record.cell
-    return f"{cell.method}:{cell.variant}" if cell.variant else cell.method
