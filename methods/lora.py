@@ -68,7 +68,8 @@ class LoRA(Method):
                 for _, sublayer in layer.items():
                     for target in self.config.targets:
                         if target in sublayer.projections:
-                            self._insert(sublayer.projections[target])
+                            for single in sublayer.projections[target].singles():
+                                self._insert(single)
         if not self._paths:
             raise ValueError(f"no projection called {' or '.join(self.config.targets)} in the chosen stacks")
         return backbone

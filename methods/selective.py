@@ -5,17 +5,20 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from petlbench.backbones.base import Backbone
-from petlbench.method import Method, train, train_biases
+from petlbench.method import Method, train_biases
 
 
 class Full(Method):
-    """Full fine-tuning: every parameter trains. VL-Adapter (CVPR 2022) trains CLIP-BART so with a rate of 1e-4."""
+    """Full fine-tuning: every parameter trains that the backbone does not keep fixed.
+
+    VL-Adapter (CVPR 2022) trains CLIP-BART so with a rate of 1e-4.
+    """
 
     identity = True
     recipe: ClassVar[dict[str, Any]] = {"lr": 1e-4}
 
     def adapt(self, backbone: Backbone) -> Backbone:
-        train(backbone)
+        backbone.unfreeze()
         return backbone
 
 

@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch import nn
 
 from petlbench.backbones.base import Backbone
+from petlbench.backbones.lent import lend
 from petlbench.backbones.sites import Snapshot
 from petlbench.checkpoint import seed_everything
 from petlbench.datasets.base import Source, Split
 from petlbench.errors import UserError
 from petlbench.measure.clock import PhaseClock
 from petlbench.method import Method, adapt
+from petlbench.precision import prepare
 from petlbench.registry import BACKBONES, DATASETS, METHODS
 from petlbench.spec import Cell
 from petlbench.task import Task
@@ -62,7 +65,7 @@ def build_backbone(cell: Cell, device: torch.device) -> Backbone:
     seed_everything(cell.seed)
     # Values are drawn on the CPU, so that they are the same on every device; the meta device allocates nothing.
     with device if device.type == "meta" else torch.device("cpu"):
-        backbone: Backbone = kind(kind.Config(**cell.backbone_config))
+        backbone: Backbone = kind(kind.configured(cell.backbone, cell.backbone_config))
     return backbone.to(device)
 
 
@@ -70,6 +73,24 @@ def build_method(cell: Cell) -> Method:
     """The cell's method with its configuration."""
     kind = METHODS.get(cell.method)
     return kind(kind.Config(**cell.method_config))
+
+
+def equip(backbone: Backbone, task: Task, device: torch.device) -> tuple[Backbone, nn.Module]:
+    """An adapted backbone with what it lacks for `task` lent, and the task's head.
+
+    Where the head is one that the backbone was published with, it trains as the backbone says, and the backbone's
+    heads for other tasks do not.
+    """
+    own = backbone.own_head(task.name)
+    for head in backbone.own_heads.values():
+        if head is not own:
+            head.requires_grad_(False)
+        elif backbone.trains_heads:
+            head.requires_grad_(True)
+    with device if device.type == "meta" else torch.device("cpu"):
+        extended = lend(backbone, task.needs)
+        head = task.head(backbone)
+    return extended.to(device), head.to(device)
 
 
 def build_setting(
@@ -84,15 +105,16 @@ def build_setting(
 ) -> tuple[Setting, Snapshot]:
     """The backbone adapted, with the task's head, ready to train; and the handle that restores the backbone.
 
-    `method` defaults to the cell's own. Raises UserError when nothing is left to train.
+    `method` defaults to the cell's own. Raises UserError when nothing is left to train, or nothing can be compiled.
     """
     method = method or build_method(cell)
     seed_everything(cell.seed)
     adapted, handle = adapt(method, backbone)
-    head = task.head(adapted).to(device)
+    extended, head = equip(adapted, task, device)
+    prepare(extended, cell.recipe, device)
     seed_everything(cell.seed + 1)  # dropout, whatever the method drew
     setting = Setting(
-        adapted, head, task, cell.recipe, cell.seed, device, clock or PhaseClock(device), report, method=method
+        extended, head, task, cell.recipe, cell.seed, device, clock or PhaseClock(device), report, method=method
     )
     if not setting.trainable():
         raise UserError(f"method '{cell.method}' leaves nothing to train on task '{task.name}'")

@@ -80,9 +80,10 @@ def _parser() -> argparse.ArgumentParser:
 def _add_list(listing: argparse.ArgumentParser) -> None:
     listing.set_defaults(command=commands.list_things)
     listing.add_argument("kind", choices=[*commands.KINDS, "suites", "records"])
-    listing.add_argument("pattern", nargs="?", default="*", help="shell wildcard")
+    listing.add_argument("pattern", nargs="?", default="*", help="shell wildcard; of backbones also 'family:size'")
     listing.add_argument("--json", action="store_true", help="machine-readable")
     listing.add_argument("--check", action="store_true", help="import each; exit with 1 if any fails")
+    listing.add_argument("--matrix", action="store_true", help="of `backbones`: which tasks each serves, and why not")
     listing.add_argument(
         "--results", type=Path, default=Path("runs/quick"), metavar="DIR", help="of `records` (default: %(default)s)"
     )
@@ -137,6 +138,13 @@ def _add_check(check: argparse.ArgumentParser) -> None:
     check.add_argument("--tasks", type=_names, metavar="A,B", help="default: all that the backbone can serve")
     check.add_argument("--config", metavar="JSON", help="the method's options")
     check.add_argument("--json", action="store_true", help="machine-readable")
+
+
+def _add_verify(verify: argparse.ArgumentParser) -> None:
+    verify.set_defaults(command=commands.verify)
+    verify.add_argument("figures", choices=["published"], help="published parameters, percentages, bytes and claims")
+    verify.add_argument("--methods", type=_names, metavar="A,B", help="only these: names, name:variant, wildcards")
+    verify.add_argument("--json", action="store_true", help="machine-readable")
 
 
 def _add_repair(repair: argparse.ArgumentParser) -> None:
@@ -232,6 +240,7 @@ ADD = {
     "compare": (_add_compare, "methods against each other, sample by sample and seed by seed"),
     "profile": (_add_profile, "what methods cost, without training"),
     "check": (_add_check, "hold a method to what every method must do, and to its own claims"),
+    "verify": (_add_verify, "published figures beside ours; exit with 1 if one differs"),
     "repair": (_add_repair, "set aside what a results folder cannot hold; nothing is deleted"),
 }
 COMMANDS = tuple(ADD)

@@ -31,6 +31,10 @@ KINDS: dict[str, Registry[Any]] = {
 
 def list_things(args: argparse.Namespace) -> int:
     """What there is of a kind, by name."""
+    if args.kind == "backbones":
+        return _list_backbones(args)
+    if args.matrix:
+        raise UserError("--matrix is of backbones: `petlbench list backbones --matrix`")
     if args.kind == "records":
         rows = _records(args.results, args.pattern)
     else:
@@ -47,6 +51,18 @@ def list_things(args: argparse.Namespace) -> int:
             if row.get("error"):
                 print(f"  FAILS: {row['error']}")
     return int(any(row.get("error") for row in rows))
+
+
+def _list_backbones(args: argparse.Namespace) -> int:
+    """Families of backbones with what can be said of them, or the tasks that each serves."""
+    from petlbench import catalogue
+
+    found = catalogue.matrix(args.pattern) if args.matrix else catalogue.entries(args.pattern)
+    if args.json:
+        print(json.dumps([entry.as_json() for entry in found], indent=1))
+    else:
+        _print(catalogue.render_matrix(found) if args.matrix else catalogue.render(found))
+    return int(args.check and any(entry.error for entry in found))
 
 
 def _records(results: Path, pattern: str) -> list[dict[str, Any]]:
@@ -277,6 +293,18 @@ def check(args: argparse.Namespace) -> int:
     else:
         _print(conformance.render(report))
     return int(not report.ok)
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Published figures beside ours; 1 when a count, a percentage or a number of bytes differs."""
+    from petlbench import published
+
+    findings = published.verify(published.read(), args.methods)
+    if args.json:
+        print(json.dumps([finding.as_json() for finding in findings], indent=1))
+    else:
+        _print(published.render(findings))
+    return int(published.failed(findings))
 
 
 def repair(args: argparse.Namespace) -> int:

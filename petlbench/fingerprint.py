@@ -76,7 +76,7 @@ def fingerprints(cell: Cell, data_root: Path | None = None, source: Source | Non
 
     source = source or load_source(cell, data_root)
     backbone: Any = BACKBONES.get(cell.backbone)
-    files = backbone.files(backbone.Config(**cell.backbone_config))
+    files = backbone.files(backbone.configured(cell.backbone, cell.backbone_config))
     return {
         **code_fingerprints(cell),
         "data": source.fingerprint(cell.task),

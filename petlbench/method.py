@@ -56,6 +56,10 @@ class Method(ABC):
     def adapt(self, backbone: Backbone) -> Backbone:
         """Freeze, insert, and return the backbone to use: the same object, or a wrapper that is a Backbone."""
 
+    def host_options(self, family: str) -> dict[str, Any]:
+        """Options of the backbone `family` that this configuration of the method needs; they go into the cell."""
+        return {}
+
     def merge(self) -> None:
         """Fold what was inserted into the weights, where that is possible."""
         raise NotImplementedError(f"{type(self).__name__} cannot be merged into the weights")

@@ -25,8 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from petlbench.backbones.base import Images, Tokens
+from petlbench.backbones.tiny import Tiny, TinyConfig
 from petlbench.backbones.tokenizer import build_tokenizer
-from petlbench.backbones.vl_bart import ASSETS, VLBart, VLBartConfig
+from petlbench.backbones.weights import ASSETS
 from petlbench.datasets.scene_language import VOCABULARY, captions, expressions, questions
 from petlbench.datasets.scene_world import DIGITS, SHAPES, Scene, make_scene
 from petlbench.losses import token_losses
@@ -56,7 +57,7 @@ class PretrainRecipe(BaseModel):
     seed: int = 0
 
 
-class SharedImages(VLBart):
+class SharedImages(Tiny):
     """Encodes a batch's images once, however many tasks ask: `share` starts a new batch."""
 
     def share(self, images: Images) -> None:
@@ -139,7 +140,7 @@ class Pretraining:
         torch.manual_seed(recipe.seed)
         folder.mkdir(parents=True, exist_ok=True)
         build_tokenizer(VOCABULARY).save(str(folder / "tokenizer.json"))
-        config = VLBartConfig(tokenizer=str(folder / "tokenizer.json"), dropout=0.0)
+        config = TinyConfig(tokenizer=str(folder / "tokenizer.json"), weights="none")
         self.backbone = SharedImages(config).to(self.device)
         self.tasks: dict[str, Task] = {name: TASKS.get(name)() for name in TASK_NAMES}
         self.heads = nn.ModuleDict({name: task.head(self.backbone) for name, task in self.tasks.items()})

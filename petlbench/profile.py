@@ -20,15 +20,14 @@ from petlbench.datasets.base import Source
 from petlbench.errors import UserError
 from petlbench.measure.clock import IN_STEP, TRAINING, WARMUP, PhaseClock
 from petlbench.measure.environment import describe
-from petlbench.measure.memory import planned
-from petlbench.measure.parameters import count, inference_extra
+from petlbench.measure.memory import planned, with_peaks, with_saved
 from petlbench.measure.setting import (
     canonical_saved_bytes,
+    counted,
+    extra_at_inference,
     first_batch,
     inference,
-    stored_scalars,
     training_flops,
-    with_saved,
 )
 from petlbench.registry import METHODS, TASKS
 from petlbench.spec import Cell, MethodSpec, Parameters, Suite
@@ -37,7 +36,6 @@ from petlbench.task import Task
 from petlbench.training import Course, Diverged, Setting, train_step
 
 TURNS = 2  # in which the timed steps of the methods alternate, so that a machine's drift hits them alike
-PEAKS = ("allocated_bytes", "reserved_bytes")
 SECONDS_OF_ENERGY = 1.0  # a GPU's driver renews its counter about ten times a second: less time gives no figure
 
 
@@ -180,7 +178,7 @@ class _Subject:
             self._count_extra(setting)
 
     def _count_extra(self, merged: Setting) -> None:
-        extra = inference_extra(merged.backbone, self.untouched)
+        extra = extra_at_inference(merged, self.untouched)
         self.known["parameters"] = self.known["parameters"].model_copy(update={"inference_extra": extra})
 
     def train(self, steps: int) -> None:
@@ -208,12 +206,10 @@ class _Subject:
         energy = joules / steps if telling and joules else None
         # Clocks share the device's peaks: only those of phases that end before another clock runs are this cell's.
         peaks = {name: peak for name, peak in self.clock.peaks().items() if name in TRAINING}
-        largest = {f"peak_{kind}": max((getattr(p, kind) for p in peaks.values()), default=None) for kind in PEAKS}
-        memory = self.memory.model_copy(update={**largest, "peaks": peaks})
+        memory = with_peaks(self.memory, peaks)
         return Costs(**self.known, **seconds, memory=memory, step_joules=energy, environment=environment)
 
 
 def _counted(setting: Setting) -> Parameters:
-    counted = count(setting.backbone, setting.head, setting.backbone.host_parameters())
     stored_bytes = sum(p.numel() * p.element_size() for p in setting.trainable().values())
-    return counted.model_copy(update={"stored": stored_scalars(setting), "stored_bytes": stored_bytes})
+    return counted(setting).model_copy(update={"stored_bytes": stored_bytes})

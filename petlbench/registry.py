@@ -105,7 +105,14 @@ def _distribution(point: EntryPoint) -> str:
     return point.dist.name if point.dist else "unknown"
 
 
+class Families(Registry[T]):
+    """A registry whose entries come in sizes: `family:size` leads to the family's class."""
+
+    def _claims(self, name: str) -> list[EntryPoint]:
+        return super()._claims(name.partition(":")[0])
+
+
 METHODS: Registry[Method] = Registry("petlbench.methods", "method", "petlbench.method:Method")
 TASKS: Registry[Task] = Registry("petlbench.tasks", "task", "petlbench.task:Task")
 DATASETS: Registry[Source] = Registry("petlbench.datasets", "data set", "petlbench.datasets.base:Source")
-BACKBONES: Registry[Backbone] = Registry("petlbench.backbones", "backbone", "petlbench.backbones.base:Backbone")
+BACKBONES: Registry[Backbone] = Families("petlbench.backbones", "backbone", "petlbench.backbones.base:Backbone")

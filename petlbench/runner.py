@@ -22,15 +22,14 @@ from petlbench.checkpoint import Checkpoint, save_tensors
 from petlbench.errors import Unwritable, UserError
 from petlbench.measure.clock import PhaseClock
 from petlbench.measure.environment import describe
-from petlbench.measure.memory import peak_rss_bytes
-from petlbench.measure.parameters import count, inference_extra
+from petlbench.measure.memory import peak_rss_bytes, with_peaks, with_saved
 from petlbench.measure.setting import (
     canonical_saved_bytes,
+    counted,
+    extra_at_inference,
     first_batch,
     inference,
-    stored_scalars,
     training_flops,
-    with_saved,
 )
 from petlbench.records import Store
 from petlbench.registry import METHODS, TASKS
@@ -41,7 +40,6 @@ from petlbench.training import Diverged, Fit, Report, Setting, evaluate, load_st
 
 T = TypeVar("T")
 Event = dict[str, Any]
-PEAKS = ("allocated_bytes", "reserved_bytes")
 
 
 def run_cell(
@@ -147,15 +145,14 @@ class CellRun:
             size = self.cell.recipe.eval_batch_size
             predicting = self._measured("inference", lambda: inference(setting, data.test, size))
             # Asked last: by now it is merged.
-            extra = inference_extra(setting.backbone, self.untouched) if predicting else None
-        largest = {f"peak_{kind}": max((getattr(p, kind) for p in peaks.values()), default=None) for kind in PEAKS}
+            extra = extra_at_inference(setting, self.untouched) if predicting else None
         record = Record(
             **self._common() | {"parameters": parameters.model_copy(update={"inference_extra": extra})},
             outcome="ok",
             metrics=scores.metrics,
             validation=fitted.validation,
             chosen_lr=lr,
-            memory=memory.model_copy(update={**largest, "peaks": peaks}),
+            memory=with_peaks(memory, peaks),
             inference=predicting,
             flops=flops,
             step_joules=fitted.step_joules,
@@ -213,8 +210,7 @@ class CellRun:
         self.known["parameters"] = self._parameters(setting, None)
 
     def _parameters(self, setting: Setting, stored_bytes: int | None) -> Parameters:
-        counted = count(setting.backbone, setting.head, setting.backbone.host_parameters())
-        return counted.model_copy(update={"stored": stored_scalars(setting), "stored_bytes": stored_bytes})
+        return counted(setting).model_copy(update={"stored_bytes": stored_bytes})
 
     def _measured(self, what: str, measure: Callable[[], T]) -> T | None:
         """What `measure` gives. Unfused attention may need more memory than training: no reason to lose the cell."""

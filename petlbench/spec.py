@@ -35,13 +35,36 @@ class Recipe(Frozen):
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW moment decays")
     eps: float = Field(1e-6, gt=0, description="AdamW epsilon")
     warmup: float = Field(0.1, ge=0, le=1, description="share of the steps with a rising rate")
+    warmup_from_zero: bool = Field(False, description="the rate of the very first step is 0, not a share of the peak")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="the rate after warm-up")
+    lr_floor: float = Field(0.0, ge=0, le=1, description="share of the peak rate that linear and cosine fall to")
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="a layer's rate as a share of the next one's; heads, final norms: the peak"
+    )
     clip_norm: float = Field(5.0, gt=0, description="global gradient-norm clip")
     validations: Positive = Field(1, description="evaluations on validation, evenly spaced; the best is kept for test")
     train_limit: Positive | None = Field(None, description="training rows used; all when null")
     eval_limit: Positive | None = Field(None, description="validation and test rows used; all when null")
     beams: Positive = Field(1, description="beam width of generation; 1 is greedy")
     lr_factors: tuple[float, ...] = Field((1.0,), min_length=1, description="trials: lr times each; best on validation")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="of matrix products, by autocast; weights stay fp32; fp16 scales the loss"
+    )
+    attention: Literal["fused", "unfused"] = Field("fused", description="unfused keeps attention maps for backward")
+    gradient_checkpointing: bool = Field(False, description="layers run again in backward instead of keeping tensors")
+    compile: bool = Field(False, description="layers run through torch.compile; needs a C++ compiler")
+
+
+# Recipes of older records lack these; a cell without them is the same as one that has their defaults.
+ADDED = (
+    "warmup_from_zero",
+    "lr_floor",
+    "layer_decay",
+    "precision",
+    "attention",
+    "gradient_checkpointing",
+    "compile",
+)
 
 
 class MethodSpec(Frozen):
@@ -80,8 +103,12 @@ class Cell(Frozen):
 
     @property
     def digest(self) -> str:
-        """Eight hex digits of SHA-256 over the cell's canonical JSON."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        """Eight hex digits of SHA-256 over the cell's canonical JSON, without the defaults of ADDED."""
+        data = self.model_dump(mode="json")
+        for name in ADDED:
+            if data["recipe"][name] == Recipe.model_fields[name].default:
+                del data["recipe"][name]
+        text = json.dumps(data, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     @property
@@ -164,11 +191,11 @@ class Memory(Frozen):
     optimizer_bytes: int
     saved_bytes: int | None = Field(
         description="tensors that one training step saves for backward, deduplicated by storage, with unfused "
-        "attention and one-byte dropout masks"
+        "attention and one-byte dropout masks, in fp32; with gradient checkpointing where the recipe has it"
     )
     accounted_bytes: int | None = Field(description="the four above together")
     native_saved_bytes: int | None = Field(None, description="the same as the machine really keeps them")
-    saved_backend: str = Field("", description="what the native bytes depend on: device and attention implementation")
+    saved_backend: str = Field("", description="what the native bytes depend on: device, attention, precision, ...")
     peaks: dict[str, Peak] = Field({}, description="by phase; CUDA only")
     peak_allocated_bytes: int | None = Field(None, description="CUDA only")
     peak_reserved_bytes: int | None = Field(None, description="CUDA only")
@@ -201,7 +228,10 @@ class Inference(Frozen):
 
 
 class Flops(Frozen):
-    """Floating-point operations of one training step, dropout off, attention unfused; a multiply-add is two."""
+    """Floating-point operations of one training step, dropout off, attention unfused; a multiply-add is two.
+
+    What gradient checkpointing computes again counts as backward; precision and compilation change nothing.
+    """
 
     forward: int
     backward: int

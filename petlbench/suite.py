@@ -75,9 +75,10 @@ def expand(
     for spec in specs:
         validated(METHODS.get(spec.name).Config, spec.config, f"{where}: method {spec.label}: config")
     for body in bodies:
-        validated(BACKBONES.get(body.name).Config, body.config, f"{where}: backbone {body.name}: config")
+        _configured(body, where)
     _check_sources(suite, pairs, data_root or sources.data_root(), where)
-    _check_abilities(pairs, bodies, where)
+    hosts = [(_host(body, spec, where), spec) for body, spec in product(bodies, specs)]
+    _check_abilities(pairs, [body for body, _ in hosts], where)
 
     recipes = {(spec.label, task): _recipe(suite, spec, task, limit, where) for spec in specs for task, _ in pairs}
     cells = [
@@ -93,7 +94,7 @@ def expand(
             seed=seed,
             recipe=recipes[spec.label, task],
         )
-        for seed, (task, dataset), body, spec in product(seeds or suite.seeds, pairs, bodies, specs)
+        for seed, (task, dataset), (body, spec) in product(seeds or suite.seeds, pairs, hosts)
     ]
     _check_distinct(cells, where)
     return cells
@@ -115,6 +116,28 @@ def validated(model: type[M], data: Mapping[str, Any], where: str) -> M:
             what += f", got {first['input']!r:.60}"
     more = f" (and {len(others)} more)" if others else ""
     raise UserError(": ".join(filter(None, [where, ".".join(keys), what])) + more)
+
+
+def _configured(body: BackboneSpec, where: str) -> BaseModel:
+    """The backbone's configuration, checked."""
+    kind = BACKBONES.get(body.name)
+    options = {**kind.options_of(body.name.partition(":")[2]), **body.config}
+    return validated(kind.Config, options, f"{where}: backbone {body.name}: config")
+
+
+def _host(body: BackboneSpec, spec: MethodSpec, where: str) -> BackboneSpec:
+    """The backbone with the options that the method needs; UserError where another value is given for one."""
+    kind = METHODS.get(spec.name)
+    needed = kind(kind.Config(**spec.config)).host_options(body.name.partition(":")[0])
+    for name, value in needed.items():
+        if body.config.get(name, value) != value:
+            raise UserError(
+                f"{where}: method {spec.label} needs backbone {body.name} with {name}: {value}, "
+                f"not {body.config[name]}: leave the option out, or configure the method otherwise"
+            )
+    host = body.model_copy(update={"config": {**body.config, **needed}})
+    _configured(host, where)
+    return host
 
 
 def _fields_at(model: type[BaseModel], path: Iterable[str]) -> list[str]:
@@ -165,7 +188,7 @@ def _select(
     chosen: dict[int, Spec] = {}
     for pattern in patterns:
         if not any(_matches(spec, pattern) for spec in pool):
-            pool += [default(name) for name in registry.names(pattern) or [_unknown(registry, pattern)]]
+            pool += [default(name) for name in registry.names(pattern) or [_known(registry, pattern)]]
         chosen |= {i: spec for i, spec in enumerate(pool) if _matches(spec, pattern)}
     return list(chosen.values())
 
@@ -185,7 +208,7 @@ def _select_tasks(entries: Sequence[str], patterns: Sequence[str] | None) -> lis
         same_task = [(entry, _resolve(entry)) for entry in entries if fnmatchcase(entry.split(":")[0], task_pattern)]
         hits = {entry: pair for entry, pair in same_task if fnmatchcase(pair[1], dataset_pattern or "*")}
         if not hits:
-            names = TASKS.names(task_pattern) or [_unknown(TASKS, task_pattern)]
+            names = TASKS.names(task_pattern) or [_known(TASKS, task_pattern)]
             hits = {":".join(pair): pair for pair in (_resolve(f"{name}:{dataset_pattern}") for name in names)}
         chosen |= hits
     return list(chosen.values())
@@ -196,10 +219,10 @@ def _resolve(entry: str) -> Pair:
     return task, dataset or TASKS.get(task).default_dataset
 
 
-def _unknown(registry: Registry[Any], pattern: str) -> str:
-    """Raise the registry's UserError for a pattern that no name matches."""
-    registry.origin(pattern)
-    raise AssertionError(pattern)
+def _known(registry: Registry[Any], name: str) -> str:
+    """`name`, which is no wildcard for names but may be one with a size; the registry's UserError if it is unknown."""
+    registry.origin(name)
+    return name
 
 
 def _check_names(suite: Suite, where: str) -> None:
@@ -234,7 +257,7 @@ def _check_sources(suite: Suite, pairs: Sequence[Pair], root: Path | None, where
 def _check_abilities(pairs: Sequence[Pair], bodies: Sequence[BackboneSpec], where: str) -> None:
     """Each backbone must be able to do what each task needs."""
     for (task, _), body in product(pairs, bodies):
-        reason = TASKS.get(task)().refuses(BACKBONES.get(body.name))
+        reason = TASKS.get(task)().refuses(BACKBONES.get(body.name), _configured(body, where))
         if reason:
             raise UserError(f"{where}: backbone '{body.name}' cannot serve task '{task}': {reason}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from datasets import Features
 from PIL.Image import Image, Resampling
 from torch import Tensor, nn
 
-from petlbench.backbones.base import Backbone, Images, Texts
+from petlbench.backbones.base import LENT, Backbone, Images, Texts
 
 Row = dict[str, Any]  # one row of a data source, in the task's schema
 
@@ -52,14 +52,16 @@ class Task(ABC):
     features: ClassVar[Features]
     recipe: ClassVar[dict[str, Any]] = {}
 
-    def refuses(self, backbone: type[Backbone]) -> str | None:
-        """Why the backbone cannot serve this task, or None."""
-        lacking = sorted(self.needs - backbone.abilities)
-        return f"it cannot {' or '.join(lacking)}" if lacking else None
+    def refuses(self, backbone: type[Backbone], config: Any) -> str | None:
+        """Why a backbone of this configuration cannot serve this task, or None."""
+        lacking = sorted(self.needs - backbone.abilities_of(config) - (LENT - backbone.refusals.keys()))
+        reasons = [f" ({backbone.refusals[ability]})" if ability in backbone.refusals else "" for ability in lacking]
+        said = [ability + reason for ability, reason in zip(lacking, reasons, strict=True)]
+        return f"it cannot {' or '.join(said)}" if said else None
 
     def head(self, backbone: Backbone) -> nn.Module:
         """The task's own trained parameters; a module without parameters where it needs none."""
-        return nn.Module()
+        return own_or(nn.Module, backbone, self.name)
 
     @abstractmethod
     def collate(self, rows: Sequence[Row], backbone: Backbone, rng: np.random.Generator | None) -> Batch:
@@ -88,9 +90,14 @@ def enlarged(image: Image, side: int = 192) -> Image:
     return image.convert("RGB").resize((image.width * factor, image.height * factor), Resampling.NEAREST)
 
 
-def initialised_head(head: nn.Module, backbone: Backbone, task: str) -> nn.Module:
-    """`head`, with the values the backbone was pre-trained with where it brings some."""
+def own_or(head: Callable[[], nn.Module], backbone: Backbone, task: str) -> nn.Module:
+    """The head that the backbone was published with for this task; else `head()`, with the values that it was
+    pre-trained with where it brings some."""
+    own = backbone.own_head(task)
+    if own is not None:
+        return own
+    made = head()
     state = backbone.pretrained_head(task)
     if state:
-        head.load_state_dict(state)
-    return head
+        made.load_state_dict(state)
+    return made

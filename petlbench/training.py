@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,15 +20,17 @@ from petlbench.measure.clock import WARMUP, PhaseClock
 from petlbench.measure.energy import energy_counter
 from petlbench.measure.memory import SavedTensors, account
 from petlbench.method import Method
+from petlbench.precision import computing, described, kernels, scaler
 from petlbench.spec import Memory, Recipe
 from petlbench.task import Batch, Scores, Task
 
 Report = Callable[[dict[str, Any]], None]
 KEPT_LOSSES = 50  # points of the loss curve kept in a record
+SMALLEST_SCALE = 1.0  # of the loss in fp16: what overflows below it, overflows by itself
 
 
 class Diverged(Exception):
-    """The loss is not a finite number any more."""
+    """The loss, or in fp16 its gradients, are no finite numbers any more."""
 
 
 @dataclass
@@ -64,23 +68,46 @@ class Fit:
     step_joules: float | None = None
 
 
-def optimizer(parameters: dict[str, nn.Parameter], recipe: Recipe, lr: float) -> torch.optim.AdamW:
-    """AdamW; biases and one-dimensional gains are not decayed."""
-    decayed = [p for p in parameters.values() if p.ndim > 1]
-    others = [p for p in parameters.values() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=recipe.betas, eps=recipe.eps)
+def optimizer(
+    parameters: dict[str, nn.Parameter], recipe: Recipe, lr: float, backbone: Backbone | None = None
+) -> torch.optim.AdamW:
+    """AdamW; biases, one-dimensional gains and what `backbone` names are not decayed.
+
+    Each group's `scale` is what the rate of its layer is to the peak rate.
+    """
+    spared = {f"backbone.{name}" for name in backbone.undecayed_parameters()} if backbone else set()
+    depths = {role: len(backbone.stack(role).layers) for role in backbone.roles()} if backbone else {}
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, p in parameters.items():
+        kind = p.ndim > 1 and name not in spared, layer_scale(name, depths, recipe.layer_decay)
+        groups.setdefault(kind, []).append(p)
+    made = [
+        {"params": groups[decayed, scale], "weight_decay": recipe.weight_decay if decayed else 0.0, "scale": scale}
+        for decayed, scale in sorted(groups, reverse=True)
+    ]
+    return torch.optim.AdamW(made, lr=lr, betas=recipe.betas, eps=recipe.eps)
+
+
+def layer_scale(name: str, depths: Mapping[str, int], decay: float) -> float:
+    """The share of the peak rate for a parameter: decay^(L - i) in layer i of L, 1 in heads and final norms, and what
+    lies below the first layer counts as one layer more. `depths`: L by stack."""
+    if found := re.search(r"\bstacks\.(\w+)\.layers\.(\d+)\.", name):
+        return decay ** (depths[found[1]] - int(found[2]))
+    if re.search(r"^head\.|\b(own_heads|lent|final_norm)\.", name):
+        return 1.0
+    return decay ** (max(depths.values(), default=-1) + 1)
 
 
 def rate(recipe: Recipe, step: int) -> float:
-    """The share of the peak rate at `step` (from 0): linear warm-up, then the schedule down to zero."""
+    """The share of the peak rate at `step` (from 0): linear warm-up, then the schedule down to the floor."""
     warm = round(recipe.warmup * recipe.steps)
     if step < warm:
-        return (step + 1) / warm
+        return step / max(1, warm - 1) if recipe.warmup_from_zero else (step + 1) / warm
     if recipe.schedule == "constant":
         return 1.0
     left = (recipe.steps - step) / max(1, recipe.steps - warm)
-    return left if recipe.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
+    fallen = left if recipe.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
+    return recipe.lr_floor + (1 - recipe.lr_floor) * fallen
 
 
 class Batches:
@@ -119,7 +146,8 @@ class Course:
         self.setting, self.lr = setting, lr
         self.modules = setting.modules().train()
         self.parameters = setting.trainable()
-        self.optimizer = optimizer(self.parameters, setting.recipe, lr)
+        self.optimizer = optimizer(self.parameters, setting.recipe, lr, setting.backbone)
+        self.scaler = scaler(setting.recipe, setting.device)
         self.batches = Batches(train, setting)
         self.step = 0
         self.losses: list[tuple[int, float]] = []
@@ -129,8 +157,11 @@ class Course:
         self.best: Best | None = None
 
     def _values(self) -> dict[str, Tensor]:
-        """What training can change of the modules."""
-        return {**self.parameters, **dict(self.modules.named_buffers())}
+        """What training can change of the modules; not the buffers of those that stay in evaluation mode, like a CNN
+        that only makes features."""
+        moving = [(prefix, module) for prefix, module in self.modules.named_modules() if module.training]
+        buffers = {f"{prefix}.{name}": b for prefix, m in moving for name, b in m.named_buffers(recurse=False)}
+        return {**self.parameters, **buffers}
 
     def state(self) -> State:
         """A copy on disk of this is enough to go on as if nothing had happened."""
@@ -150,6 +181,7 @@ class Course:
             "step": self.step,
             "losses": self.losses,
             "batches": self.batches.state(),
+            "scaler": self.scaler.state_dict(),
             "memory": self.memory.model_dump() if self.memory else None,
             "joules": self.joules,
             "best": {"score": best.score, "step": best.step, "metrics": best.metrics} if best else None,
@@ -172,6 +204,7 @@ class Course:
         self.step = rest["step"]
         self.losses = [(int(step), float(loss)) for step, loss in rest["losses"]]
         self.batches.restore(rest["batches"])
+        self.scaler.load_state_dict(rest["scaler"])
         self.memory = Memory(**rest["memory"]) if rest["memory"] else None
         self.joules = (float(rest["joules"][0]), int(rest["joules"][1]))
         self.best = Best(**rest["best"], state=state.under("best")) if rest["best"] else None
@@ -199,7 +232,8 @@ def fit(
     """Train for `recipe.steps`, evaluate on validation `recipe.validations` times, keep the best state.
 
     `keep` is called after every step, and may save `course.state()`; with that as `resume`, training goes on from
-    there and ends with the same numbers. Raises Diverged when the loss is not finite.
+    there and ends with the same numbers. Raises Diverged when the loss is not finite; in fp16, when scaling it down
+    does not help.
     """
     recipe = setting.recipe
     course = Course(setting, train, lr)
@@ -221,20 +255,20 @@ def fit(
 
 def train_step(course: Course) -> None:
     """One optimizer step; the first one is also where memory is accounted, and never timed."""
-    setting, clock, lr, recipe = course.setting, course.setting.clock, course.lr, course.setting.recipe
-    saved = SavedTensors(course.modules) if course.memory is None else None
+    setting, clock, recipe = course.setting, course.setting.clock, course.setting.recipe
+    # Again after a step that was skipped, which left the optimizer without moments.
+    accounting = course.memory is None or not course.memory.optimizer_bytes
+    saved = SavedTensors(course.modules) if accounting else None
     joules = course.meter() if course.meter else 0.0
     with clock.step():
         batch = next(course.batches)
-        with clock.phase("forward"):
-            loss = _forward(setting, batch, saved)
-        with clock.phase("backward"):
-            loss.backward()
+        with kernels(recipe):
+            with clock.phase("forward"):
+                loss = _forward(setting, batch, saved)
+            with clock.phase("backward"):
+                course.scaler.scale(loss).backward()
         with clock.phase("optimizer"):
-            nn.utils.clip_grad_norm_(course.parameters.values(), recipe.clip_norm)
-            for group in course.optimizer.param_groups:
-                group["lr"] = lr * rate(recipe, course.step)
-            course.optimizer.step()
+            stepped = _optimize(course)
     if course.meter and course.step >= WARMUP:
         course.joules = (course.joules[0] + course.meter() - joules, course.joules[1] + 1)
     if saved is not None:
@@ -243,16 +277,37 @@ def train_step(course: Course) -> None:
             course.optimizer,
             0,
             native_saved_bytes=saved.saved_bytes,
-            backend=_backend(setting),
+            backend=described(recipe, setting.device, setting.backbone),
         )
     with clock.phase("optimizer"):
         course.optimizer.zero_grad(set_to_none=True)
     course.step += 1
-    value = float(loss.detach())
-    course.losses.append((course.step, value))
-    setting.report({"phase": "train", "step": course.step, "steps": recipe.steps, "loss": value})
-    if not math.isfinite(value):
-        raise Diverged(f"the loss is {value} at step {course.step} of {recipe.steps} with a rate of {lr:g}")
+    _note(course, float(loss.detach()), stepped)
+
+
+def _optimize(course: Course) -> bool:
+    """Clip and step. False when gradients overflow in fp16: the step is skipped, and the loss scaled less from now."""
+    recipe, scale = course.setting.recipe, course.scaler.get_scale()
+    course.scaler.unscale_(course.optimizer)
+    nn.utils.clip_grad_norm_(course.parameters.values(), recipe.clip_norm)
+    for group in course.optimizer.param_groups:
+        group["lr"] = course.lr * group["scale"] * rate(recipe, course.step)
+    course.scaler.step(course.optimizer)
+    course.scaler.update()
+    return course.scaler.get_scale() >= scale
+
+
+def _note(course: Course, loss: float, stepped: bool) -> None:
+    """Keep and report the loss of the step that was just made, or skipped. Raises Diverged when there is no hope."""
+    steps = course.setting.recipe.steps
+    course.setting.report({"phase": "train", "step": course.step, "steps": steps, "loss": loss})
+    if math.isfinite(loss):
+        course.losses.append((course.step, loss))
+    where = f"at step {course.step} of {steps} with a rate of {course.lr:g}"
+    if not math.isfinite(loss) and stepped:
+        raise Diverged(f"the loss is {loss} {where}")
+    if not stepped and course.scaler.get_scale() < SMALLEST_SCALE:
+        raise Diverged(f"fp16 overflows {where}, however the loss of {loss:g} is scaled")
 
 
 def _validate(course: Course, validation: Dataset) -> None:
@@ -270,15 +325,8 @@ def _validate(course: Course, validation: Dataset) -> None:
 
 
 def _forward(setting: Setting, batch: Batch, saved: SavedTensors | None) -> Tensor:
-    if saved is None:
+    with saved or nullcontext(), computing(setting.recipe, setting.device):
         return setting.task.loss(setting.backbone, setting.head, batch)
-    with saved:
-        return setting.task.loss(setting.backbone, setting.head, batch)
-
-
-def _backend(setting: Setting) -> str:
-    attention = getattr(getattr(setting.backbone, "config", None), "attention", "unknown")
-    return f"{setting.device.type}, {attention} attention"
 
 
 def _thinned(losses: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
@@ -296,7 +344,8 @@ def evaluate(setting: Setting, rows: Dataset) -> tuple[Scores, list[Any]]:
     for start in range(0, len(rows), size):
         chosen = [rows[i] for i in range(start, min(start + size, len(rows)))]
         batch = task.collate(chosen, setting.backbone, None).to(setting.device)
-        predictions += task.predict(setting.backbone, setting.head, batch, beams=setting.recipe.beams)
+        with computing(setting.recipe, setting.device):
+            predictions += task.predict(setting.backbone, setting.head, batch, beams=setting.recipe.beams)
     return task.score(rows.remove_columns("image").to_list(), predictions), predictions
 
 

@@ -25,7 +25,7 @@ class Captioning(Task):
     name: ClassVar[str] = "captioning"
     default_dataset: ClassVar[str] = "digits"
     main_metric: ClassVar[str] = "cider_d"
-    needs: ClassVar[frozenset[str]] = frozenset({"fuse", "decode"})
+    needs: ClassVar[frozenset[str]] = frozenset({"decode"})
     features = schemas.CAPTIONING
 
     def collate(self, rows: Sequence[Row], backbone: Backbone, rng: np.random.Generator | None) -> Batch:

@@ -15,7 +15,7 @@ from petlbench.backbones.base import Backbone, Tokens
 from petlbench.backbones.sites import IMAGE
 from petlbench.datasets import schemas
 from petlbench.metrics.boxes import acc_at, iou_xywh
-from petlbench.task import Batch, Row, Scores, Task, enlarged, initialised_head
+from petlbench.task import Batch, Row, Scores, Task, enlarged, own_or
 from petlbench.visual import draw_boxes
 
 
@@ -82,13 +82,13 @@ class ReferringExpressions(Task):
         self.pointing = pointing
 
     def head(self, backbone: Backbone) -> nn.Module:
-        return initialised_head(PointingHead(backbone.width), backbone, self.name)
+        return own_or(lambda: PointingHead(backbone.width), backbone, self.name)
 
     def collate(self, rows: Sequence[Row], backbone: Backbone, rng: np.random.Generator | None) -> Batch:
         images = backbone.images([row["image"] for row in rows])
         text = backbone.texts([row["expression"] for row in rows], max_length=64)
         x, y, width, height = torch.tensor([row["box"] for row in rows], dtype=torch.float32).unbind(-1)
-        boxes = torch.stack([x + width / 2, y + height / 2, width, height], dim=-1) * images.scale[:, None]
+        boxes = images.place(torch.stack([x + width / 2, y + height / 2, width, height], dim=-1))
         return Batch(images, {"expression": text}, {"boxes": boxes})
 
     def _fused(self, backbone: Backbone, batch: Batch) -> Tokens:
@@ -107,7 +107,7 @@ class ReferringExpressions(Task):
 
     def predict(self, backbone: Backbone, head: nn.Module, batch: Batch, *, beams: int = 1) -> list[list[float]]:
         """Boxes (x, y, width, height) in pixels of the stored image."""
-        found = head(self._fused(backbone, batch)) / batch.images.scale[:, None]
+        found = batch.images.unplace(head(self._fused(backbone, batch)))
         centre, size = found.split(2, dim=-1)
         boxes: list[list[float]] = torch.cat([centre - size / 2, size], dim=-1).tolist()
         return boxes

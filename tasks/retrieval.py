@@ -11,26 +11,33 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from petlbench.backbones.base import Backbone, Images, Texts
+from petlbench.backbones.base import Backbone, Images, Texts, Tokens
+from petlbench.backbones.heads import Aligner
 from petlbench.datasets import schemas
 from petlbench.metrics.recall import ranks, recall
-from petlbench.task import Batch, Row, Scores, Task, initialised_head
+from petlbench.task import Batch, Row, Scores, Task, own_or
 
 MAX_CAPTION = 40  # tokens, special ones included
 CAPTIONS_PER_IMAGE = 2  # drawn per training step
 
 
-class RetrievalHead(nn.Module):
+class RetrievalHead(Aligner):
     """Two projections to a common space and a temperature, as in CLIP."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, text_width: int) -> None:
         super().__init__()
-        self.image, self.text = nn.Linear(width, width), nn.Linear(width, width)
+        self.image, self.text = nn.Linear(width, width), nn.Linear(text_width, width)
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
 
-    def similarity(self, image: Tensor, text: Tensor) -> Tensor:
-        """(I, d), (C, d) unit vectors -> (I, C) logits; the scale is capped at 100 as in CLIP."""
-        return self.log_scale.clamp_max(math.log(100.0)).exp() * image @ text.T
+    def of_image(self, tokens: Tokens) -> Tensor:
+        return F.normalize(self.image(tokens.pooled()), dim=-1)
+
+    def of_text(self, tokens: Tokens) -> Tensor:
+        return F.normalize(self.text(tokens.pooled()), dim=-1)
+
+    def scale(self) -> Tensor:
+        """Capped at 100 as in CLIP."""
+        return self.log_scale.clamp_max(math.log(100.0)).exp()
 
 
 def contrastive_loss(logits: Tensor, own: Tensor) -> Tensor:
@@ -51,11 +58,13 @@ class Retrieval(Task):
     default_dataset: ClassVar[str] = "digits"
     main_metric: ClassVar[str] = "mean_r1"
     keeps_predictions: ClassVar[bool] = False  # they are embeddings
-    needs: ClassVar[frozenset[str]] = frozenset({"embed", "fuse"})
+    needs: ClassVar[frozenset[str]] = frozenset({"embed"})
     features = schemas.RETRIEVAL
 
     def head(self, backbone: Backbone) -> nn.Module:
-        return initialised_head(RetrievalHead(backbone.width), backbone, self.name)
+        # Towers that never meet may differ in width.
+        text = backbone.width if "fuse" in backbone.abilities else backbone.text_width
+        return own_or(lambda: RetrievalHead(backbone.width, text), backbone, self.name)
 
     def collate(self, rows: Sequence[Row], backbone: Backbone, rng: np.random.Generator | None) -> Batch:
         images = backbone.images([row["image"] for row in rows])
@@ -67,17 +76,15 @@ class Retrieval(Task):
         return Batch(images, {"captions": texts}, {"owners": owners, "own": same[:, owners]})
 
     def _embed_images(self, backbone: Backbone, head: nn.Module, images: Images) -> Tensor:
-        assert isinstance(head, RetrievalHead)
-        pooled = backbone.fuse(backbone.embed_image(images), task=self.name).mean()
-        return F.normalize(head.image(pooled), dim=-1)
+        assert isinstance(head, Aligner)
+        return head.of_image(backbone.fuse(backbone.embed_image(images), task=self.name))
 
     def _embed_texts(self, backbone: Backbone, head: nn.Module, texts: Texts) -> Tensor:
-        assert isinstance(head, RetrievalHead)
-        pooled = backbone.fuse(backbone.embed_text(texts), task=self.name).mean()
-        return F.normalize(head.text(pooled), dim=-1)
+        assert isinstance(head, Aligner)
+        return head.of_text(backbone.fuse(backbone.embed_text(texts), task=self.name))
 
     def loss(self, backbone: Backbone, head: nn.Module, batch: Batch) -> Tensor:
-        assert isinstance(head, RetrievalHead)
+        assert isinstance(head, Aligner)
         image = self._embed_images(backbone, head, batch.images)
         text = self._embed_texts(backbone, head, batch.texts["captions"])
         return contrastive_loss(head.similarity(image, text), batch.extras["own"])

@@ -10,7 +10,7 @@ from transformers import BartConfig
 
 from petlbench.backbones.base import Backbone
 from petlbench.backbones.sites import Stack
-from petlbench.backbones.vl_bart import VLBart, VLBartConfig
+from petlbench.backbones.tiny import Tiny, TinyConfig
 
 SMALL: dict[str, Any] = {
     "image_size": 32,
@@ -38,9 +38,9 @@ def randomise(module: nn.Module, seed: int = 0, std: float = 0.3) -> nn.Module:
     return module
 
 
-def small_vl_bart(seed: int = 0, std: float = 0.3, **sizes: Any) -> VLBart:
-    """A random VLBart in double precision and evaluation mode."""
-    backbone = VLBart(VLBartConfig(**SMALL | sizes))
+def small_tiny(seed: int = 0, std: float = 0.3, **sizes: Any) -> Tiny:
+    """A random `tiny` in double precision and evaluation mode."""
+    backbone = Tiny(TinyConfig(**{"weights": "none", "dropout": 0.1} | SMALL | sizes))
     randomise(backbone, seed, std)
     return backbone.eval()
 
@@ -51,6 +51,12 @@ def bart_config(width: int, heads: int, ffn: int) -> BartConfig:
         f"{side}_{k}": v for side in ("encoder", "decoder") for k, v in (("attention_heads", heads), ("ffn_dim", ffn))
     }
     return BartConfig(d_model=width, dropout=0.0, attn_implementation="eager", **sides)
+
+
+def posing(module: nn.Module) -> Any:
+    """A module that passes for a backbone where only its parameters matter."""
+    module.roles, module.undecayed_parameters = tuple, set  # type: ignore[assignment]
+    return module
 
 
 class Bare(Backbone):

@@ -14,11 +14,17 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.t5.modeling_t5 import T5Block
 
 from petlbench.backbones.sites import Layer, Pass
-from petlbench.backbones.transformers_parts import bart_decoder_layer, bart_encoder_layer, clip_layer, t5_encoder_layer
+from petlbench.backbones.transformers_parts import (
+    bart_decoder_layer,
+    bart_encoder_layer,
+    clip_layer,
+    t5_decoder_layer,
+    t5_encoder_layer,
+)
 from tests.backbone_factory import draw, randomise
 
 Part = tuple[str, Callable[[Tensor], Tensor], nn.Module]  # a sub-layer's name, its core and its norm
-FAMILIES = ["bart_encoder", "bart_decoder", "clip", "t5_encoder"]
+FAMILIES = ["bart_encoder", "bart_decoder", "clip", "t5_encoder", "t5_decoder"]
 B, N, D = 2, 5, 16
 
 
@@ -95,19 +101,47 @@ def clip(p: float) -> Case:
     return Case(lib, clip_layer(lib), context, lambda x: lib(x, context.bias), parts, 0.0)
 
 
-def t5(p: float) -> Case:
-    lib = randomise(T5Block(T5Config(d_model=D, d_kv=4, d_ff=24, num_heads=4, dropout_rate=p)))
+def t5(p: float, decoder: bool = False) -> Case:
+    sizes = {"d_model": D, "d_kv": 4, "d_ff": 24, "num_heads": 4, "dropout_rate": p}
+    lib = randomise(T5Block(T5Config(**sizes, is_decoder=decoder, attn_implementation="sdpa"), layer_idx=0))
     context = Pass(bias=bias(rows=N) + draw(1, 4, N, N, seed=3))
     first, last = lib.layer[0], lib.layer[-1]
     parts = [
         ("attention", lambda x: first.SelfAttention(x, position_bias=context.bias)[0], first.layer_norm),
         ("ffn", last.DenseReluDense, last.layer_norm),
     ]
+    if decoder:
+        return t5_decoder(lib, context, parts, p)
     return Case(lib, t5_encoder_layer(lib), context, lambda x: lib(x, position_bias=context.bias)[0], parts, p)
 
 
+def t5_decoder(lib: T5Block, context: Pass, parts: list[Part], p: float) -> Case:
+    memory, hidden = draw(B, 7, D, seed=7), bias(7)
+    future = torch.full((N, N), -1e300, dtype=torch.float64).triu(1)[None, None]
+    context = replace(context, bias=draw(1, 4, N, N, seed=3) + future, memory=memory, memory_bias=hidden)
+    first, second = lib.layer[0], lib.layer[1]
+
+    def own(x: Tensor) -> Tensor:
+        return first.SelfAttention(x, position_bias=context.bias, is_causal=False)[0]
+
+    def cross(x: Tensor) -> Tensor:
+        return second.EncDecAttention(x, key_value_states=memory, position_bias=hidden)[0]
+
+    def call(x: Tensor) -> Tensor:
+        options = {"encoder_hidden_states": memory, "encoder_decoder_position_bias": hidden}
+        return lib(x, position_bias=context.bias, **options)[0]
+
+    parts = [("attention", own, first.layer_norm), ("cross_attention", cross, second.layer_norm), *parts[1:]]
+    return Case(lib, t5_decoder_layer(lib), context, call, parts, p)
+
+
 def make(family: str, p: float = 0.5) -> Case:
-    makers = {"clip": clip, "t5_encoder": t5, "bart_encoder": lambda p: bart(False, p)}
+    makers = {
+        "clip": clip,
+        "t5_encoder": t5,
+        "t5_decoder": lambda p: t5(p, True),
+        "bart_encoder": lambda p: bart(False, p),
+    }
     case = makers.get(family, lambda p: bart(True, p))(p)
     case.train(False)
     return case

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from petlbench.backbones.vl_bart import VLBart
+from petlbench.backbones.tiny import Tiny
 from petlbench.measure.canonical import canonical
 from petlbench.measure.memory import SavedTensors, saved_bytes
-from tests.backbone_factory import draw, small_vl_bart
+from tests.backbone_factory import draw, small_tiny
 
 
 class Operations(TorchDispatchMode):
@@ -182,7 +182,7 @@ def test_a_layer_that_is_computed_again_in_backward_drops_the_same_elements() ->
 # Whole backbones
 
 
-def loss_of(backbone: VLBart, words: int = 6) -> Callable[[], Tensor]:
+def loss_of(backbone: Tiny, words: int = 6) -> Callable[[], Tensor]:
     """Two sentences, one of them padded, fused and decoded."""
     texts = backbone.texts(["red circle", "the small blue square on the left"], 16).to(
         backbone.token_embedding.weight.device
@@ -197,7 +197,7 @@ def loss_of(backbone: VLBart, words: int = 6) -> Callable[[], Tensor]:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_backbone_computes_the_same(attention: str) -> None:
-    backbone = small_vl_bart(attention=attention)
+    backbone = small_tiny(attention=attention)
     loss = loss_of(backbone)
 
     def run() -> list[Tensor]:
@@ -216,7 +216,7 @@ def test_a_backbone_computes_the_same(attention: str) -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_what_a_backbone_saves_does_not_depend_on_its_attention_implementation(dropout: float) -> None:
-    fused, unfused = (small_vl_bart(attention=kind, dropout=dropout).train() for kind in ("sdpa", "eager"))
+    fused, unfused = (small_tiny(attention=kind, dropout=dropout).train() for kind in ("sdpa", "eager"))
     canonically = saved_bytes(loss_of(fused), fused)
     assert canonically == saved_bytes(loss_of(unfused), unfused)
     with SavedTensors(fused) as natively:
@@ -227,7 +227,7 @@ def test_what_a_backbone_saves_does_not_depend_on_its_attention_implementation(d
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_what_a_backbone_saves_is_the_same_on_the_gpu() -> None:
-    backbone = small_vl_bart(dropout=0.1).train()
+    backbone = small_tiny(dropout=0.1).train()
     on_cpu = saved_bytes(loss_of(backbone), backbone)
     backbone.to("cuda")
     assert saved_bytes(loss_of(backbone), backbone) == on_cpu

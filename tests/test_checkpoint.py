@@ -22,6 +22,7 @@ from petlbench.records import Store
 from petlbench.runner import run_cell
 from petlbench.spec import Record
 from petlbench.training import Course, Diverged, Fit, fit
+from tests.backbone_factory import posing
 from tests.test_runner import cell
 from tests.test_training import recipe, rows, setting
 
@@ -40,7 +41,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def noisy(shape: Any) -> Any:
     """A setting whose next step depends on torch's random numbers and on its own moments."""
     here = setting(shape)
-    here.backbone = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
+    here.backbone = posing(torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1)))
     torch.manual_seed(7)
     return here
 

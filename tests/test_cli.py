@@ -138,6 +138,18 @@ def test_a_mistyped_method_exits_with_2_and_writes_nothing(tmp_path: Path) -> No
         (["run", "--methods", ","], "argument --methods: a comma-separated list of names is needed"),
         (["run", "qick"], "unknown suite 'qick': did you mean 'quick'?"),
         (["leaderboard", "nowhere"], "no results folder at nowhere"),
+        (["run", "--backbone", "clipp:tiny", "--dry-run"], "unknown backbone 'clipp': did you mean 'clip'?"),
+        (["run", "--backbone", "clip:ViT-B-61", "--dry-run"], "open_clip has no model 'ViT-B-61': did you mean 'ViT-B"),
+        (["run", "--backbone", "beit3:bse-224", "--dry-run"], "BEiT3 has no size 'bse-224': did you mean 'base-224'?"),
+        (
+            ["run", "--backbone", "transvg:tiny", "--tasks", "retrieval", "--dry-run"],
+            "suite 'quick': backbone 'transvg:tiny' cannot serve task 'retrieval': it cannot embed (image and text",
+        ),
+        (["profile", "--methods", "lora", "--backbone", "clip:tniy"], "open_clip has no model 'tniy': did you mean"),
+        (["verify", "pubished"], "argument figures: invalid choice: 'pubished'"),
+        (["verify", "published", "--methods", "lroa"], "unknown method 'lroa': did you mean 'lora'?"),
+        (["list", "tasks", "--matrix"], "--matrix is of backbones: `petlbench list backbones --matrix`"),
+        (["list", "backbones", "clipp"], "no backbone matches 'clipp': did you mean 'clip'?"),
         (["list", "methds"], "argument kind: invalid choice: 'methds'"),
         ([], "the following arguments are required"),
     ],
@@ -338,6 +350,40 @@ def test_a_profile_counts_without_memory(capsys: pytest.CaptureFixture[str]) -> 
     assert cli.main(["profile", "--methods", "full,lora", "--meta", "--json"]) == 0
     found = {cost["method"]: cost["parameters"] for cost in json.loads(capsys.readouterr().out)}
     assert found["full"]["percent"] == 100.0 and found["lora"]["inference_extra"] == 0
+
+
+def test_a_profile_takes_a_size(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["profile", "--methods", "full", "--backbone", "clip:ViT-B-16", "--task", "retrieval", "--meta"]
+    assert cli.main([*arguments, "--json"]) == 0
+    (cost,) = json.loads(capsys.readouterr().out)
+    assert cost["parameters"]["trainable"] == 149_620_737
+
+
+def test_an_option_that_a_backbone_does_not_have_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    suite = tmp_path / "mine.yaml"
+    suite.write_text(
+        "methods: [head_only]\ntasks: [retrieval]\nbackbones: [{name: 'clip:tiny', config: {haeds: frozen}}]\n"
+    )
+    assert cli.main(["run", str(suite), "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    where = "suite 'mine': backbone clip:tiny: config: haeds: unknown key: did you mean 'heads'?"
+    assert error == f"petlbench: error: {where}\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backbone", "task"),
+    [("clip", "retrieval"), ("beit3", "retrieval"), ("transvg", "rec"), ("vl_bart", "vqa"), ("vl_t5", "captioning")],
+)
+def test_every_family_really_runs(backbone: str, task: str, tmp_path: Path) -> None:
+    suite = tmp_path / "few.yaml"
+    recipe = "{steps: 2, batch_size: 4, eval_batch_size: 4}"
+    suite.write_text(f"methods: [full]\ntasks: [{task}]\nbackbones: [tiny]\nrecipe: {recipe}\n")
+    arguments = ["--backbone", f"{backbone}:tiny", "--limit", "8", "--device", "cpu", "--out", str(tmp_path / "out")]
+    done = petlbench("run", str(suite), *arguments)
+    assert done.returncode == 0, done.stderr
+    (record,) = Store.open(tmp_path / "out", create=False).load()
+    assert (record.outcome, record.cell.backbone) == ("ok", f"{backbone}:tiny")
 
 
 def test_a_method_is_held_to_its_claims(

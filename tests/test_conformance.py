@@ -104,6 +104,26 @@ def test_a_sound_method_of_a_third_party_passes(name: str, others: dict[str, Rep
     assert "reload" not in skipped(others[name], "rec")
 
 
+# A backbone, what it needs, and tasks that it serves with a lent fusion, a lent decoder or a head of its own.
+OTHERS = [("clip:tiny", "open_clip", ("rec", "retrieval")), ("beit3:tiny", "timm", ("rec", "captioning"))]
+
+
+@pytest.mark.parametrize(("backbone", "package", "tasks"), OTHERS, ids=[backbone for backbone, *_ in OTHERS])
+def test_methods_pass_where_parts_are_lent_heads_are_the_backbone_s_own_and_a_modality_is_idle(
+    backbone: str, package: str, tasks: tuple[str, ...]
+) -> None:
+    pytest.importorskip(package)
+    report = check("lora", backbone=backbone, tasks=tasks)
+    assert list(report.failures()) == [] and report.backbone == backbone
+    assert all(outcomes(report, task)["merge"].outcome == "pass" for task in tasks)
+
+
+def test_what_a_task_leaves_out_of_a_backbone_excuses_no_other_parameter() -> None:
+    pytest.importorskip("timm")
+    report = check(broken.DeadParameter, backbone="beit3:tiny", tasks=["captioning"])
+    assert [finding.check for _, finding in report.failures()] == ["gradients"]
+
+
 def test_a_claim_that_is_made_is_checked(others: dict[str, Report]) -> None:
     assert outcomes(others["Gains"], "rec")["identity"].outcome == "pass"
     assert outcomes(others["Gains"], "rec")["detached"] == Finding("detached", "skip", "not claimed")

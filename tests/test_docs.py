@@ -25,7 +25,7 @@ from torch.nn import functional as F
 import petlbench
 from petlbench import cli
 from petlbench.backbones.base import Backbone
-from petlbench.backbones.vl_bart import VLBart, VLBartConfig
+from petlbench.backbones.tiny import Tiny, TinyConfig
 from petlbench.commands import KINDS
 from petlbench.datasets.base import Source
 from petlbench.leaderboard import COLUMNS
@@ -101,11 +101,11 @@ def scaling(package: tuple[Path, EntryPoint], monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture
-def backbone() -> VLBart:
+def backbone() -> Tiny:
     torch.manual_seed(0)
     sizes = {"width": 32, "vision_width": 32, "ffn": 64, "vision_ffn": 64}
-    layers = {"vision_layers": 1, "encoder_layers": 1, "decoder_layers": 1}
-    return VLBart(VLBartConfig(**sizes, **layers)).eval()
+    layers = {"vision_layers": 1, "encoder_layers": 1, "decoder_layers": 1, "weights": "none"}
+    return Tiny(TinyConfig(**sizes, **layers)).eval()
 
 
 def logits(backbone: Backbone) -> Tensor:
@@ -122,7 +122,7 @@ def test_the_method_example_has_as_many_lines_as_its_heading_says() -> None:
 
 
 def test_the_method_example_starts_at_the_frozen_function_and_can_leave_it(
-    scaling: type[Method], backbone: VLBart
+    scaling: type[Method], backbone: Tiny
 ) -> None:
     before = logits(backbone)
     adapted, handle = adapt(scaling(), backbone)
@@ -137,7 +137,7 @@ def test_the_method_example_starts_at_the_frozen_function_and_can_leave_it(
 
 
 def test_the_method_example_trains_a_gain_at_every_sub_layer_and_gradient_reaches_each(
-    scaling: type[Method], backbone: VLBart
+    scaling: type[Method], backbone: Tiny
 ) -> None:
     sublayers = sum(len(list(layer.items())) for role in backbone.roles() for layer in backbone.stack(role))
     adapted, _ = adapt(scaling(), backbone)

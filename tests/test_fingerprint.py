@@ -224,7 +224,8 @@ def test_neither_torch_nor_any_of_the_code_is_imported() -> None:
 
 
 def test_data_and_weights_count_by_their_content(tmp_path: Path) -> None:
-    from petlbench.backbones.vl_bart import ASSETS, Tiny
+    from petlbench.backbones.tiny import Tiny
+    from petlbench.backbones.weights import ASSETS
 
     def now(**config: str) -> dict[str, str]:
         return fingerprints(cell.model_copy(update={"backbone_config": config}))

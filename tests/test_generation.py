@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from petlbench.backbones.base import Tokens
 from petlbench.backbones.sites import current_pass
-from petlbench.backbones.vl_bart import VLBart
+from petlbench.backbones.tiny import Tiny
 from petlbench.generation import generate, generated_texts
-from tests.backbone_factory import Bare, draw, small_vl_bart
+from tests.backbone_factory import Bare, draw, small_tiny
 
 END, VOCABULARY = 2, 4
 QUESTIONS = ["is there a red circle", "two", "what stands on the left of the two blue squares below"]
@@ -137,7 +137,7 @@ def test_samples_of_a_batch_do_not_influence_one_another(beams: int) -> None:
     table = Table(5)
     together = generate(table, memory_of(0, 1, 2), task="t", max_length=6, beams=beams)
     assert together == [generate(table, memory_of(i), task="t", max_length=6, beams=beams)[0] for i in range(3)]
-    backbone = small_vl_bart(seed=3, std=0.5)  # one whose answers differ
+    backbone = small_tiny(seed=3, std=0.5)  # one whose answers differ
     batched = generate(backbone, padded_memory(backbone), task="vqa", max_length=8, beams=beams)
     alone = [padded_memory(backbone, [question]) for question in QUESTIONS]
     assert batched == [generate(backbone, m, task="vqa", max_length=8, beams=beams)[0] for m in alone]
@@ -146,12 +146,12 @@ def test_samples_of_a_batch_do_not_influence_one_another(beams: int) -> None:
     assert texts == [backbone.text_of(ids) for ids in batched]
 
 
-def padded_memory(backbone: VLBart, texts: list[str] = QUESTIONS) -> Tokens:
+def padded_memory(backbone: Tiny, texts: list[str] = QUESTIONS) -> Tokens:
     return backbone.fuse(backbone.embed_text(backbone.texts(texts, 30)), task="vqa")
 
 
 def test_greedy_decoding_is_stepping_by_argmax_without_a_cache() -> None:
-    backbone = small_vl_bart(seed=3, std=0.5)
+    backbone = small_tiny(seed=3, std=0.5)
     memory = padded_memory(backbone)
     ids = torch.full((3, 1), backbone.start_id)
     for _ in range(8):
@@ -175,7 +175,7 @@ class Steps(nn.Module):
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_cache_changes_no_logits_not_even_reordered(attention: str) -> None:
-    backbone = small_vl_bart(attention=attention)
+    backbone = small_tiny(attention=attention)
     memory, ids = padded_memory(backbone), torch.tensor([[2, 0, 7, 9, 30], [2, 0, 40, 8, 8], [2, 0, 5, 6, 7]])
     assert not memory.mask.all()
     whole, _ = backbone.decode(memory, ids, task="vqa")

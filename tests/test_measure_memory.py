@@ -11,9 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from petlbench.measure import memory
-from petlbench.measure.memory import SavedTensors, account, cuda_peaks, peak_rss_bytes, planned, saved_bytes
-from petlbench.spec import Memory
-from tests.backbone_factory import small_vl_bart
+from petlbench.measure.memory import (
+    SavedTensors,
+    account,
+    cuda_peaks,
+    peak_rss_bytes,
+    planned,
+    saved_bytes,
+    with_peaks,
+    with_saved,
+)
+from petlbench.spec import Memory, Peak
+from tests.backbone_factory import small_tiny
 
 FLOAT = 4  # bytes
 
@@ -145,7 +154,7 @@ def failing(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_the_canonical_figure_is_the_same_in_every_run_and_for_every_number_of_threads(dropout: float) -> None:
-    backbone = small_vl_bart(dropout=dropout).train()
+    backbone = small_tiny(dropout=dropout).train()
     texts = backbone.texts(["red circle", "the small blue square on the left"], 16)
 
     def loss() -> Tensor:
@@ -229,7 +238,7 @@ def test_a_plan_counts_steps_in_the_default_precision_as_adamw_does() -> None:
 
 
 def test_a_plan_needs_no_memory() -> None:
-    real, shapes = small_vl_bart(), small_vl_bart().to("meta")
+    real, shapes = small_tiny(), small_tiny().to("meta")
     shapes.token_embedding.requires_grad_(False)
     real.token_embedding.requires_grad_(False)
     assert planned([shapes]) == planned([real])
@@ -246,7 +255,26 @@ def test_a_plan_exceeds_the_account_by_parameters_that_get_no_gradient() -> None
     assert plan.accounted_bytes - found.accounted_bytes == (3 * 20 + 2) * FLOAT, "of 20 scalars in two parameters"
 
 
+def test_an_account_is_completed_with_the_canonical_figure_or_left_open() -> None:
+    known = account([nn.Linear(4, 4)], None, 10, native_saved_bytes=7, backend="cpu")
+    assert known.accounted_bytes == 20 * FLOAT + 10
+    completed = with_saved(known, 30)
+    assert (completed.saved_bytes, completed.accounted_bytes) == (30, 20 * FLOAT + 30)
+    assert (completed.native_saved_bytes, completed.saved_backend) == (7, "cpu")
+    unknown = with_saved(known, None)
+    assert unknown.saved_bytes is unknown.accounted_bytes is None
+
+
 # Peaks
+
+
+def test_the_highest_peaks_of_all_phases_stand_beside_them() -> None:
+    plain = account([nn.Linear(4, 4)], None, 0)
+    peaks = {"data": Peak(allocated_bytes=5, reserved_bytes=20), "test": Peak(allocated_bytes=7, reserved_bytes=9)}
+    found = with_peaks(plain, peaks)
+    assert (found.peak_allocated_bytes, found.peak_reserved_bytes, found.peaks) == (7, 20, peaks)
+    assert found.weights_bytes == plain.weights_bytes
+    assert with_peaks(plain, {}) == plain and plain.peak_allocated_bytes is None
 
 
 @pytest.mark.parametrize(("system", "expected"), [("linux", 5 * 1024), ("darwin", 5)])

@@ -15,16 +15,16 @@ from transformers.models.bart.modeling_bart import BartDecoderLayer, BartEncoder
 from transformers.models.t5.modeling_t5 import T5Attention, T5Config
 
 from petlbench.backbones.sites import Stack
+from petlbench.backbones.tiny import Tiny
 from petlbench.backbones.transformers_parts import bart_decoder_layer, bart_encoder_layer
-from petlbench.backbones.vl_bart import VLBart
 from petlbench.method import Method, train_biases
-from tests.backbone_factory import Bare, bart_config, randomise, small_vl_bart
+from tests.backbone_factory import Bare, bart_config, randomise, small_tiny
 
 TEXT_STACKS = ("encoder", "decoder")
 
 
-def names_after(method: Method, **sizes: int) -> tuple[VLBart, set[str]]:
-    backbone = small_vl_bart(**sizes)
+def names_after(method: Method, **sizes: int) -> tuple[Tiny, set[str]]:
+    backbone = small_tiny(**sizes)
     assert method.adapt(backbone) is backbone
     return backbone, {name for name, p in backbone.named_parameters() if p.requires_grad}
 
@@ -128,13 +128,13 @@ def test_counts_on_bart_base_are_the_published_ones() -> None:
 @pytest.mark.parametrize("method", [LoRA, VLAdapter])
 def test_a_stack_that_the_backbone_lacks_is_refused(method: type[Method]) -> None:
     with pytest.raises(ValueError, match=r"no stack 'fusion'.*vision, encoder, decoder"):
-        method(method.Config(stacks=("fusion",))).adapt(small_vl_bart())  # type: ignore[call-arg]
+        method(method.Config(stacks=("fusion",))).adapt(small_tiny())  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="no projection called gate"):
-        LoRA(LoRAConfig(targets=("gate",))).adapt(small_vl_bart())
+        LoRA(LoRAConfig(targets=("gate",))).adapt(small_tiny())
 
 
 def test_lora_starts_as_the_identity_and_merges_into_the_weights() -> None:
-    backbone = small_vl_bart()
+    backbone = small_tiny()
     texts = backbone.texts(["a red circle", "two blue squares on the left"], 20)
 
     def logits() -> Tensor:

@@ -15,12 +15,12 @@ from transformers.models.bart.modeling_bart import BartDecoderLayer, BartEncoder
 
 from petlbench.backbones.base import Texts, Tokens
 from petlbench.backbones.sites import IMAGE, Layer, Pass, Projection, Stack, SubLayer
+from petlbench.backbones.tiny import Tiny
 from petlbench.backbones.transformers_parts import bart_decoder_layer, bart_encoder_layer
 from petlbench.backbones.vision import additive
-from petlbench.backbones.vl_bart import VLBart
 from petlbench.generation import generate
 from petlbench.losses import token_losses
-from tests.backbone_factory import Bare, bart_config, draw, small_vl_bart
+from tests.backbone_factory import Bare, bart_config, draw, small_tiny
 from tests.golden import FOLDER
 
 Named = dict[str, Tensor]
@@ -185,10 +185,10 @@ def test_lora_is_the_authors() -> None:
     agree(taps[site], tensors["out/vqa"], formula, ({**mine, "x": x}, {**p, "x": again}))
 
 
-def published_model() -> tuple[VLBart, Named, dict[str, nn.Parameter], list[str]]:
-    """VLBart at the sizes of the authors' small model; its golden vectors, parameters by golden name, what trains."""
+def published_model() -> tuple[Tiny, Named, dict[str, nn.Parameter], list[str]]:
+    """Tiny at the sizes of the authors' small model; its golden vectors, parameters by golden name, what trains."""
     tensors, meta = golden("tiny_bart_vl_adapter")
-    backbone = small_vl_bart(ffn=64, max_positions=30)
+    backbone = small_tiny(ffn=64, max_positions=30)
     backbone.token_embedding = nn.Embedding(100, 32).double()
     VLAdapter(VLAdapterConfig(reduction=4, stacks=TEXT_STACKS)).adapt(backbone)
     mine = {"tok_emb": backbone.token_embedding.weight}

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 
+from petlbench.backbones.tiny import Tiny, TinyConfig
 from petlbench.backbones.tokenizer import build_tokenizer
-from petlbench.backbones.vl_bart import ASSETS, Tiny, TinyConfig
+from petlbench.backbones.weights import ASSETS
 from petlbench.datasets.scene_language import VOCABULARY, expressions
 from petlbench.datasets.scene_world import make_scene
 from petlbench.pretrain import Pretraining, PretrainRecipe, SceneRows, fingerprint, noise, rate, retold
@@ -79,7 +80,7 @@ def test_what_is_exported_is_what_a_backbone_loads(tmp_path: Path) -> None:
     config = TinyConfig(weights=str(tmp_path / "model.safetensors"), tokenizer=str(tmp_path / "tokenizer.json"))
     loaded = Tiny(config)
     assert all(torch.equal(value, run.backbone.state_dict()[name]) for name, value in loaded.state_dict().items())
-    assert set(loaded.heads) == {"rec", "retrieval"}
+    assert set(loaded.pretrained_heads) == {"rec", "retrieval"}
 
 
 def test_images_are_encoded_once_for_all_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from petlbench.backbones.base import Images
 from petlbench.backbones.sites import PLACES, Pass, Place, Snapshot, Stack, current_pass
 from petlbench.method import Method, adapt
-from tests.backbone_factory import draw, randomise, small_vl_bart
+from tests.backbone_factory import draw, randomise, small_tiny
 from tests.layer_cases import FAMILIES, B, D, N, make
 
 
@@ -182,7 +182,7 @@ def test_checkpointing_recomputes_in_the_pass_it_was_recorded_in() -> None:
 
 @pytest.mark.parametrize("method", [Full, HeadOnly, BitFit, LoRA, VLAdapter])
 def test_a_snapshot_gives_the_backbone_back_bit_for_bit(method: type[Method]) -> None:
-    backbone = small_vl_bart().train()
+    backbone = small_tiny().train()
     backbone.stack("encoder").layers[0].eval()
     backbone.token_embedding.weight.requires_grad_(False)
 
@@ -199,7 +199,7 @@ def test_a_snapshot_gives_the_backbone_back_bit_for_bit(method: type[Method]) ->
     parameters = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=1e-2)
     texts = adapted.texts(["a red circle", "a blue square on the left"], 20)
-    images = Images(draw(2, 3, 32, 32), torch.ones(2, 32, 32, dtype=torch.bool), torch.ones(2).double())
+    images = Images(draw(2, 3, 32, 32), torch.ones(2, 32, 32, dtype=torch.bool), *torch.ones(2, 2, 2).double())
     for _ in range(2):
         parts = adapted.embed_text(texts), adapted.embed_image(images)
         memory = adapted.fuse(*parts, task="vqa")

@@ -28,6 +28,11 @@ class Plain:
     Config: ClassVar[Any] = MethodConfig
     recipe: ClassVar[dict[str, Any]] = {}
 
+    def __init__(self, config: object = None) -> None: ...
+
+    def host_options(self, family: str) -> dict[str, Any]:
+        return {}
+
 
 class RankConfig(MethodConfig):
     rank: int = Field(4, gt=0)
@@ -42,7 +47,7 @@ class Boxes(Plain):
     default_dataset = "photos"
     recipe: ClassVar[dict[str, Any]] = {"lr": 2e-3, "batch_size": 7}
 
-    def refuses(self, backbone: type) -> str | None:
+    def refuses(self, backbone: type, config: BackboneConfig) -> str | None:
         return "it cannot ground" if backbone is Blind else None
 
 
@@ -71,6 +76,10 @@ class Prose(Photos):
 
 class Body(Plain):
     Config = BackboneConfig
+
+    @staticmethod
+    def options_of(size: str) -> dict[str, Any]:
+        return {}
 
 
 class Blind(Body):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -18,11 +19,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from petlbench.backbones.base import Images, Texts
+from petlbench.backbones.base import BackboneConfig, Texts
 from petlbench.backbones.sites import IMAGE, TEXT
-from petlbench.backbones.vl_bart import VLBart
+from petlbench.backbones.tiny import Tiny, TinyConfig
 from petlbench.task import Batch, Row, Task
-from tests.backbone_factory import Bare, draw, randomise, small_vl_bart
+from tests.backbone_factory import Bare, draw, randomise, small_tiny
 from tests.golden import FOLDER
 
 SIZES = [(400, 100), (64, 64), (50, 80), (33, 47)]
@@ -51,13 +52,13 @@ def rows() -> list[Row]:
 
 
 def double(batch: Batch) -> Batch:
-    images = Images(batch.images.pixels.double(), batch.images.mask, batch.images.scale.double())
+    images = batch.images.to_dtype(torch.float64)
     extras = {name: t.double() if t.is_floating_point() else t for name, t in batch.extras.items()}
     return replace(batch, images=images, extras=extras)
 
 
-def setting(task: Task, **sizes: Any) -> tuple[VLBart, nn.Module]:
-    backbone = small_vl_bart(**sizes)
+def setting(task: Task, **sizes: Any) -> tuple[Tiny, nn.Module]:
+    backbone = small_tiny(**sizes)
     return backbone, randomise(task.head(backbone), seed=4).eval()
 
 
@@ -65,13 +66,21 @@ def without_images(chosen: list[Row]) -> list[Row]:
     return [{name: value for name, value in row.items() if name != "image"} for row in chosen]
 
 
+class Mute(Bare):
+    """Can nothing, and says why nothing can be lent to it."""
+
+    refusals = dict.fromkeys(("embed", "fuse", "decode", "ground"), "it is mute")
+
+
 @pytest.mark.parametrize("kind", TASKS)
 def test_a_task_trains_predicts_and_scores(kind: type[Task]) -> None:
     # One caption each: retrieval's per-sample scores are per image, its metric also counts captions.
     task, data = kind(), [row | {"captions": row["captions"][:1]} for row in rows()]
     backbone, head = setting(task)
-    assert task.refuses(VLBart) is None
-    assert str(task.refuses(Bare)).startswith("it cannot ")
+    assert task.refuses(Tiny, TinyConfig()) is None
+    assert re.fullmatch(
+        r"it cannot .*\b(embed|decode|ground) \(it is mute\).*", str(task.refuses(Mute, BackboneConfig()))
+    )
     assert set(task.features) <= set(data[0])
     batch = double(task.collate(data, backbone, np.random.default_rng(0)))
     loss = task.loss(backbone, head, batch)
@@ -106,7 +115,7 @@ def test_a_prediction_does_not_depend_on_the_rest_of_the_batch(kind: type[Task])
 
 
 def test_states_of_a_sample_do_not_depend_on_the_rest_of_the_batch() -> None:
-    backbone, data = small_vl_bart(), rows()
+    backbone, data = small_tiny(), rows()
 
     def fused(chosen: list[Row]) -> list[Tensor]:
         batch = double(VisualQuestionAnswering().collate(chosen, backbone, None))
@@ -120,16 +129,16 @@ def test_states_of_a_sample_do_not_depend_on_the_rest_of_the_batch() -> None:
 
 
 def test_a_head_starts_from_the_values_the_backbone_brings() -> None:
-    backbone = small_vl_bart()
+    backbone = small_tiny()
     state = randomise(PointingHead(backbone.width)).float().state_dict()
-    backbone.heads = {"rec": dict(state)}
+    backbone.pretrained_heads = {"rec": dict(state)}
     found = ReferringExpressions().head(backbone).state_dict()
     assert all(torch.equal(found[name], value) for name, value in state.items())
 
 
 def test_boxes_return_to_the_pixels_they_came_from(monkeypatch: pytest.MonkeyPatch) -> None:
     task, data = ReferringExpressions(), rows()
-    backbone = small_vl_bart()
+    backbone = small_tiny()
     data[0]["box"] = [0.0, 0.0, 400.0, 100.0]
     batch = task.collate(data, backbone, None)
     assert batch.extras["boxes"][0].tolist() == pytest.approx([2.0, 0.5, 4.0, 1.0])  # units of the short side
@@ -159,14 +168,14 @@ def test_box_losses_are_transvgs() -> None:
         predicted, truth = torch.from_numpy(file["pred_cxcywh"]), torch.from_numpy(file["gt_cxcywh"])
         giou, total = torch.from_numpy(file["giou"]), float(file["loss_l1"] + file["loss_giou"])
     torch.testing.assert_close(generalised_iou(corners(predicted), corners(truth)), giou, rtol=0, atol=1e-9)
-    task, backbone = ReferringExpressions(), small_vl_bart()
+    task, backbone = ReferringExpressions(), small_tiny()
     some = double(task.collate([rows()[1]] * len(truth), backbone, None))
     batch = replace(some, extras={"boxes": truth})
     assert float(task.loss(backbone, Fixed(predicted), batch)) == pytest.approx(total, abs=1e-9)
 
 
 def test_pointing_ignores_text_and_padding() -> None:
-    task, backbone = ReferringExpressions(), small_vl_bart()
+    task, backbone = ReferringExpressions(), small_tiny()
     head = randomise(task.head(backbone))
     batch = double(task.collate(rows(), backbone, None))
     tokens = backbone.fuse(
@@ -200,7 +209,7 @@ def test_contrastive_loss_is_clips_with_one_caption_per_image() -> None:
 def test_contrastive_loss_spreads_over_every_caption_of_an_image() -> None:
     """With all own pairs at z and all others at 0 it has a closed form, whose floor is the entropy of the target."""
     task, data = Retrieval(), [rows()[3]] * 2 + [rows()[0]]  # an image twice, with two captions drawn each time
-    batch = task.collate(data, small_vl_bart(), np.random.default_rng(0))
+    batch = task.collate(data, small_tiny(), np.random.default_rng(0))
     assert batch.extras["owners"].tolist() == [0, 0, 1, 1, 2]
     own = batch.extras["own"]
     assert own.int().tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 0], [0, 0, 0, 0, 1]]
@@ -215,7 +224,7 @@ def test_contrastive_loss_spreads_over_every_caption_of_an_image() -> None:
 
 
 def test_retrieval_draws_two_captions_and_embeds_all_in_prediction() -> None:
-    task, backbone, data = Retrieval(), small_vl_bart(), rows()
+    task, backbone, data = Retrieval(), small_tiny(), rows()
     drawn = task.collate(data, backbone, np.random.default_rng(1))
     assert np.bincount(drawn.extras["owners"].numpy()).tolist() == [1, 2, 2, 2]
     assert len({tuple(ids) for ids in drawn.texts["captions"].ids[3:5].tolist()}) == 2
@@ -235,11 +244,11 @@ def test_retrieval_draws_two_captions_and_embeds_all_in_prediction() -> None:
 
 
 def test_vqa_draws_by_soft_score_and_weighs_by_it() -> None:
-    task, backbone, row = VisualQuestionAnswering(), small_vl_bart(), rows()[0]
+    task, backbone, row = VisualQuestionAnswering(), small_tiny(), rows()[0]
     row["answers"] = ["red"] * 5 + ["blue"] * 3 + ["green"] * 1 + ["left"] * 1
     soft = {"red": 1.0, "blue": 0.9, "green": 0.3, "left": 0.3}
     rng, draws = np.random.default_rng(0), 2000
-    batch = task.collate([row | {"image": Image.new("RGB", (8, 8))}] * draws, small_vl_bart(image_size=8), rng)
+    batch = task.collate([row | {"image": Image.new("RGB", (8, 8))}] * draws, small_tiny(image_size=8), rng)
     answers = [backbone.text_of(ids) for ids in batch.texts["answer"].ids.tolist()]
     assert all(weight == pytest.approx(soft[a]) for a, weight in zip(answers, batch.extras["weights"], strict=True))
     for answer, score in soft.items():
@@ -257,7 +266,7 @@ def test_vqa_draws_by_soft_score_and_weighs_by_it() -> None:
 
 
 def test_captioning_averages_over_real_tokens_only() -> None:
-    task, backbone = Captioning(), small_vl_bart()
+    task, backbone = Captioning(), small_tiny()
     batch = double(task.collate(rows(), backbone, np.random.default_rng(0)))
     caption = batch.texts["caption"]
     assert not caption.mask.all()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from petlbench.backbones.tokenizer import SPECIAL, build_tokenizer
-from tests.backbone_factory import small_vl_bart
+from tests.backbone_factory import small_tiny
 
 
 def test_any_english_sentence_can_be_spelt() -> None:
-    backbone = small_vl_bart()
+    backbone = small_tiny()
     sentence = 'The Xylophone\'s owner paid $5, or 40% less: "really?" (Yes/no & more - ok!)'
-    for tokenizer in (backbone.tokenizer.backend_tokenizer, build_tokenizer(["red", "the"])):
+    for tokenizer in (backbone.codec.tokenizer.backend_tokenizer, build_tokenizer(["red", "the"])):
         assert [tokenizer.token_to_id(token) for token in SPECIAL] == [0, 1, 2, 3]
         assert "<unk>" not in tokenizer.encode(sentence).tokens
         ids = tokenizer.encode("The red Xylophone and a quagga").ids

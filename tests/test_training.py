@@ -17,6 +17,7 @@ from petlbench.measure.clock import PhaseClock
 from petlbench.spec import Recipe
 from petlbench.task import Batch, Row, Scores, Task
 from petlbench.training import Batches, Diverged, Setting, evaluate, fit, load_state, optimizer, rate
+from tests.backbone_factory import posing
 
 
 class Line(Task):
@@ -38,7 +39,7 @@ class Line(Task):
         if rng is not None:
             self.seen.append(x.tolist())
         empty = torch.zeros(0)
-        return Batch(Images(empty, empty, empty), {}, {"x": x})
+        return Batch(Images(empty, empty, empty, empty), {}, {"x": x})
 
     def loss(self, backbone: Any, head: nn.Module, batch: Batch) -> Tensor:
         self.training.append(backbone.training)
@@ -62,7 +63,7 @@ def rows(count: int = 10) -> Dataset:
 
 def setting(recipe: Recipe, seed: int = 0) -> Setting:
     torch.manual_seed(0)
-    return Setting(nn.Linear(1, 1), nn.Module(), Line(), recipe, seed, torch.device("cpu"), PhaseClock())  # type: ignore[arg-type]
+    return Setting(posing(nn.Linear(1, 1)), nn.Module(), Line(), recipe, seed, torch.device("cpu"), PhaseClock())
 
 
 def recipe(**changes: Any) -> Recipe:

@@ -11,7 +11,7 @@ Values are changed by modules that live in the tree, never by hooks, so that wha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ PLACES: tuple[Place, ...] = ("output", "branch", "normed")
 Site = tuple[int, str, Place]  # (layer index, sub-layer name, place)
 Taps = dict[Site, Tensor]
 TEXT, IMAGE = 0, 1  # token types
+Segments = tuple[tuple[int, int], ...]  # runs of tokens of one type: (type, length)
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,16 @@ class Pass:
     """One forward pass through a stack: what an inserted module may ask, and what the host's own cores need.
 
     Modules may read `types` (B, N) (TEXT or IMAGE), `mask` (B, N) (True: a real token; padding can stand
-    mid-sequence), `task` and `step` (tokens already decoded). The rest belongs to the host.
+    mid-sequence), `segments` (the types as runs that all rows share), `task` and `step` (tokens already decoded). The
+    rest belongs to the host.
     """
 
     types: Tensor | None = None
     mask: Tensor | None = None
+    segments: Segments = ()
     task: str | None = None
     step: int = 0
+    positions: Tensor | None = None
     bias: Tensor | None = None
     memory: Tensor | None = None
     memory_mask: Tensor | None = None
@@ -112,6 +116,10 @@ class Projection:
         rows = range(self.linear.out_features)
         return len(rows if self.rows is None else rows[self.rows])
 
+    def singles(self) -> tuple[Projection, ...]:
+        """The projections that this one is: itself, or (multiway) one per modality."""
+        return (self,)
+
     def add(self, path: nn.Module) -> None:
         """Put `path` (…, in_features) -> (…, out_features) beside the projection."""
         setattr(self.owner, self.name, Parallel(getattr(self.owner, self.name), path, self.rows))
@@ -134,6 +142,17 @@ class Projection:
         (weight if self.rows is None else weight[self.rows]).add_(delta)
 
 
+@dataclass(frozen=True)
+class ProjectionPair:
+    """A projection that exists once per modality; a method goes into each of its singles."""
+
+    text: Projection
+    image: Projection
+
+    def singles(self) -> tuple[Projection, ...]:
+        return self.text, self.image
+
+
 class SubLayer(nn.Module):
     """Attention, cross-attention or feed-forward network with its residual addition and its norm.
 
@@ -148,7 +167,7 @@ class SubLayer(nn.Module):
         *,
         width: int,
         pre_norm: bool,
-        projections: dict[str, Projection],
+        projections: Mapping[str, Projection | ProjectionPair],
     ) -> None:
         super().__init__()
         self.core, self.norm, self.drop = core, norm, drop
@@ -262,16 +281,19 @@ class Stack(nn.Module):
                 x, seen = layer(x, context, tap)
             found.update({(index, name, place): value for (name, place), value in seen.items()})
         if stop == len(self.layers) and self.final_norm is not None:
-            x = self.final_norm(x)
+            with context.active():  # a norm may be one per modality
+                x = self.final_norm(x)
         return x, found
 
 
 class Snapshot:
-    """Restores a module tree, bit for bit: its structure, values, gradients' flags and modes."""
+    """Restores a module tree, bit for bit: its structure, values, gradients' flags and modes, and how layers run."""
 
     def __init__(self, module: nn.Module) -> None:
         self._children = [(m, dict(m._modules), m.training) for m in module.modules()]
         self._flags = [(p, p.requires_grad) for p in module.parameters()]
+        self._running = [(m, m.checkpointing) for m in module.modules() if isinstance(m, Stack)]
+        self._compiled = [(m, m._compiled_call_impl) for m in module.modules() if isinstance(m, Layer)]
         values = [*module.parameters(), *module.buffers()]
         # On the CPU: a second copy of all weights on a GPU would pass for what training takes.
         self._values = [(t, t.detach().to("cpu", copy=True)) for t in values if not t.is_meta]
@@ -282,6 +304,10 @@ class Snapshot:
             module._modules.clear()
             module._modules.update(children)
             module.training = training
+        for stack, checkpointing in self._running:
+            stack.checkpointing = checkpointing
+        for layer, compiled in self._compiled:
+            layer._compiled_call_impl = compiled
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
             parameter.grad = None

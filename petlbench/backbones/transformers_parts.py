@@ -38,10 +38,19 @@ class CrossAttention(SelfAttention):
 
 
 class T5SelfAttention(SelfAttention):
-    """T5's attention; the pass's bias holds mask and relative positions together."""
+    """T5's attention; the pass's bias holds mask and relative positions together, causality included."""
 
     def forward(self, x: Tensor, context: Pass) -> Tensor:
-        return self.attention(x, position_bias=context.bias, past_key_values=context.cache)[0]
+        options = {"position_bias": context.bias, "past_key_values": context.cache, "is_causal": False}
+        return self.attention(x, **options)[0]
+
+
+class T5CrossAttention(SelfAttention):
+    """T5's attention over the pass's memory, to which distances mean nothing."""
+
+    def forward(self, x: Tensor, context: Pass) -> Tensor:
+        options = {"position_bias": context.memory_bias, "past_key_values": context.cache}
+        return self.attention(x, key_value_states=context.memory, **options)[0]
 
 
 class FeedForward(nn.Module):
@@ -120,27 +129,33 @@ def clip_layer(layer: CLIPEncoderLayer, drop: float = 0.0) -> Layer:
     return Layer(attention=attention, ffn=ffn)
 
 
+def _t5_sublayer(part: nn.Module, core: nn.Module, projections: dict[str, Projection]) -> SubLayer:
+    width = len(part.layer_norm.weight)  # type: ignore[union-attr, arg-type]
+    norm, drop = part.layer_norm, part.dropout
+    return SubLayer(core, norm, drop, width=width, pre_norm=True, projections=projections)  # type: ignore[arg-type]
+
+
+def _t5_attention(part: nn.Module, attention: nn.Module, core: type[SelfAttention]) -> SubLayer:
+    return _t5_sublayer(part, core(attention), {name: Projection(attention, name) for name in ("q", "k", "v", "o")})
+
+
+def _t5_ffn(part: nn.Module) -> SubLayer:
+    dense = part.DenseReluDense
+    assert isinstance(dense, nn.Module)
+    return _t5_sublayer(part, Stateless(dense), {"in": Projection(dense, "wi"), "out": Projection(dense, "wo")})
+
+
 def t5_encoder_layer(block: T5Block) -> Layer:
     """Pre-norm: attention, ffn."""
-    attention_part, ffn_part = block.layer[0], block.layer[-1]
-    attention, dense = attention_part.SelfAttention, ffn_part.DenseReluDense
-    projections = {name: Projection(attention, name) for name in ("q", "k", "v", "o")}
-    width = attention.d_model
+    first, last = block.layer
+    return Layer(attention=_t5_attention(first, first.SelfAttention, T5SelfAttention), ffn=_t5_ffn(last))
+
+
+def t5_decoder_layer(block: T5Block) -> Layer:
+    """Pre-norm: attention, cross_attention, ffn."""
+    first, second, last = block.layer
     return Layer(
-        attention=SubLayer(
-            T5SelfAttention(attention),
-            attention_part.layer_norm,
-            attention_part.dropout,
-            width=width,
-            pre_norm=True,
-            projections=projections,
-        ),
-        ffn=SubLayer(
-            Stateless(dense),
-            ffn_part.layer_norm,
-            ffn_part.dropout,
-            width=width,
-            pre_norm=True,
-            projections={"in": Projection(dense, "wi"), "out": Projection(dense, "wo")},
-        ),
+        attention=_t5_attention(first, first.SelfAttention, T5SelfAttention),
+        cross_attention=_t5_attention(second, second.EncDecAttention, T5CrossAttention),
+        ffn=_t5_ffn(last),
     )

@@ -1,4 +1,4 @@
-"""The transformer image encoder of the `vl_bart` family: a convolutional stem, then pre-norm layers with sites."""
+"""The transformer image encoder of `tiny`: a convolutional stem, then pre-norm layers with sites."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class ImageTokenizer(nn.Module):
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor | None:
     """(B, N) True-is-real -> (B, 1, 1, N) additive attention bias; None when nothing is masked, which is faster."""
-    if bool(mask.all()):
+    if not mask.is_meta and bool(mask.all()):
         return None
     return (~mask)[:, None, None, :].to(dtype) * torch.finfo(dtype).min
 
@@ -133,4 +133,5 @@ def preprocess(images: Sequence[Image], side: int) -> Images:
     mask = torch.zeros(len(arrays), height, width, dtype=torch.bool)
     for row, a in zip(mask, arrays, strict=True):
         row[: a.shape[1], : a.shape[2]] = True
-    return Images(pixels, mask, torch.tensor(scales))
+    both = torch.tensor(scales)[:, None].expand(-1, 2)
+    return Images(pixels, mask, both, torch.zeros_like(both))

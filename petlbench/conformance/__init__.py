@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from petlbench.backbones.base import Backbone
 from petlbench.conformance.bench import Bench, Reference, cell_of, method_class
 from petlbench.conformance.checks import CHECKS, judge
 from petlbench.conformance.observation import Seen, observe
@@ -59,18 +60,19 @@ def check_all(
     seen: list[tuple[Report, str, Path, Seen]] = []
     adapters: dict[Path, Cell] = {}
     with TemporaryDirectory() as folder:
-        untouched = None
+        untouched: dict[str, tuple[Backbone, Inventory]] = {}  # by the options that a method needs of it
         for task in served:
-            reference = None
+            references: dict[str, Reference] = {}
             for report, (name, kind) in zip(reports, subjects, strict=True):
                 cell = cell_of(name, kind, config or {}, task, backbone)
-                bench = Bench(cell, device)
-                if untouched is None:
-                    untouched = bench.backbone()
-                    fresh = Inventory(untouched)
-                reference = reference or Reference(bench, untouched, fresh)
+                bench, options = Bench(cell, device), repr(cell.backbone_config)
+                if options not in untouched:
+                    built = bench.backbone()
+                    untouched[options] = built, Inventory(built)
+                if options not in references:
+                    references[options] = Reference(bench, *untouched[options])
                 file = Path(folder) / f"{len(seen)}.safetensors"
-                seen.append((report, task, file, observe(bench, kind, reference, file)))
+                seen.append((report, task, file, observe(bench, kind, references[options], file)))
                 if file.exists() and _importable(kind):
                     adapters[file] = cell
         for file, found in reload(adapters, device).items():
@@ -90,7 +92,8 @@ def _importable(kind: type[Method]) -> bool:
 
 def _served(backbone: str, tasks: Sequence[str] | None) -> list[str]:
     kind = BACKBONES.get(backbone)
-    refusals = {name: TASKS.get(name)().refuses(kind) for name in tasks or TASKS.names()}
+    options = kind.configured(backbone, {})
+    refusals = {name: TASKS.get(name)().refuses(kind, options) for name in tasks or TASKS.names()}
     for name, reason in refusals.items():
         if tasks and reason:
             raise UserError(f"backbone '{backbone}' cannot serve task '{name}': {reason}; choose another of the two")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib import import_module
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -14,9 +16,9 @@ import torch
 from datasets import disable_progress_bars
 from torch import Tensor, nn
 
-from petlbench.assembly import Data, build_backbone, build_setting, load_data, load_source
+from petlbench.assembly import Data, build_backbone, build_setting, equip, load_data, load_source
 from petlbench.backbones.base import Backbone
-from petlbench.backbones.sites import Layer, Snapshot
+from petlbench.backbones.sites import Layer, Parallel, Projection, Snapshot
 from petlbench.conformance.state import Inventory
 from petlbench.errors import UserError
 from petlbench.method import Method
@@ -25,6 +27,7 @@ from petlbench.spec import Cell, Recipe
 from petlbench.task import Batch, Row
 from petlbench.training import Setting
 
+Place = tuple[str, str, str, int]  # layer, sub-layer, projection, and which of a pair
 ROWS = 4
 RECIPE: dict[str, Any] = {
     "steps": 10,
@@ -67,6 +70,7 @@ def cell_of(name: str, kind: type[Method], config: dict[str, Any], task: str, ba
         dataset=dataset,
         dataset_config={key: value for key, value in SCENES.items() if key in fields},
         backbone=backbone,
+        backbone_config=kind(kind.Config(**config)).host_options(backbone.partition(":")[0]),
         recipe=Recipe(**{**kind.recipe, **RECIPE, **LIMITS}),
     )
 
@@ -146,7 +150,7 @@ class Bench:
         batch = self.task.collate(rows, backbone, np.random.default_rng(0) if training else None).to(self.device)
         if dtype is None:
             return batch
-        images = replace(batch.images, pixels=batch.images.pixels.to(dtype), scale=batch.images.scale.to(dtype))
+        images = batch.images.to_dtype(dtype)
         extras = {name: t.to(dtype) if t.is_floating_point() else t for name, t in batch.extras.items()}
         return replace(batch, images=images, extras=extras)
 
@@ -166,39 +170,85 @@ class Bench:
         return Outputs(float(loss), self.predictions(backbone, head, self.rows, dtype))
 
 
+@dataclass(frozen=True)
+class Idle:
+    """What a task leaves out of a backbone when everything trains, by the names of the untouched backbone."""
+
+    layers: frozenset[str]  # do not run
+    parameters: frozenset[str]  # get no gradient
+    projections: frozenset[Place]  # of which no row in question gets a gradient: a multiway layer's text queries, say
+    lent: frozenset[str]  # lent parameters without a gradient, as the extended backbone calls them
+
+
 class Reference:
-    """The untouched backbone on one task: what it computes, and which of its parts the task leaves out."""
+    """The untouched backbone on one task, with what is lent to it: what it computes, and what the task leaves out."""
 
     def __init__(self, bench: Bench, backbone: Backbone, fresh: Inventory) -> None:
         """`fresh`: taken when the backbone was built."""
         self.backbone = backbone
         torch.manual_seed(0)
-        self.head = bench.task.head(backbone).to(bench.device)
-        self.outputs = bench.outputs(backbone, self.head)
-        self.idle_layers, self.idle_parameters = self._idle(bench)
+        self.extended, self.head = equip(backbone, bench.task, bench.device)
+        self.outputs = bench.outputs(self.extended, self.head)
+        self._idle = self._left_out(bench)
         self.habits = set(fresh.changes())  # what the host itself leaves behind when it runs, such as a cached table
 
-    def _idle(self, bench: Bench) -> tuple[frozenset[str], frozenset[str]]:
-        """Names of layers that do not run and of parameters that get no gradient when everything trains."""
-        handle, used = Snapshot(self.backbone), set[str]()
+    def _left_out(self, bench: Bench) -> Idle:
+        handle, used = Snapshot(self.extended), set[str]()
         layers = {name: m for name, m in self.backbone.named_modules() if isinstance(m, Layer)}
         hooks = [m.register_forward_pre_hook(lambda *_, name=name: used.add(name)) for name, m in layers.items()]
         try:
-            self.backbone.requires_grad_(True)
-            batch = bench.batch(self.backbone, bench.rows, training=True)
-            bench.task.loss(self.backbone, self.head, batch).backward()
-            named = self.backbone.named_parameters()
-            dead = frozenset(name for name, p in named if p.grad is None or not p.grad.any())
+            self.extended.requires_grad_(True)
+            batch = bench.batch(self.extended, bench.rows, training=True)
+            bench.task.loss(self.extended, self.head, batch).backward()
+            return Idle(
+                layers=frozenset(layers.keys() - used),
+                parameters=_without_gradient(self.backbone),
+                projections=frozenset(place for place, single in _projections(layers) if not _reached(single)),
+                lent=_without_gradient(self.extended) & self.extended.head_parameters(),
+            )
         finally:
             for hook in hooks:
                 hook.remove()
             handle.restore()
-        return frozenset(layers.keys() - used), dead
 
-    def idle(self, modules: dict[str, nn.Module], parameters: dict[str, nn.Parameter]) -> set[int]:
-        """Ids of all parameters, inserted ones too, that this task cannot reach in a backbone like this one.
+    def idle(self, modules: dict[str, nn.Module], parameters: dict[str, nn.Parameter], adapted: Backbone) -> set[int]:
+        """Ids of all parameters, inserted and lent ones too, that this task cannot reach in a backbone like this one.
 
         `modules` and `parameters`: by the names that they had before the backbone was adapted.
         """
-        inside = [p for name in self.idle_layers for p in modules[name].parameters()]
-        return {id(p) for p in [*inside, *(parameters[name] for name in self.idle_parameters)]}
+        layers = {name: m for name, m in modules.items() if isinstance(m, Layer)}
+        inside: list[nn.Module] = [layers[name] for name in self._idle.layers]
+        inside += [path for place, single in _projections(layers) if place in self._idle.projections
+                   for path in _paths(single)]  # fmt: skip
+        single = [parameters[name] for name in self._idle.parameters]
+        lent = [adapted.get_parameter(name) for name in self._idle.lent]
+        return {id(p) for p in [*chain.from_iterable(m.parameters() for m in inside), *single, *lent]}
+
+
+def _without_gradient(module: nn.Module) -> frozenset[str]:
+    return frozenset(name for name, p in module.named_parameters() if p.grad is None or not p.grad.any())
+
+
+def _projections(layers: Mapping[str, Layer]) -> Iterator[tuple[Place, Projection]]:
+    """Every projection of these layers, one of a pair at a time, with its place."""
+    for name, layer in layers.items():
+        for sublayer, one in layer.items():
+            for role, projection in one.projections.items():
+                for index, single in enumerate(projection.singles()):
+                    yield (name, sublayer, role, index), single
+
+
+def _reached(projection: Projection) -> bool:
+    gradient = projection.linear.weight.grad
+    if gradient is not None and projection.rows is not None:
+        gradient = gradient[projection.rows]
+    return gradient is not None and bool(gradient.any())
+
+
+def _paths(projection: Projection) -> Iterator[nn.Module]:
+    """What was put beside the projection."""
+    module = getattr(projection.owner, projection.name)
+    while isinstance(module, Parallel):
+        if module.rows == projection.rows:
+            yield module.path
+        module = module.base

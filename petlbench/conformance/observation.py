@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from petlbench.backbones.base import Backbone
+from petlbench.backbones.lent import like
 from petlbench.backbones.sites import Snapshot
 from petlbench.conformance import watch
 from petlbench.conformance.bench import Bench, Outputs, Reference
@@ -30,7 +31,7 @@ class Seen:
     diverged: str = ""
     # before training
     start: Outputs | None = None
-    untouched: Outputs | None = None  # the same head on the untouched backbone
+    untouched: Outputs | None = None  # the same head and lent parts on the untouched backbone
     moved_modes: list[str] = field(default_factory=list)  # modules whose mode `adapt` changed
     # after training
     frozen_changed: list[str] | None = None
@@ -92,10 +93,10 @@ def _first(seen: Seen, bench: Bench, reference: Reference, file: Path) -> None:
     setting, handle = bench.setting(backbone, method)
     seen.moved_modes = [name for name, module in modules.items() if module.training != modes[name]]
     trained = setting.trainable()
-    idle = reference.idle(modules, parameters)
+    idle = reference.idle(modules, parameters, setting.backbone)
     seen.trainable, seen.idle = list(trained), {name for name, p in trained.items() if id(p) in idle}
     seen.start = bench.outputs(setting.backbone, setting.head)
-    seen.untouched = bench.outputs(reference.backbone, setting.head)
+    seen.untouched = bench.outputs(like(reference.backbone, setting.backbone), setting.head)
     if not seen.start.finite:
         return
     frozen = _frozen(setting, own)
@@ -158,7 +159,7 @@ def _remove(
     own, untouched = digests(tensors(backbone)), digests(tensors(reference.backbone))
     values = [f"values of {name}" for name in differing(untouched, own)]
     seen.left = [name for name in inventory.changes() if name not in reference.habits] + values
-    seen.restored = bench.outputs(backbone, reference.head)
+    seen.restored = bench.outputs(like(backbone, reference.extended), reference.head)
 
 
 def _second(seen: Seen, bench: Bench) -> None:

@@ -57,7 +57,7 @@ def data_root() -> Path | None:
 
 
 def cache_dir() -> Path:
-    """Where generated data is kept: `PETLBENCH_CACHE`, else `petlbench` under `XDG_CACHE_HOME` or `~/.cache`."""
+    """Where what can be made anew is kept: `PETLBENCH_CACHE`, else `petlbench` in `XDG_CACHE_HOME` or `~/.cache`."""
     value = os.environ.get("PETLBENCH_CACHE")
     if value:
         return Path(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from types import TracebackType
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from petlbench.measure.canonical import canonical
-from petlbench.spec import Memory
+from petlbench.spec import Memory, Peak
 
 Key = tuple[torch.device, int]
 
@@ -46,8 +46,9 @@ class SavedTensors:
     Each storage counts once and whole, whatever views of it are saved: a slice counts as what it is cut from, an
     expanded tensor as what it repeats. Parameters and buffers of `modules` do not count. Everything counted stays
     alive until the block ends, so that no address is freed and taken for one already counted: wrap the forward pass
-    alone, and backward releases memory as ever. What a checkpointed region saves while it is recomputed, and what a
-    custom function keeps outside `save_for_backward`, is invisible to autograd's hooks and not counted.
+    alone, and backward releases memory as ever. Of a checkpointed layer its input counts; what it saves while it is
+    recomputed, and what a custom function keeps outside `save_for_backward`, is invisible to autograd's hooks. Under
+    autocast the lowered copies of weights count: they are kept for backward beside the weights.
     """
 
     def __init__(self, *modules: nn.Module) -> None:
@@ -131,18 +132,10 @@ def account(
     step counters are state. `saved_bytes` is the canonical count; `backend` names what `native_saved_bytes` depends on.
     """
     modules = list(modules)
-    weights = storage_bytes(_weights(modules))
     gradients = storage_bytes(p.grad for m in modules for p in m.parameters() if p.grad is not None)
     state = storage_bytes(_tensors(dict(optimizer.state))) if optimizer is not None else 0
-    return Memory(
-        weights_bytes=weights,
-        gradients_bytes=gradients,
-        optimizer_bytes=state,
-        saved_bytes=saved_bytes,
-        accounted_bytes=weights + gradients + state + saved_bytes,
-        native_saved_bytes=native_saved_bytes,
-        saved_backend=backend,
-    )
+    found = _accounted(modules, gradients, state, saved_bytes)
+    return found.model_copy(update={"native_saved_bytes": native_saved_bytes, "saved_backend": backend})
 
 
 def planned(modules: Iterable[nn.Module], saved_bytes: int = 0) -> Memory:
@@ -153,17 +146,33 @@ def planned(modules: Iterable[nn.Module], saved_bytes: int = 0) -> Memory:
     """
     modules = list(modules)
     trainable = {id(p): p for m in modules for p in m.parameters() if p.requires_grad}
-    weights = storage_bytes(_weights(modules))
     gradients = sum(p.numel() * p.element_size() for p in trainable.values())
     counter = 8 if torch.get_default_dtype() == torch.float64 else 4  # AdamW counts steps in the default precision
-    state = 2 * gradients + counter * len(trainable)
-    return Memory(
-        weights_bytes=weights,
-        gradients_bytes=gradients,
-        optimizer_bytes=state,
-        saved_bytes=saved_bytes,
-        accounted_bytes=weights + gradients + state + saved_bytes,
+    return _accounted(modules, gradients, 2 * gradients + counter * len(trainable), saved_bytes)
+
+
+def _accounted(modules: Iterable[nn.Module], gradients: int, state: int, saved_bytes: int) -> Memory:
+    weights = storage_bytes(_weights(modules))
+    known = Memory(
+        weights_bytes=weights, gradients_bytes=gradients, optimizer_bytes=state, saved_bytes=None, accounted_bytes=None
     )
+    return with_saved(known, saved_bytes)
+
+
+def with_saved(memory: Memory, canonical: int | None) -> Memory:
+    """The accounting of a step, completed with the canonical bytes saved for backward (None: unknown)."""
+    others = memory.weights_bytes + memory.gradients_bytes + memory.optimizer_bytes
+    accounted = None if canonical is None else others + canonical
+    return memory.model_copy(update={"saved_bytes": canonical, "accounted_bytes": accounted})
+
+
+def with_peaks(memory: Memory, peaks: Mapping[str, Peak]) -> Memory:
+    """`memory` with the CUDA peaks by phase, and the highest of them; None where there are none."""
+    highest = {
+        f"peak_{name}": max((getattr(peak, name) for peak in peaks.values()), default=None)
+        for name in Peak.model_fields
+    }
+    return memory.model_copy(update={**highest, "peaks": dict(peaks)})
 
 
 def peak_rss_bytes() -> int:

@@ -8,7 +8,9 @@ from datasets import Dataset
 from petlbench.measure.flops import step_flops
 from petlbench.measure.latency import latency, throughput
 from petlbench.measure.memory import saved_bytes
-from petlbench.spec import Flops, Inference, Memory
+from petlbench.measure.parameters import count, inference_extra
+from petlbench.precision import computing
+from petlbench.spec import Flops, Inference, Parameters
 from petlbench.task import Batch, Row
 from petlbench.training import Batches, Setting
 
@@ -19,15 +21,24 @@ def first_batch(train_rows: Dataset, setting: Setting) -> Batch:
 
 
 def canonical_saved_bytes(setting: Setting, batch: Batch) -> int:
-    """Bytes that a training step on `batch` saves for backward: the same on every machine."""
+    """Bytes that a training step on `batch` saves for backward: the same on every machine.
+
+    Of the recipe's options it sees gradient checkpointing, and no other: which operations autocast lowers, and what a
+    compiled layer keeps, depends on the device.
+    """
     modules = setting.modules().train()
-    return saved_bytes(lambda: setting.task.loss(setting.backbone, setting.head, batch), *modules.values())
+    with torch.compiler.set_stance("force_eager"):
+        return saved_bytes(lambda: setting.task.loss(setting.backbone, setting.head, batch), *modules.values())
 
 
 def training_flops(setting: Setting, batch: Batch) -> Flops:
-    """Operations of a training step on `batch`, dropout off. Leaves the setting without gradients."""
+    """Operations of a training step on `batch`, dropout off, recomputation in backward included.
+
+    Leaves the setting without gradients.
+    """
     modules = setting.modules().eval()
-    found = step_flops(lambda: setting.task.loss(setting.backbone, setting.head, batch))
+    with torch.compiler.set_stance("force_eager"):
+        found = step_flops(lambda: setting.task.loss(setting.backbone, setting.head, batch))
     modules.zero_grad(set_to_none=True)
     return found
 
@@ -51,20 +62,26 @@ def _speed(setting: Setting, rows: list[Row]) -> dict[str, float]:
     @torch.no_grad()
     def predict(part: list[Row]) -> None:
         batch = setting.task.collate(part, setting.backbone, None).to(setting.device)
-        setting.task.predict(setting.backbone, setting.head, batch, beams=setting.recipe.beams)
+        with computing(setting.recipe, setting.device):
+            setting.task.predict(setting.backbone, setting.head, batch, beams=setting.recipe.beams)
 
     once = latency(lambda: predict(rows[:1]), repeats=9, warmup=2, device=setting.device)
     many = throughput(lambda: predict(rows), len(rows), repeats=3, warmup=1, device=setting.device)
     return {"latency_seconds": once, "throughput": many}
 
 
+def counted(setting: Setting) -> Parameters:
+    """The trainable scalars of the setting by owner, and how many an adapter file of it holds."""
+    backbone = setting.backbone
+    found = count(backbone, setting.head, backbone.host_parameters(), backbone.head_parameters())
+    return found.model_copy(update={"stored": stored_scalars(setting)})
+
+
+def extra_at_inference(merged: Setting, untouched_parameters: int) -> int:
+    """Scalars of a merged setting beyond the untouched backbone and the heads."""
+    return inference_extra(merged.backbone, untouched_parameters, merged.backbone.head_parameters())
+
+
 def stored_scalars(setting: Setting) -> int:
     """Scalars in the adapter file: everything that trains, shared ones once."""
     return sum(p.numel() for p in setting.trainable().values())
-
-
-def with_saved(memory: Memory, canonical: int | None) -> Memory:
-    """The accounting of a real step, completed with the canonical bytes saved for backward (None: unknown)."""
-    others = memory.weights_bytes + memory.gradients_bytes + memory.optimizer_bytes
-    accounted = None if canonical is None else others + canonical
-    return memory.model_copy(update={"saved_bytes": canonical, "accounted_bytes": accounted})

@@ -1,0 +1,374 @@
+"""`beit3`: one multiway transformer that embeds images, texts or both (Wang et al., CVPR 2023, arXiv 2208.10442).
+
+Home of MultiWay-Adapter. Alone, an image or a text meets its own modality's modules only, so that retrieval is that of
+a dual encoder; in a fused pass attention is joint and everything else routes by token type.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+from huggingface_hub import constants as hub
+from PIL.Image import Image, Resampling
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from petlbench.backbones.base import Backbone, BackboneConfig, Images, Texts, Tokens, join, plain_tokens
+from petlbench.backbones.heads import Aligner
+from petlbench.backbones.multiway import multiway_stack
+from petlbench.backbones.sentencepiece_codec import SentencePieceCodec
+from petlbench.backbones.sites import IMAGE, TEXT
+from petlbench.backbones.text import Codec, file_codec
+from petlbench.backbones.vision import additive
+from petlbench.backbones.weights import asset, load_into, on_meta, read_tensors
+from petlbench.errors import UserError
+
+RELEASE = "https://github.com/addf400/files/releases/download/beit3"
+TOKENIZER = "beit3.spm"
+TOKENIZER_SHA256 = "6f5e2fefcf793761a76a6bfb8ad35489f9c203b25557673284b6d032f41043f4"
+ITC = {  # (width, layers): the published checkpoint, fine-tuned by image-text contrast
+    (768, 12): "beit3_base_itc_patch16_224.pth",
+    (1024, 24): "beit3_large_itc_patch16_224.pth",
+}
+UNUSED = 2  # first rows of both position tables, as in fairseq
+HEADS = "own_heads."
+IMAGE_POSITIONS = "image_embedding.positions.weight"
+
+
+class BEiT3Config(BackboneConfig):
+    """Sizes; the defaults are those of the published base model at 224 pixels."""
+
+    image_size: int = Field(224, gt=0, description="pixels of both sides of an image, whose aspect is not kept")
+    patch: int = Field(16, gt=0, description="pixels of a patch's sides")
+    width: int = Field(768, gt=0)
+    layers: int = Field(12, gt=0)
+    attention_heads: int = Field(12, gt=0)
+    ffn: int = Field(3072, gt=0, description="width of the feed-forward networks")
+    vocabulary: int = Field(64_010, gt=0, description="rows of the token table")
+    text_positions: int = Field(1024, gt=UNUSED, description="rows of the text's position table, two of them unused")
+    max_text: int = Field(64, gt=2, description="longest text in tokens, special ones included")
+    drop_path: float = Field(0.1, ge=0, lt=1, description="rate of the last layer; the published recipes take 0.2")
+    heads: Literal["trained", "frozen"] = Field(
+        "trained",
+        description="whether retrieval heads and temperature train with every method; MultiWay-Adapter's release "
+        "freezes what a checkpoint brings",
+    )
+    tokenizer: str = Field(
+        "pretrained",
+        description="`pretrained` (beit3.spm), or a path: a SentencePiece model, or a tokenizers JSON",
+    )
+    weights: str = Field(
+        "pretrained",
+        description="`pretrained` (the published checkpoint of this width and depth), `none`, or the path of a "
+        "safetensors or torch file in our own names or the published ones",
+    )
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.image_size % self.patch:
+            raise ValueError(f"image_size {self.image_size} is no multiple of patch {self.patch}")
+        if self.width % self.attention_heads:
+            raise ValueError(f"width {self.width} is no multiple of attention_heads {self.attention_heads}")
+        if self.max_text > self.text_positions - UNUSED:
+            raise ValueError(f"max_text {self.max_text} exceeds text_positions {self.text_positions} less {UNUSED}")
+        return self
+
+
+class ImageEmbedding(nn.Module):
+    """Patches as a convolution, a leading CLS, learned positions. The mask token serves pre-training only."""
+
+    def __init__(self, side: int, patch: int, width: int) -> None:
+        super().__init__()
+        self.grid = side // patch
+        self.patches = nn.Conv2d(3, width, patch, stride=patch)
+        self.cls = nn.Parameter(torch.zeros(1, 1, width))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.positions = nn.Embedding(UNUSED + 1 + self.grid**2, width)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, 1 + grid^2, width), patches row by row."""
+        patches = self.patches(pixels).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls.expand(len(patches), -1, -1), patches], dim=1)
+        return x + self.positions.weight[UNUSED:]
+
+    def centres(self) -> Tensor:
+        """(1 + grid^2, 2): where tokens are, in units of the image's side; CLS is in the middle."""
+        line = (torch.arange(self.grid, device=self.cls.device) + 0.5) / self.grid
+        y, x = torch.meshgrid(line, line, indexing="ij")
+        return torch.cat([torch.full_like(line[:1], 0.5).expand(1, 2), torch.stack([x, y], dim=-1).flatten(0, 1)])
+
+
+class TextEmbedding(nn.Module):
+    """Tokens and learned positions."""
+
+    def __init__(self, vocabulary: int, positions: int, width: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.positions = nn.Embedding(positions, width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(B, N) -> (B, N, width)."""
+        return self.tokens(ids) + self.positions.weight[UNUSED : UNUSED + ids.shape[1]]
+
+
+class RetrievalHeads(Aligner):
+    """A projection without bias for each modality's first token, and a temperature that nothing clamps."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.image, self.text = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def of_image(self, tokens: Tokens) -> Tensor:
+        return F.normalize(self.image(tokens.pooled()), dim=-1)
+
+    def of_text(self, tokens: Tokens) -> Tensor:
+        return F.normalize(self.text(tokens.pooled()), dim=-1)
+
+    def scale(self) -> Tensor:
+        return self.log_scale.exp()
+
+
+class BEiT3(Backbone):
+    """Both modalities through one stack, `encoder`: text alone, an image alone, or both in one pass."""
+
+    Config = BEiT3Config
+    sizes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "base-224": {},
+        "base-384": {"image_size": 384},
+        "large-224": {"width": 1024, "layers": 24, "attention_heads": 16, "ffn": 4096},
+        "large-384": {"width": 1024, "layers": 24, "attention_heads": 16, "ffn": 4096, "image_size": 384},
+        "tiny": {
+            "image_size": 32,
+            "patch": 8,
+            "width": 32,
+            "layers": 2,
+            "attention_heads": 2,
+            "ffn": 64,
+            "vocabulary": 210,
+            "text_positions": 66,
+            "tokenizer": "tiny/tokenizer.json",
+            "weights": "none",
+        },
+    }
+    abilities = frozenset({"embed", "fuse", "ground"})
+
+    def __init__(self, config: BEiT3Config) -> None:
+        super().__init__()
+        self.config = config
+        c = config
+        self.width, self.max_text, self.trains_heads = c.width, c.max_text, c.heads == "trained"
+        self.codec = _codec(c)
+        source = None if c.weights == "none" or on_meta() else _weights_file(c)
+        self.image_embedding = ImageEmbedding(c.image_size, c.patch, c.width)
+        self.text_embedding = TextEmbedding(c.vocabulary, c.text_positions, c.width)
+        self.stacks["encoder"] = multiway_stack(
+            width=c.width, layers=c.layers, heads=c.attention_heads, ffn=c.ffn, drop_path=c.drop_path
+        )
+        self.own_heads["retrieval"] = RetrievalHeads(c.width).apply(_initialise)
+        if source is None:
+            self.stacks.apply(_initialise)
+            nn.init.normal_(self.text_embedding.tokens.weight, std=c.width**-0.5)
+        else:
+            self._load(source)
+
+    @classmethod
+    def files(cls, config: BEiT3Config) -> list[Path]:
+        published = [_cached(_checkpoint(config))] if config.weights == "pretrained" else []
+        published += [_cached(TOKENIZER)] if config.tokenizer == "pretrained" else []
+        given = [asset(name) for name in (config.weights, config.tokenizer) if name not in ("pretrained", "none")]
+        return given + [path for path in published if path.exists()]
+
+    def _load(self, path: Path) -> None:
+        """Backbone tensors, and retrieval heads where the file has them: a pre-training checkpoint does not."""
+        tensors = own_layout(read_tensors(path), self.config.layers)
+        table = tensors.get(IMAGE_POSITIONS)
+        if table is not None:
+            tensors[IMAGE_POSITIONS] = resized_positions(table, len(self.image_embedding.positions.weight))
+        headless = not any(name.startswith(HEADS) for name in tensors)
+        load_into(self, tensors, path.name, optional=(HEADS,) if headless else ())
+        if headless and not self.trains_heads:
+            raise UserError(f"weights {path.name} have no retrieval heads to freeze: set heads to trained")
+        if headless:
+            self.note = f"beit3's retrieval heads start untrained: {path.name} has none"
+
+    def host_parameters(self) -> set[str]:
+        return set()
+
+    def undecayed_parameters(self) -> set[str]:
+        return {"image_embedding.cls", IMAGE_POSITIONS}
+
+    def word_table(self) -> Tensor:
+        return self.text_embedding.tokens.weight
+
+    def images(self, images: Sequence[Image]) -> Images:
+        side = self.config.image_size
+        resized = (image.convert("RGB").resize((side, side), Resampling.BICUBIC) for image in images)
+        arrays = np.stack([np.asarray(image, dtype=np.float32) for image in resized])
+        pixels = torch.from_numpy(arrays).permute(0, 3, 1, 2).contiguous() / 127.5 - 1
+        scale = torch.tensor([[1 / image.width, 1 / image.height] for image in images])
+        mask = torch.ones(len(images), side, side, dtype=torch.bool)
+        return Images(pixels, mask, scale, torch.zeros_like(scale))
+
+    def embed_image(self, images: Images) -> Tokens:
+        """CLS, then patches; CLS is marked."""
+        x = self.image_embedding(images.pixels)
+        mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        centres = self.image_embedding.centres().to(x.dtype).expand(len(x), -1, -1)
+        return plain_tokens(x, mask, IMAGE, positions=centres, mark=_mark(x))
+
+    def embed_text(self, texts: Texts) -> Tokens:
+        """Padding is zeroed here, once; <s> is marked."""
+        x = self.text_embedding(texts.ids) * texts.mask.unsqueeze(-1)
+        return plain_tokens(x, texts.mask, TEXT, mark=_mark(x))
+
+    def fuse(self, *parts: Tokens, task: str) -> Tokens:
+        """One pass over all parts; the CLS of the first image is marked, or else <s>."""
+        tokens = join(parts)
+        kinds = [kind for kind, _ in tokens.segments]
+        before = tokens.segments[: kinds.index(IMAGE)] if IMAGE in kinds else ()
+        context = tokens.context(
+            task=task,
+            bias=additive(tokens.mask, tokens.states.dtype) if TEXT in kinds else None,
+        )
+        states, _ = self.stack("encoder").run(tokens.states, context)
+        return replace(tokens, states=states, mark=_mark(states, sum(length for _, length in before)))
+
+
+def _mark(x: Tensor, index: int = 0) -> Tensor:
+    """(B,): the same index for every row of x (B, N, d)."""
+    return torch.full((len(x),), index, dtype=torch.long, device=x.device)
+
+
+def _initialise(module: nn.Module) -> None:
+    """BEiT-3's: linear weights normal, cut off at one standard deviation; norms and convolutions as torch has them."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02, a=-0.02, b=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def resized_positions(table: Tensor, rows: int) -> Tensor:
+    """An image position table (UNUSED + 1 + g^2, d) for another grid: bicubic in float32, the first rows kept.
+
+    A table that is no square grid comes back as it is.
+    """
+    kept, grid = table[: UNUSED + 1], table[UNUSED + 1 :]
+    before, after = math.isqrt(len(grid)), math.isqrt(rows - UNUSED - 1)
+    if before == after or before**2 != len(grid):
+        return table
+    square = grid.float().T.reshape(1, -1, before, before)
+    square = F.interpolate(square, size=(after, after), mode="bicubic", align_corners=False)
+    return torch.cat([kept, square.flatten(2)[0].T.to(table.dtype)])
+
+
+def own_layout(tensors: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """Tensors by our own names, from either layout. What has no name of ours keeps its own, to be complained of.
+
+    A published pre-training checkpoint also carries the heads of its own objectives; they are left out.
+    """
+    if not any(name.startswith("beit3.") for name in tensors):
+        return dict(tensors)
+    rest, made = dict(tensors), {}
+    for name, published in published_names(layers).items():
+        if all(part in rest for part in published):
+            parts = [rest.pop(part) for part in published]
+            made[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    rest = {name: tensor for name, tensor in rest.items() if not name.split(".")[0].endswith(("_head", "_heads"))}
+    return {**made, **rest}
+
+
+def published_names(layers: int) -> dict[str, tuple[str, ...]]:
+    """Our names to those of published checkpoints; where there are several, ours holds them one above another."""
+    image, text, encoder = "image_embedding", "text_embedding", "beit3.encoder"
+    names: dict[str, tuple[str, ...]] = {
+        f"{image}.patches.weight": ("beit3.vision_embed.proj.weight",),
+        f"{image}.patches.bias": ("beit3.vision_embed.proj.bias",),
+        f"{image}.cls": ("beit3.vision_embed.cls_token",),
+        f"{image}.mask_token": ("beit3.vision_embed.mask_token",),
+        f"{text}.tokens.weight": ("beit3.text_embed.weight",),
+        IMAGE_POSITIONS: (f"{encoder}.embed_positions.A.weight",),
+        f"{text}.positions.weight": (f"{encoder}.embed_positions.B.weight",),
+        f"{HEADS}retrieval.image.weight": ("vision_head.weight",),
+        f"{HEADS}retrieval.text.weight": ("language_head.weight",),
+        f"{HEADS}retrieval.log_scale": ("logit_scale",),
+    }
+    for kind, letter in (("image", "A"), ("text", "B")):
+        for value in ("weight", "bias"):
+            names[f"stacks.encoder.final_norm.{kind}.{value}"] = (f"{encoder}.layer_norm.{letter}.{value}",)
+            for i in range(layers):
+                ours, theirs = f"stacks.encoder.layers.{i}.sublayers", f"{encoder}.layers.{i}"
+                attention, ffn = f"{ours}.attention", f"{ours}.ffn"
+                of_layer = {
+                    f"{attention}.norm.{kind}": [f"self_attn_layer_norm.{letter}"],
+                    f"{attention}.core.qkv.{kind}": [f"self_attn.{role}_proj.{letter}" for role in "qkv"],
+                    f"{attention}.core.norm.{kind}": [f"self_attn.inner_attn_ln.{letter}"],
+                    f"{attention}.core.proj.{kind}": [f"self_attn.out_proj.{letter}"],
+                    f"{ffn}.norm.{kind}": [f"final_layer_norm.{letter}"],
+                    f"{ffn}.core.module.{kind}.fc1": [f"ffn.{letter}.fc1"],
+                    f"{ffn}.core.module.{kind}.norm": [f"ffn.{letter}.ffn_layernorm"],
+                    f"{ffn}.core.module.{kind}.fc2": [f"ffn.{letter}.fc2"],
+                }
+                for name, parts in of_layer.items():
+                    names[f"{name}.{value}"] = tuple(f"{theirs}.{part}.{value}" for part in parts)
+    return names
+
+
+def _codec(config: BEiT3Config) -> Codec:
+    """Raises UserError for a tokenizer with more ids than the token table has rows."""
+    name = config.tokenizer
+    if name == "pretrained":
+        codec: Codec = SentencePieceCodec(lambda: _fetched(TOKENIZER, "tokenizer", TOKENIZER_SHA256))
+    else:
+        path = asset(name)
+        codec = file_codec(path) if path.suffix == ".json" else SentencePieceCodec(lambda: path)
+    if len(codec) > config.vocabulary:
+        raise UserError(f"tokenizer '{name}' has {len(codec)} ids, vocabulary only {config.vocabulary} rows: raise it")
+    return codec
+
+
+def _checkpoint(config: BEiT3Config) -> str:
+    """Raises UserError for sizes of which nothing was published."""
+    size = config.width, config.layers
+    if size not in ITC:
+        known = " or ".join(f"width {width} with {layers} layers" for width, layers in ITC)
+        raise UserError(
+            f"no weights of beit3 at width {size[0]} with {size[1]} layers were published: take {known}, or give "
+            "`weights: none` or a path"
+        )
+    return ITC[size]
+
+
+def _weights_file(config: BEiT3Config) -> Path:
+    if config.weights != "pretrained":
+        return asset(config.weights)
+    return _fetched(_checkpoint(config), "weights")
+
+
+def _cached(name: str) -> Path:
+    """Where torch.hub keeps a file that it has downloaded."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / name
+
+
+def _fetched(name: str, option: str, sha256: str | None = None) -> Path:
+    """A file of the release, downloaded once. Raises UserError where there is neither a copy nor a network."""
+    path, url = _cached(name), f"{RELEASE}/{name}"
+    if path.exists():
+        return path
+    advice = f"put it into {path.parent}, or set `{option}` to where it is"
+    if hub.HF_HUB_OFFLINE:
+        raise UserError(f"{url} is not on this machine, and HF_HUB_OFFLINE is set: {advice}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)
+    except (OSError, RuntimeError) as error:  # no network, or another content
+        said = " ".join(str(error).split())[:120]
+        raise UserError(f"{url} cannot be downloaded ({said}): {advice}") from error
+    return path

@@ -1,0 +1,275 @@
+"""`clip`: dual encoders of open_clip (Radford et al., ICML 2021; Ilharco et al., 2021), by open_clip's own names.
+
+`clip:NAME` is any model of `open_clip.list_models()` whose towers are plain transformers: CLIP and its successors
+(`ViT-…`, with CLIPA's and the multilingual ones), SigLIP (`…SigLIP…`), MobileCLIP's transformers, and CoCa, which can
+also caption. Convolutional image towers, EVA's and PE's rotary ones, and text towers of transformers are refused.
+
+Two things differ from a call of open_clip. The activation follows the weights: `ViT-B-16` with OpenAI's weights is what
+open_clip calls `ViT-B-16-quickgelu`. And retrieval trains every model with the same softmax loss, where SigLIP's
+`logit_bias` would cancel out: it is counted, and never trains.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from PIL.Image import Image
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from petlbench.backbones import open_clip_models as models
+from petlbench.backbones.base import Backbone, BackboneConfig, Images, Texts, Tokens, decoding_pass, plain_tokens
+from petlbench.backbones.heads import Aligner
+from petlbench.backbones.language import causal
+from petlbench.backbones.open_clip_parts import ImageTower, Reader, TextTower, caption_decoder, image_tower, text_tower
+from petlbench.backbones.sites import IMAGE, TEXT
+from petlbench.backbones.vision import additive
+from petlbench.backbones.weights import asset, load_into, on_meta, read_tensors
+from petlbench.errors import UserError
+from petlbench.registry import did_you_mean
+
+CAP = math.log(100.0)  # of the logarithm of the scale, as CLIP and open_clip train
+
+
+class ClipConfig(BackboneConfig):
+    """Which of open_clip's models, with which weights."""
+
+    model: str = Field("ViT-B-16", description="a name that open_clip knows, or tiny or coca-tiny, for tests")
+    tag: str | None = Field(
+        None, description="which of its published weights, whose activation and preprocessing are used; null: the first"
+    )
+    weights: str = Field(
+        "pretrained", description="`pretrained` (those of `tag`), `none`, or a file, in open_clip's layout or in ours"
+    )
+    tokenizer: str | None = Field(
+        None, description="a folder in transformers' layout or a tokenizers file; null: the model's own"
+    )
+    heads: Literal["trained", "frozen"] = Field(
+        "trained", description="whether its projections and its scale train with every method, in retrieval"
+    )
+
+    @model_validator(mode="after")
+    def _exists(self) -> ClipConfig:
+        said = models.complaint(self.model, self.tag, self.weights)
+        if said:
+            raise ValueError(said)
+        return self
+
+
+class ClipAligner(Aligner):
+    """The model's own projections of its pooled tokens, and its scale, which is capped at 100 as in training."""
+
+    def __init__(self, image: Reader, text: Reader, logit_scale: nn.Parameter) -> None:
+        super().__init__()
+        self.image, self.text, self.logit_scale = image, text, logit_scale
+
+    def of_image(self, tokens: Tokens) -> Tensor:
+        return self.image(tokens)
+
+    def of_text(self, tokens: Tokens) -> Tensor:
+        return self.text(tokens)
+
+    def scale(self) -> Tensor:
+        return self.logit_scale.clamp_max(CAP).exp().squeeze()
+
+
+@dataclass
+class History:
+    """A decoding cache that holds the ids so far (B, T): CoCa computes them all again."""
+
+    ids: Tensor | None = None
+
+
+class Clip(Backbone):
+    """Two towers. Image tokens are what leaves the image tower: the class token (marked, at the image's centre), then
+    patches; of CoCa, the tokens that its captions attend to, behind the one that it compares (marked and masked).
+
+    Texts of towers that are not causal, and of CoCa, are padded to the full context, since padding reaches what they
+    pool. Layer scale is part of the cores, and so of the value at `output`.
+    """
+
+    Config = ClipConfig
+    sizes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        name: {"model": name} for name in ("ViT-B-16", "ViT-B-32", "ViT-L-14", "ViT-B-16-SigLIP", "coca_ViT-B-32")
+    } | {name: {"model": name, "weights": "none", "tokenizer": "tiny/tokenizer.json"} for name in models.TINY}
+    abilities = frozenset({"embed", "ground"})
+    refusals: ClassVar[Mapping[str, str]] = {"ground": "CoCa's image tokens have no place"}
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.abilities = self.abilities_of(config)
+        self.trains_heads = config.heads == "trained"
+        self.codec = models.codec_of(config.model, config.tokenizer)
+        self.preprocessing = models.Preprocessing.of(config.model, config.tag)
+        model: Any = models.build(config.model, config.tag)
+        own = self._load(model)
+        fixed = {id(parameter) for parameter in model.parameters() if not parameter.requires_grad}
+        self._take_apart(model)
+        self.fixed = {name for name, parameter in self.named_parameters() if id(parameter) in fixed}
+        if own is not None:
+            load_into(self, own, Path(config.weights).name)
+
+    @classmethod
+    def options_of(cls, size: str) -> Mapping[str, Any]:
+        if not size or size in cls.sizes:
+            return super().options_of(size)
+        if models.architecture(size) is None:
+            hint = did_you_mean(size, models.names()) or ": see open_clip.list_models()"
+            raise UserError(f"open_clip has no model '{size}'{hint}")
+        return {"model": size}
+
+    @classmethod
+    def abilities_of(cls, config: ClipConfig) -> frozenset[str]:
+        coca = "multimodal_cfg" in (models.architecture(config.model) or {})
+        return frozenset({"embed", "decode"}) if coca else cls.abilities
+
+    @classmethod
+    def files(cls, config: ClipConfig) -> list[Path]:
+        found: list[Path] = []
+        if config.weights == "pretrained":
+            cached = models.cached_file(config.model, config.tag)
+            found += [] if cached is None else [cached]
+        elif config.weights != "none":
+            found.append(asset(config.weights))
+        if config.tokenizer is None:
+            return found + models.cached_tokenizer(config.model)
+        folder = Path(config.tokenizer)
+        files = (path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else [asset(config.tokenizer)]
+        return found + sorted(files)
+
+    def _load(self, model: nn.Module) -> dict[str, Tensor] | None:
+        """The weights into the library's model; or, of a file in our own layout, its tensors."""
+        weights = self.config.weights
+        if on_meta() or weights == "none":
+            return None
+        if weights == "pretrained":
+            models.load_published(model, models.published_file(self.config.model, self.config.tag))
+            return None
+        path = asset(weights)
+        if path.suffix != ".npz":
+            tensors = read_tensors(path)
+            if any(name.startswith("stacks.") for name in tensors):
+                return tensors
+        models.load_published(model, path)
+        return None
+
+    def _take_apart(self, model: Any) -> None:
+        image: ImageTower = image_tower(model.visual)
+        text: TextTower = text_tower(model)
+        self.image_stem, self.text_stem = image.stem, text.stem
+        self.stacks["vision"], self.stacks["text"] = image.stack, text.stack
+        self.resampler = image.resampler
+        self.own_heads["retrieval"] = ClipAligner(image.reader, text.reader, model.logit_scale)
+        self.logit_bias = model.logit_bias
+        if "decode" in self.abilities:
+            self.stacks["decoder"], self.own_heads["captioning+vqa"] = caption_decoder(model.text_decoder)
+        self.width, self.marked, self.drop = image.width, image.marked, image.drop
+        self.pooling, self.causal = text.pooling, text.causal
+        self.tower_eos, self.tower_pad = text.eos_id, text.pad_id
+        self.max_text = int(model.context_length)
+        rows, columns = image.stem.grid
+        y, x = torch.meshgrid((torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns, indexing="ij")
+        centres = torch.stack([x, y], dim=-1).flatten(0, 1)
+        self.centres: Tensor
+        self.register_buffer("centres", torch.cat([torch.full((image.stem.prefix, 2), 0.5), centres]), persistent=False)
+
+    @property
+    def text_width(self) -> int:
+        return self.stack("text").width
+
+    def word_table(self) -> Tensor:
+        return self.text_stem.token_embedding.weight
+
+    def host_parameters(self) -> set[str]:
+        return set()
+
+    def fixed_parameters(self) -> set[str]:
+        """What the library keeps fixed (tables of sines), and the bias that no loss here feels."""
+        return self.fixed if self.logit_bias is None else self.fixed | {"logit_bias"}
+
+    def images(self, images: Sequence[Image]) -> Images:
+        ready = [self.preprocessing(image) for image in images]
+        return Images(*(torch.stack(parts) for parts in zip(*ready, strict=True)))
+
+    def embed_image(self, images: Images) -> Tokens:
+        stack, x = self.stack("vision"), self.image_stem(images.pixels)
+        centres = self.centres.to(x.dtype).expand(len(x), -1, -1)
+        if stack.embedding_norm is not None:
+            x = stack.embedding_norm(x)
+        entering = plain_tokens(x, torch.ones_like(x[..., 0], dtype=torch.bool), IMAGE)
+        context = entering.context()
+        x, _ = stack.run(x, context)
+        x, centres = x[:, self.drop :], centres[:, self.drop :]
+        if self.resampler is not None:
+            x = self.resampler(x)
+            centres = torch.full_like(x[..., :2], 0.5)
+        mask = torch.ones_like(x[..., 0], dtype=torch.bool)
+        if self.resampler is not None:
+            mask[:, 0] = False  # captions attend to all but the token that is compared
+        mark = torch.zeros_like(mask[:, 0], dtype=torch.long) if self.marked else None
+        return plain_tokens(x, mask, IMAGE, positions=centres, mark=mark)
+
+    def embed_text(self, texts: Texts) -> Tokens:
+        ids, mask = texts.ids, texts.mask
+        classed = self.text_stem.class_embedding is not None
+        if classed or not self.causal:
+            missing = self.max_text - ids.shape[1]
+            ids = F.pad(ids, (0, missing), value=self.codec.pad_id)
+            mask = F.pad(mask, (0, missing), value=False)
+        if classed:
+            mask = F.pad(mask, (0, 1), value=True)
+        x = self.text_stem(ids)
+        entering = plain_tokens(x, mask, TEXT)
+        context = entering.context(bias=self._text_bias(ids, mask, x.dtype))
+        x, _ = self.stack("text").run(x, context)
+        return plain_tokens(x, mask, TEXT, mark=self._mark(ids, mask))
+
+    def _text_bias(self, ids: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """(1 or B, 1, N, N). CoCa's mask of padding stands one place too far to the right, as it was trained."""
+        bias = causal(mask, 0, dtype) if self.causal else None
+        if self.text_stem.class_embedding is None:
+            return bias
+        seen = additive(F.pad(ids != self.tower_pad, (1, 0), value=True), dtype)
+        return bias if seen is None else seen if bias is None else bias + seen
+
+    def _mark(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """(B,): where the token stands that the tower pools."""
+        if self.pooling == "argmax":
+            return ids.argmax(-1)
+        if self.pooling == "eos":
+            return (ids == self.tower_eos).int().argmax(-1)
+        return torch.full_like(ids[:, 0], mask.shape[1] - 1 if self.pooling == "last" else 0)
+
+    def fuse(self, *parts: Tokens, task: str) -> Tokens:
+        if len(parts) > 1:
+            raise NotImplementedError("clip has no joint pass: lend it one")
+        return parts[0]
+
+    def new_cache(self) -> History:
+        return History()
+
+    def reorder_cache(self, cache: History, index: Tensor) -> History:
+        return History(None if cache.ids is None else cache.ids[index])
+
+    def decode(self, memory: Tokens, ids: Tensor, cache: Any = None, *, task: str) -> tuple[Tensor, Any]:
+        """CoCa: the words through the text tower, then across to the memory."""
+        if "decode" not in self.abilities:
+            raise NotImplementedError("clip decodes with CoCa models only")
+        new = ids.shape[1]
+        if cache is not None:
+            ids = ids if cache.ids is None else torch.cat([cache.ids, ids], dim=1)
+            cache = History(ids)
+        dtype = memory.states.dtype
+        across = additive(memory.mask, dtype)
+        context = decoding_pass(ids, memory, task=task, bias=causal(ids, 0, dtype), memory_bias=across)
+        x, _ = self.stack("text").run(self.text_stem.words(ids), context)
+        x, _ = self.stack("decoder").run(x, context)
+        words = self.own_heads["captioning+vqa"]
+        return words(x[:, -new:]), cache

@@ -1,0 +1,180 @@
+"""What a backbone lacks for a task, lent by trained parts that count as the task's head.
+
+A dual encoder has no joint pass, and an encoder no decoder. Both are lent small and fresh, after the method has
+adapted the backbone, so that no method goes into them: what is compared stays the backbone's adaptation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from PIL.Image import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import BartConfig
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.models.bart.modeling_bart import BartDecoderLayer, BartEncoderLayer, BartLearnedPositionalEmbedding
+
+from petlbench.backbones.base import Backbone, Images, Texts, Tokens, decoding_pass, join
+from petlbench.backbones.language import bart_config, causal, initialise_bart
+from petlbench.backbones.sites import IMAGE, TEXT, Stack
+from petlbench.backbones.transformers_parts import bart_decoder_layer, bart_encoder_layer
+from petlbench.backbones.vision import additive
+
+LAYERS = 2
+HEAD_WIDTH = 64  # at least, as far as the backbone is so wide
+ABILITIES = {"fusion": "fuse", "decoder": "decode"}  # what each part adds
+LONGEST = 128  # tokens that can be decoded
+DROPOUT = 0.1
+
+
+def lend(backbone: Backbone, needs: frozenset[str]) -> Backbone:
+    """`backbone` with what it lacks of `needs`, as far as it can be lent; itself where it lacks nothing."""
+    lacking = needs - backbone.abilities
+    parts: dict[str, nn.Module] = {}
+    if "fuse" in lacking:
+        parts["fusion"] = Fusion(backbone.text_width, backbone.width)
+    if "decode" in lacking:
+        parts["decoder"] = Decoder(backbone.word_table().shape[1], backbone.width)
+    return Extended(backbone, parts) if parts else backbone
+
+
+def like(backbone: Backbone, other: Backbone) -> Backbone:
+    """`backbone` with the very parts that are lent to `other`, if any: to compare both beneath the same ones."""
+    return Extended(backbone, dict(other.lent.items())) if isinstance(other, Extended) else backbone
+
+
+def _config(width: int) -> BartConfig:
+    heads = next(n for n in range(max(1, width // HEAD_WIDTH), 0, -1) if width % n == 0)
+    return bart_config(
+        vocabulary=3,  # has no words of its own, but the library's special ids must exist
+        width=width,
+        encoder_layers=LAYERS,
+        decoder_layers=LAYERS,
+        heads=heads,
+        ffn=4 * width,
+        positions=LONGEST,
+        dropout=DROPOUT,
+    )
+
+
+class Fusion(nn.Module):
+    """A joint pass over the outputs of two towers: a projection and norm for each, then post-norm layers."""
+
+    def __init__(self, text_width: int, width: int) -> None:
+        super().__init__()
+        config = _config(width)
+        self.text = nn.Sequential(nn.Linear(text_width, width), nn.LayerNorm(width))
+        self.image = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width))
+        self.stack = Stack([bart_encoder_layer(BartEncoderLayer(config)) for _ in range(LAYERS)], width=width)
+        self.apply(initialise_bart)
+
+    def forward(self, parts: Sequence[Tokens], task: str) -> Tokens:
+        """Parts, each of one type, text (B, N', text_width) or image (B, N'', width) -> one sequence (B, N, width)."""
+        projections = {TEXT: self.text, IMAGE: self.image}
+        states = [projections[part.segments[0][0]](part.states) for part in parts]
+        tokens = join([Tokens(x, p.mask, p.types, p.positions, p.segments) for x, p in zip(states, parts, strict=True)])
+        bias = additive(tokens.mask, tokens.states.dtype)
+        context = tokens.context(task=task, bias=bias)
+        fused, _ = self.stack.run(F.dropout(tokens.states, DROPOUT, self.training), context)
+        return Tokens(fused, tokens.mask, tokens.types, tokens.positions, tokens.segments)
+
+
+class Decoder(nn.Module):
+    """A post-norm decoder over states of `width`, whose words are the backbone's own token table (V, words)."""
+
+    def __init__(self, words: int, width: int) -> None:
+        super().__init__()
+        config = _config(width)
+        self.enter, self.leave = nn.Linear(words, width), nn.Linear(width, words)
+        self.positions = BartLearnedPositionalEmbedding(LONGEST, width)
+        layers = [bart_decoder_layer(BartDecoderLayer(config, layer_idx=i)) for i in range(LAYERS)]
+        self.stack = Stack(layers, width=width, embedding_norm=nn.LayerNorm(width))
+        self.apply(initialise_bart)
+
+    def forward(self, memory: Tokens, ids: Tensor, table: Tensor, cache: Any, task: str) -> Tensor:
+        """Logits (B, T, V) for `ids` (B, T), which follow what is in the cache."""
+        step = 0 if cache is None else int(cache.get_seq_length())
+        dtype = memory.states.dtype
+        biases = {"bias": causal(ids, step, dtype), "memory_bias": additive(memory.mask, dtype)}
+        context = decoding_pass(ids, memory, task=task, step=step, cache=cache, **biases)
+        norm = self.stack.embedding_norm
+        assert norm is not None
+        x = norm(self.enter(F.embedding(ids, table)) + self.positions(ids, past_key_values_length=step))
+        states, _ = self.stack.run(F.dropout(x, DROPOUT, self.training), context)
+        return F.linear(self.leave(states), table)
+
+
+class Extended(Backbone):
+    """A backbone, adapted or not, with lent parts; everything else is its own."""
+
+    def __init__(self, inner: Backbone, parts: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.inner, self.lent = inner, nn.ModuleDict(parts)
+        self.abilities = inner.abilities | {ABILITIES[name] for name in parts}
+        self.config = getattr(inner, "config", None)
+        self.note, self.width, self.codec, self.max_text = inner.note, inner.width, inner.codec, inner.max_text
+        self.trains_heads = inner.trains_heads
+
+    @property
+    def text_width(self) -> int:
+        return self.inner.text_width
+
+    def roles(self) -> tuple[str, ...]:
+        return self.inner.roles()
+
+    def stack(self, role: str) -> Stack:
+        return self.inner.stack(role)
+
+    def pretrained_head(self, task: str) -> dict[str, Tensor]:
+        return self.inner.pretrained_head(task)
+
+    def word_table(self) -> Tensor:
+        return self.inner.word_table()
+
+    def host_parameters(self) -> set[str]:
+        return {f"inner.{name}" for name in self.inner.host_parameters()}
+
+    def fixed_parameters(self) -> set[str]:
+        return {f"inner.{name}" for name in self.inner.fixed_parameters()}
+
+    def undecayed_parameters(self) -> set[str]:
+        return {f"inner.{name}" for name in self.inner.undecayed_parameters()}
+
+    def head_parameters(self) -> set[str]:
+        return {f"lent.{name}" for name, _ in self.lent.named_parameters()}
+
+    def images(self, images: Sequence[Image]) -> Images:
+        return self.inner.images(images)
+
+    def texts(self, texts: Sequence[str], max_length: int) -> Texts:
+        return self.inner.texts(texts, max_length)
+
+    def embed_image(self, images: Images) -> Tokens:
+        return self.inner.embed_image(images)
+
+    def embed_text(self, texts: Texts) -> Tokens:
+        return self.inner.embed_text(texts)
+
+    def fuse(self, *parts: Tokens, task: str) -> Tokens:
+        if "fusion" not in self.lent:
+            return self.inner.fuse(*parts, task=task)
+        fused: Tokens = self.lent["fusion"]([self.inner.fuse(part, task=task) for part in parts], task)
+        return fused
+
+    def new_cache(self) -> Any:
+        if "decoder" not in self.lent:
+            return self.inner.new_cache()
+        return EncoderDecoderCache(DynamicCache(), DynamicCache())
+
+    def reorder_cache(self, cache: Any, index: Tensor) -> Any:
+        if "decoder" not in self.lent:
+            return self.inner.reorder_cache(cache, index)
+        cache.reorder_cache(index)
+        return cache
+
+    def decode(self, memory: Tokens, ids: Tensor, cache: Any = None, *, task: str) -> tuple[Tensor, Any]:
+        if "decoder" not in self.lent:
+            return self.inner.decode(memory, ids, cache, task=task)
+        return self.lent["decoder"](memory, ids, self.word_table(), cache, task), cache
