@@ -270,7 +270,7 @@ def _section(rows: Sequence[Finding]) -> Table:
         figure = row.figure
         source = figure.source
         if row.native is not None:
-            source += f"; with the CPU's own dropout and fused attention: {row.native:.1f} {figure.unit}"
+            source += f"; natively with fused attention, its own dropout off: {row.native:.1f} {figure.unit}"
         published = f"{float(figure.value):,.{_places(figure)}f}" if row.difference is not None else figure.value
         texts = [
             figure.label,

@@ -255,7 +255,7 @@ def test_cached_is_live_rounded_to_float16_and_carries_no_pixels() -> None:
     torch.testing.assert_close(found, expected, rtol=2**-10, atol=2**-24)
     assert not torch.equal(found, expected)
     assert cached.double()(images.to_dtype(torch.float64)).dtype == torch.float64
-    assert (live.note, cached.note) == ("", "image features: cached, float16")
+    assert (live.note, cached.note) == ("image features: live", "image features: cached, float16")
     torch.testing.assert_close(images.scale, live.images(pictures(3)).scale)
     torch.testing.assert_close(images.offset, live.images(pictures(3)).offset)
 

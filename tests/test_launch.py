@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -288,6 +287,12 @@ if __name__ == "__main__":
 """
 
 
+def _heed_signals() -> None:
+    """A shell's background job and `nohup` leave signals ignored, and children inherit that."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def launcher(tmp_path: Path, target: str) -> tuple[subprocess.Popen[str], int]:
     """A program of its own that runs one cell, as a shell starts it; and the process id of the cell."""
     script = tmp_path / "script.py"
@@ -301,7 +306,7 @@ def launcher(tmp_path: Path, target: str) -> tuple[subprocess.Popen[str], int]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=_heed_signals,
     )
     assert program.stdout is not None
     return program, int(program.stdout.readline())

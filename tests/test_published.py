@@ -148,7 +148,7 @@ def test_the_table_shows_figures_by_backbone() -> None:
     assert lines[0] == 'tiny weights="none"'
     assert "full trainable_parameters 1,234,567 parameters 1,234,567 0 equal a paper" in lines
     assert "full trainable_percent 4.18 percent 4.18 0 equal a paper" in lines
-    fused = "a paper; with the CPU's own dropout and fused attention: 300.2 MiB"
+    fused = "a paper; natively with fused attention, its own dropout off: 300.2 MiB"
     assert f"full {SAVED} 480.4 MiB 480.1 -0.3 within 2 % {fused}" in lines
     assert 'beit3 weights="none"' in lines
     assert "full trainable_parameters 2-3 percent not measured a paper" in lines

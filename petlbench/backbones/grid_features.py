@@ -50,7 +50,7 @@ class GridFeatures(nn.Module):
             raise UserError(f"unknown fit '{fit}'{did_you_mean(fit, FITS) or ': choose ' + ' or '.join(FITS)}")
         self.image_size, self.cached, self.fit = image_size, cached, fit
         self.grid = image_size // STRIDE
-        self.note = "image features: cached, float16" if cached else ""
+        self.note = f"image features: {'cached, float16' if cached else 'live'}"
         self.cnn = as_buffers(_network(cnn, weights))
         self.channels = STRIDE * int(_shape(cnn)["width"])
         self._fingerprint: tuple[Any, str] = (None, "")  # of which state of the tensors, and what
