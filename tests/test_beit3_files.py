@@ -142,7 +142,9 @@ def test_offline_says_which_file_goes_where(no_network: Path) -> None:
     with pytest.raises(UserError, match=r"beit3\.spm .*HF_HUB_OFFLINE") as caught:
         backbone.texts(["a dog"], 8)
     assert str(no_network) in str(caught.value) and "`tokenizer`" in str(caught.value)
-    assert BEiT3.files(BEiT3.Config()) == []
+    for options, missing in (({}, "beit3_base_itc"), ({"weights": "none"}, r"beit3\.spm")):
+        with pytest.raises(UserError, match=missing):  # before anything runs
+            BEiT3.files(BEiT3.Config(**options))
 
 
 def test_a_failed_download_is_one_line(no_network: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -486,7 +487,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_published_weights_on_this_machine_need_no_network(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("open_clip.pretrained.download_pretrained", lambda source: pytest.fail("fetched"))
-    assert GridFeatures.files("tiny", "pretrained") == []
     network = published()
     file = save_whole(network.state_dict(), hub).rename(hub / "open_clip_model.safetensors")
     assert GridFeatures.files("tiny", "pretrained") == [file]
@@ -504,6 +504,8 @@ def test_published_weights_that_cannot_be_fetched_say_what_to_put_where(
     with pytest.raises(UserError) as caught:
         tiny("pretrained")
     message = str(caught.value)
+    with pytest.raises(UserError, match=re.escape(message)):  # before anything runs
+        GridFeatures.files("tiny", "pretrained")
     assert "open_clip_model.safetensors of timm/tiny_clip.openai" in message and "HF_HOME" in message
     assert "\n" not in message
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import BartConfig, BartForConditionalGeneration, BartModel, BertConfig, BertModel, T5Config
 from transformers.models.t5.modeling_t5 import T5ForConditionalGeneration, T5LayerNorm, T5Model
 
-from petlbench.backbones import visual_block
+from petlbench.backbones import library_models, visual_block
 from petlbench.backbones.base import Images, Texts, Tokens, join, plain_tokens
 from petlbench.backbones.sites import IMAGE, TEXT
 from petlbench.backbones.text import file_codec
@@ -572,3 +572,32 @@ def test_options_are_checked() -> None:
     assert VLBartConfig().part(None) == "pretrained" and VLT5Config(weights="none").text_source() == "none"
     assert VLT5Config(weights="none").tokenizer_source() == "google-t5/t5-base"
     assert VLBartConfig(weights="none", language_weights="a/b").tokenizer_source() == "a/b"
+
+
+def test_files_of_the_hub_are_fetched_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights in the library's order, the first that is there; a second time nothing is asked."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+    config = VLT5.configured("vl_t5:tiny", {"language_weights": "google-t5/t5-small"})
+    with pytest.raises(UserError, match=r"'google-t5/t5-small' is not on this machine .* holds a model"):
+        VLT5.files(config)
+    asked: list[str] = []
+
+    def fetch(source: str, name: str, **_: Any) -> str | None:
+        asked.append(name)
+        return str(tmp_path / name) if name in ("pytorch_model.bin", "spiece.model", "tokenizer.json") else None
+
+    monkeypatch.setattr(library_models, "cached_file", fetch)
+    assert VLT5.files(config)[0] == tmp_path / "pytorch_model.bin"
+    assert asked == ["model.safetensors", "pytorch_model.bin"]
+    assert library_models.tokenizer_files("google-t5/t5-small") == [
+        tmp_path / "tokenizer.json",
+        tmp_path / "spiece.model",
+    ]
+    monkeypatch.setattr(library_models, "try_to_load_from_cache", lambda source, name: str(tmp_path / name))
+    asked.clear()
+    assert VLT5.files(config)[0] == tmp_path / "model.safetensors" and asked == []
+    monkeypatch.setattr(library_models, "try_to_load_from_cache", lambda source, name: None)
+    monkeypatch.setattr(library_models, "cached_file", lambda *_, **__: None)
+    with pytest.raises(UserError, match=r"holds none of model.safetensors, pytorch_model.bin"):
+        VLT5.files(config)

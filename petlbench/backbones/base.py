@@ -179,7 +179,8 @@ class Backbone(nn.Module, ABC):
     def files(cls, config: Any) -> list[Path]:
         """The files that a backbone of this configuration reads (weights, tokenizer): results depend on their content.
 
-        Raises UserError for one that does not exist.
+        Asked before anything runs: published ones are fetched where they are not here. Raises UserError for one that
+        does not exist, or cannot be fetched.
         """
         return []
 

@@ -181,10 +181,8 @@ class BEiT3(Backbone):
 
     @classmethod
     def files(cls, config: BEiT3Config) -> list[Path]:
-        published = [_cached(_checkpoint(config))] if config.weights == "pretrained" else []
-        published += [_cached(TOKENIZER)] if config.tokenizer == "pretrained" else []
-        given = [asset(name) for name in (config.weights, config.tokenizer) if name not in ("pretrained", "none")]
-        return given + [path for path in published if path.exists()]
+        weights = [] if config.weights == "none" else [_weights_file(config)]
+        return [*weights, _tokenizer_file(config)]
 
     def _load(self, path: Path) -> None:
         """Backbone tensors, and retrieval heads where the file has them: a pre-training checkpoint does not."""
@@ -325,13 +323,19 @@ def _codec(config: BEiT3Config) -> Codec:
     """Raises UserError for a tokenizer with more ids than the token table has rows."""
     name = config.tokenizer
     if name == "pretrained":
-        codec: Codec = SentencePieceCodec(lambda: _fetched(TOKENIZER, "tokenizer", TOKENIZER_SHA256))
+        codec: Codec = SentencePieceCodec(lambda: _tokenizer_file(config))
     else:
         path = asset(name)
         codec = file_codec(path) if path.suffix == ".json" else SentencePieceCodec(lambda: path)
     if len(codec) > config.vocabulary:
         raise UserError(f"tokenizer '{name}' has {len(codec)} ids, vocabulary only {config.vocabulary} rows: raise it")
     return codec
+
+
+def _tokenizer_file(config: BEiT3Config) -> Path:
+    if config.tokenizer != "pretrained":
+        return asset(config.tokenizer)
+    return _fetched(TOKENIZER, "tokenizer", TOKENIZER_SHA256)
 
 
 def _checkpoint(config: BEiT3Config) -> str:

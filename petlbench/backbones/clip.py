@@ -134,12 +134,11 @@ class Clip(Backbone):
     def files(cls, config: ClipConfig) -> list[Path]:
         found: list[Path] = []
         if config.weights == "pretrained":
-            cached = models.cached_file(config.model, config.tag)
-            found += [] if cached is None else [cached]
+            found.append(models.published_file(config.model, config.tag))
         elif config.weights != "none":
             found.append(asset(config.weights))
         if config.tokenizer is None:
-            return found + models.cached_tokenizer(config.model)
+            return found + models.published_tokenizer(config.model)
         folder = Path(config.tokenizer)
         files = (path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else [asset(config.tokenizer)]
         return found + sorted(files)

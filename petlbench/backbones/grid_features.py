@@ -58,13 +58,10 @@ class GridFeatures(nn.Module):
 
     @classmethod
     def files(cls, cnn: str, weights: str) -> list[Path]:
-        """The file of weights, where it is on this machine. Raises UserError for a path that does not exist."""
+        """The file of weights, fetched if need be. Raises UserError where it is not there and cannot be."""
         if weights == "none":
             return []
-        if weights != "pretrained":
-            return [asset(weights)]
-        path = _local(cnn)
-        return [path] if path else []
+        return [_published(cnn) if weights == "pretrained" else asset(weights)]
 
     def train(self, mode: bool = True) -> GridFeatures:
         """Running statistics stay what they are: this never leaves evaluation."""

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from petlbench.backbones.text import Codec, LibraryCodec, file_codec
 from petlbench.backbones.weights import asset, on_meta, some
@@ -33,7 +35,7 @@ KNOWN = (
 )
 HEADS = ("final_logits_bias", "lm_head.weight")  # of the generating model: zero, and tied to the token table
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-TOKENIZERS = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model")
+TOKENIZERS = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")
 
 
 def library_model(kind: Any, config: Any, source: str, *, fixed: Sequence[str]) -> Any:
@@ -130,20 +132,37 @@ class DeferredCodec(Codec):
         return self.made.decode(ids)
 
 
-def known_files(source: str, tokenizer: str) -> list[Path]:
-    """The files behind a model and a tokenizer, as far as they are on this machine; asks no network."""
-    found = [] if source == "none" else present_files(source, WEIGHTS)
-    return found + ([asset(tokenizer)] if tokenizer.endswith(".json") else present_files(tokenizer, TOKENIZERS))
+def model_files(source: str) -> list[Path]:
+    """The weights of a model, given by hub name, folder or (no files) `none`; see `needed_files`."""
+    return [] if source == "none" else needed_files(source, WEIGHTS, "a model", most=1)
 
 
-def present_files(source: str, names: Sequence[str]) -> list[Path]:
-    from huggingface_hub import try_to_load_from_cache
+def tokenizer_files(source: str) -> list[Path]:
+    """The files of a tokenizer, given by hub name, folder or tokenizers file; see `needed_files`."""
+    return [asset(source)] if source.endswith(".json") else needed_files(source, TOKENIZERS, "a tokenizer")
 
+
+def needed_files(source: str, names: Sequence[str], what: str, most: int | None = None) -> list[Path]:
+    """The first `most` of `names` that a folder or a hub's repository has, fetched where none is on this machine.
+
+    Fetched before anything runs, so that a missing network is told at once and fingerprints see what is run. Raises
+    UserError when there is none of them.
+    """
     place = Path(place_of(source))
     if place.is_dir():
-        return [place / name for name in names if (place / name).is_file()]
-    paths = (try_to_load_from_cache(source, name) for name in names)
-    return [Path(path) for path in paths if isinstance(path, str)]
+        found = [place / name for name in names if (place / name).is_file()][:most]
+    else:
+        paths = (try_to_load_from_cache(source, name) for name in names)
+        found = [Path(path) for path in paths if isinstance(path, str)][:most]
+        if not found:
+            with quiet(), readable(source, what):
+                fetched = (cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in names)
+                found = list(islice((Path(path) for path in fetched if path), most))
+                if not found:
+                    cached_file(source, names[0])  # says why: no network, no such repository, no such file
+    if not found:
+        raise UserError(f"'{source}' holds none of {', '.join(names)}: give another folder or hub name")
+    return found
 
 
 def place_of(source: str) -> str:

@@ -21,13 +21,13 @@ from PIL.Image import Image, Resampling
 from timm.models import is_model_in_modules
 from torch import Tensor, nn
 
+from petlbench.backbones.library_models import tokenizer_files
 from petlbench.backbones.text import Codec, file_codec
 from petlbench.backbones.weights import asset, load_into, read_tensors
 from petlbench.errors import UserError
 from petlbench.registry import did_you_mean, one_line
 
 SIMPLE_PAD = 0  # CLIP's own tokenizer pads with a word's id; no text of whole words has it
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")
 
 _TINY_VISION = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2}
 _TINY_TEXT = {"context_length": 77, "vocab_size": 256, "width": 24, "heads": 2, "layers": 2}
@@ -163,11 +163,10 @@ def cached_file(model: str, tag: str | None) -> Path | None:
     return path if where.get("url") and path.is_file() else None
 
 
-def cached_tokenizer(model: str) -> list[Path]:
-    """The files of a hub tokenizer that this machine has; no network. CLIP's own tokenizer comes with open_clip."""
+def published_tokenizer(model: str) -> list[Path]:
+    """The files of a tokenizer on the hub, fetched if need be. CLIP's own tokenizer comes with open_clip."""
     repository = (architecture(model) or {}).get("text_cfg", {}).get("hf_tokenizer_name")
-    found = [try_to_load_from_cache(repository, name) for name in TOKENIZER_FILES] if repository else []
-    return [Path(path) for path in found if isinstance(path, str)]
+    return tokenizer_files(repository) if repository else []
 
 
 def load_published(model: nn.Module, path: Path) -> None:

@@ -30,7 +30,7 @@ from petlbench.backbones.detr import (
     sine_positions,
 )
 from petlbench.backbones.heads import Grounder
-from petlbench.backbones.library_models import WEIGHTS, DeferredCodec, place_of, present_files, quiet, readable
+from petlbench.backbones.library_models import DeferredCodec, model_files, place_of, quiet, readable, tokenizer_files
 from petlbench.backbones.sites import IMAGE, TEXT, Pass
 from petlbench.backbones.text import LibraryCodec, file_codec
 from petlbench.backbones.transvg_weights import BERT_SIZES, DETR_SIZES, encoder_tensors, from_transvg
@@ -40,7 +40,6 @@ from petlbench.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 BERT = "google-bert/bert-base-uncased"
-FILES = (*WEIGHTS, "config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
 
 
 class TransVGConfig(BackboneConfig):
@@ -177,8 +176,8 @@ class TransVG(Backbone):
     @classmethod
     def files(cls, config: TransVGConfig) -> list[Path]:
         whole = [] if config.weights in ("pretrained", "none") else [asset(config.weights)]
-        sources = dict.fromkeys([*config.sources().values(), config.words_source()])
-        return whole + [path for source in sources for path in _files(source)]
+        parts = [path for source in config.sources().values() for path in _files(source)]
+        return [*whole, *parts, *tokenizer_files(config.words_source())]
 
     def _load(self) -> None:
         """The whole from a file first, then the parts that have sources of their own."""
@@ -310,11 +309,9 @@ def _bert_sizes(c: TransVGConfig) -> BertConfig:
 
 
 def _files(source: str) -> list[Path]:
-    """The files behind a source, as far as they are on this machine."""
-    if source.endswith(".json"):
-        return [asset(source)]
+    """The weights of a part: a file, or what a folder or a hub's repository has."""
     path = Path(source).expanduser()
-    return [path] if path.is_file() else present_files(source, FILES)
+    return [path] if path.is_file() else model_files(source)
 
 
 def _codec(config: TransVGConfig) -> LibraryCodec:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from petlbench.backbones.base import BackboneConfig, Images, Tokens, plain_tokens
 from petlbench.backbones.grid_features import GridFeatures
 from petlbench.backbones.language import EncoderDecoder
-from petlbench.backbones.library_models import PUBLISHED, DeferredCodec, known_files, library_codec
+from petlbench.backbones.library_models import PUBLISHED, DeferredCodec, library_codec, model_files, tokenizer_files
 from petlbench.backbones.sites import IMAGE
 from petlbench.backbones.weights import asset, load_into, read_tensors
 
@@ -174,7 +174,7 @@ class GridVision(EncoderDecoder):
     def files(cls, config: Any) -> list[Path]:
         whole = config.whole()
         found = GridFeatures.files(config.cnn, config.part(config.vision_weights))
-        found += known_files(config.text_source(), config.tokenizer_source())
+        found += [*model_files(config.text_source()), *tokenizer_files(config.tokenizer_source())]
         return found if whole is None else [whole, *found]
 
     def host_parameters(self) -> set[str]:
