@@ -13,10 +13,11 @@ from datasets import Dataset
 from petlbench.methods.lora import LoRA
 from petlbench.methods.selective import Full, HeadOnly
 from petlbench.methods.vl_adapter import VLAdapter
+from PIL import Image
 from torch import Tensor, nn
 
 from petlbench.assembly import Data, build_backbone, build_setting, equip, load_data, load_source
-from petlbench.backbones.base import Backbone
+from petlbench.backbones.base import Backbone, Tokens
 from petlbench.backbones.sites import PLACES, Layer, Pass, Place, Snapshot, SubLayer
 from petlbench.method import Method, adapt
 from petlbench.registry import BACKBONES, TASKS
@@ -88,6 +89,37 @@ def test_every_family_trains_on_every_task_it_serves(family: str, task: str, met
                 if task not in n.split(".")[0].split("+")
             ),
         }
+
+
+class Oracle(nn.Module):
+    """Finds the boxes it was given."""
+
+    def __init__(self, boxes: Tensor) -> None:
+        super().__init__()
+        self.boxes = boxes
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        return self.boxes
+
+
+@pytest.mark.parametrize("family", [family for family, task in SERVED if task == "rec"])
+def test_a_box_comes_back_in_pixels_of_the_stored_image(family: str) -> None:
+    """Through the family's own preprocessing, whatever it resizes, pads or crops."""
+    task: Task = TASKS.get("rec")()
+    backbone, _ = equip(build_backbone(cell_of(family, "rec"), CPU), task, CPU)
+    sizes, boxes = (
+        [(90, 40), (37, 64), (50, 50)],
+        [[3.0, 4.0, 20.0, 30.0], [1.0, 40.5, 7.0, 9.0], [0.0, 0.0, 50.0, 50.0]],
+    )
+    rows = [
+        {"image": Image.new("RGB", size), "expression": "it", "box": box}
+        for size, box in zip(sizes, boxes, strict=True)
+    ]
+    batch = task.collate(rows, backbone, None)
+    with torch.no_grad():
+        found = task.predict(backbone.eval(), Oracle(batch.extras["boxes"]), batch)
+    np.testing.assert_allclose(found, boxes, atol=1e-3)
+    assert not np.allclose(batch.extras["boxes"], boxes, atol=0.1)
 
 
 def test_a_checkpoint_leaves_out_what_training_cannot_change() -> None:
