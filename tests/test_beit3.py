@@ -13,7 +13,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from petlbench.backbones.base import Images, Texts, Tokens
-from petlbench.backbones.beit3 import BEiT3, resized_positions
+from petlbench.backbones.beit3 import BEiT3
+from petlbench.backbones.beit3_weights import resized_positions
 from petlbench.backbones.multiway import Routed, multiway_layer, multiway_stack
 from petlbench.backbones.sites import IMAGE, TEXT, Pass, ProjectionPair
 from petlbench.backbones.vision import additive

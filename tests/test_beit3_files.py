@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from petlbench.backbones import beit3 as module
+from petlbench.backbones import beit3_weights as module
 from petlbench.backbones.base import Images, Texts
-from petlbench.backbones.beit3 import BEiT3, own_layout, published_names, resized_positions
+from petlbench.backbones.beit3 import BEiT3
+from petlbench.backbones.beit3_weights import own_layout, published_names, resized_positions
 from petlbench.errors import UserError
 from tests.beit3_factory import Named, error, golden, random_tiny, tiny
 

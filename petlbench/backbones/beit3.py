@@ -14,13 +14,22 @@ from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
-from huggingface_hub import constants as hub
 from PIL.Image import Image, Resampling
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from petlbench.backbones.base import Backbone, BackboneConfig, Images, Texts, Tokens, join, plain_tokens
+from petlbench.backbones.beit3_weights import (
+    HEADS,
+    IMAGE_POSITIONS,
+    UNUSED,
+    own_layout,
+    resized_positions,
+    tokenizer_file,
+    weights_file,
+)
+from petlbench.backbones.grids import whole_and_cells
 from petlbench.backbones.heads import Aligner
 from petlbench.backbones.multiway import multiway_stack
 from petlbench.backbones.sentencepiece_codec import SentencePieceCodec
@@ -29,17 +38,6 @@ from petlbench.backbones.text import Codec, file_codec
 from petlbench.backbones.vision import additive
 from petlbench.backbones.weights import asset, load_into, on_meta, read_tensors
 from petlbench.errors import UserError
-
-RELEASE = "https://github.com/addf400/files/releases/download/beit3"
-TOKENIZER = "beit3.spm"
-TOKENIZER_SHA256 = "6f5e2fefcf793761a76a6bfb8ad35489f9c203b25557673284b6d032f41043f4"
-ITC = {  # (width, layers): the published checkpoint, fine-tuned by image-text contrast
-    (768, 12): "beit3_base_itc_patch16_224.pth",
-    (1024, 24): "beit3_large_itc_patch16_224.pth",
-}
-UNUSED = 2  # first rows of both position tables, as in fairseq
-HEADS = "own_heads."
-IMAGE_POSITIONS = "image_embedding.positions.weight"
 
 
 class BEiT3Config(BackboneConfig):
@@ -97,12 +95,6 @@ class ImageEmbedding(nn.Module):
         patches = self.patches(pixels).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls.expand(len(patches), -1, -1), patches], dim=1)
         return x + self.positions.weight[UNUSED:]
-
-    def centres(self) -> Tensor:
-        """(1 + grid^2, 2): where tokens are, in units of the image's side; CLS is in the middle."""
-        line = (torch.arange(self.grid, device=self.cls.device) + 0.5) / self.grid
-        y, x = torch.meshgrid(line, line, indexing="ij")
-        return torch.cat([torch.full_like(line[:1], 0.5).expand(1, 2), torch.stack([x, y], dim=-1).flatten(0, 1)])
 
 
 class TextEmbedding(nn.Module):
@@ -166,7 +158,7 @@ class BEiT3(Backbone):
         c = config
         self.width, self.max_text, self.trains_heads = c.width, c.max_text, c.heads == "trained"
         self.codec = _codec(c)
-        source = None if c.weights == "none" or on_meta() else _weights_file(c)
+        source = None if c.weights == "none" or on_meta() else weights_file(c.weights, c.width, c.layers)
         self.image_embedding = ImageEmbedding(c.image_size, c.patch, c.width)
         self.text_embedding = TextEmbedding(c.vocabulary, c.text_positions, c.width)
         self.stacks["encoder"] = multiway_stack(
@@ -181,8 +173,8 @@ class BEiT3(Backbone):
 
     @classmethod
     def files(cls, config: BEiT3Config) -> list[Path]:
-        weights = [] if config.weights == "none" else [_weights_file(config)]
-        return [*weights, _tokenizer_file(config)]
+        weights = [] if config.weights == "none" else [weights_file(config.weights, config.width, config.layers)]
+        return [*weights, tokenizer_file(config.tokenizer)]
 
     def _load(self, path: Path) -> None:
         """Backbone tensors, and retrieval heads where the file has them: a pre-training checkpoint does not."""
@@ -219,7 +211,8 @@ class BEiT3(Backbone):
         """CLS, then patches; CLS is marked."""
         x = self.image_embedding(images.pixels)
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        centres = self.image_embedding.centres().to(x.dtype).expand(len(x), -1, -1)
+        side = self.image_embedding.grid
+        centres = whole_and_cells(side, side, device=x.device).to(x.dtype).expand(len(x), -1, -1)
         return plain_tokens(x, mask, IMAGE, positions=centres, mark=_mark(x))
 
     def embed_text(self, texts: Texts) -> Tokens:
@@ -253,126 +246,14 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def resized_positions(table: Tensor, rows: int) -> Tensor:
-    """An image position table (UNUSED + 1 + g^2, d) for another grid: bicubic in float32, the first rows kept.
-
-    A table that is no square grid comes back as it is.
-    """
-    kept, grid = table[: UNUSED + 1], table[UNUSED + 1 :]
-    before, after = math.isqrt(len(grid)), math.isqrt(rows - UNUSED - 1)
-    if before == after or before**2 != len(grid):
-        return table
-    square = grid.float().T.reshape(1, -1, before, before)
-    square = F.interpolate(square, size=(after, after), mode="bicubic", align_corners=False)
-    return torch.cat([kept, square.flatten(2)[0].T.to(table.dtype)])
-
-
-def own_layout(tensors: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """Tensors by our own names, from either layout. What has no name of ours keeps its own, to be complained of.
-
-    A published pre-training checkpoint also carries the heads of its own objectives; they are left out.
-    """
-    if not any(name.startswith("beit3.") for name in tensors):
-        return dict(tensors)
-    rest, made = dict(tensors), {}
-    for name, published in published_names(layers).items():
-        if all(part in rest for part in published):
-            parts = [rest.pop(part) for part in published]
-            made[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
-    rest = {name: tensor for name, tensor in rest.items() if not name.split(".")[0].endswith(("_head", "_heads"))}
-    return {**made, **rest}
-
-
-def published_names(layers: int) -> dict[str, tuple[str, ...]]:
-    """Our names to those of published checkpoints; where there are several, ours holds them one above another."""
-    image, text, encoder = "image_embedding", "text_embedding", "beit3.encoder"
-    names: dict[str, tuple[str, ...]] = {
-        f"{image}.patches.weight": ("beit3.vision_embed.proj.weight",),
-        f"{image}.patches.bias": ("beit3.vision_embed.proj.bias",),
-        f"{image}.cls": ("beit3.vision_embed.cls_token",),
-        f"{image}.mask_token": ("beit3.vision_embed.mask_token",),
-        f"{text}.tokens.weight": ("beit3.text_embed.weight",),
-        IMAGE_POSITIONS: (f"{encoder}.embed_positions.A.weight",),
-        f"{text}.positions.weight": (f"{encoder}.embed_positions.B.weight",),
-        f"{HEADS}retrieval.image.weight": ("vision_head.weight",),
-        f"{HEADS}retrieval.text.weight": ("language_head.weight",),
-        f"{HEADS}retrieval.log_scale": ("logit_scale",),
-    }
-    for kind, letter in (("image", "A"), ("text", "B")):
-        for value in ("weight", "bias"):
-            names[f"stacks.encoder.final_norm.{kind}.{value}"] = (f"{encoder}.layer_norm.{letter}.{value}",)
-            for i in range(layers):
-                ours, theirs = f"stacks.encoder.layers.{i}.sublayers", f"{encoder}.layers.{i}"
-                attention, ffn = f"{ours}.attention", f"{ours}.ffn"
-                of_layer = {
-                    f"{attention}.norm.{kind}": [f"self_attn_layer_norm.{letter}"],
-                    f"{attention}.core.qkv.{kind}": [f"self_attn.{role}_proj.{letter}" for role in "qkv"],
-                    f"{attention}.core.norm.{kind}": [f"self_attn.inner_attn_ln.{letter}"],
-                    f"{attention}.core.proj.{kind}": [f"self_attn.out_proj.{letter}"],
-                    f"{ffn}.norm.{kind}": [f"final_layer_norm.{letter}"],
-                    f"{ffn}.core.module.{kind}.fc1": [f"ffn.{letter}.fc1"],
-                    f"{ffn}.core.module.{kind}.norm": [f"ffn.{letter}.ffn_layernorm"],
-                    f"{ffn}.core.module.{kind}.fc2": [f"ffn.{letter}.fc2"],
-                }
-                for name, parts in of_layer.items():
-                    names[f"{name}.{value}"] = tuple(f"{theirs}.{part}.{value}" for part in parts)
-    return names
-
-
 def _codec(config: BEiT3Config) -> Codec:
     """Raises UserError for a tokenizer with more ids than the token table has rows."""
     name = config.tokenizer
     if name == "pretrained":
-        codec: Codec = SentencePieceCodec(lambda: _tokenizer_file(config))
+        codec: Codec = SentencePieceCodec(lambda: tokenizer_file(name))
     else:
         path = asset(name)
         codec = file_codec(path) if path.suffix == ".json" else SentencePieceCodec(lambda: path)
     if len(codec) > config.vocabulary:
         raise UserError(f"tokenizer '{name}' has {len(codec)} ids, vocabulary only {config.vocabulary} rows: raise it")
     return codec
-
-
-def _tokenizer_file(config: BEiT3Config) -> Path:
-    if config.tokenizer != "pretrained":
-        return asset(config.tokenizer)
-    return _fetched(TOKENIZER, "tokenizer", TOKENIZER_SHA256)
-
-
-def _checkpoint(config: BEiT3Config) -> str:
-    """Raises UserError for sizes of which nothing was published."""
-    size = config.width, config.layers
-    if size not in ITC:
-        known = " or ".join(f"width {width} with {layers} layers" for width, layers in ITC)
-        raise UserError(
-            f"no weights of beit3 at width {size[0]} with {size[1]} layers were published: take {known}, or give "
-            "`weights: none` or a path"
-        )
-    return ITC[size]
-
-
-def _weights_file(config: BEiT3Config) -> Path:
-    if config.weights != "pretrained":
-        return asset(config.weights)
-    return _fetched(_checkpoint(config), "weights")
-
-
-def _cached(name: str) -> Path:
-    """Where torch.hub keeps a file that it has downloaded."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / name
-
-
-def _fetched(name: str, option: str, sha256: str | None = None) -> Path:
-    """A file of the release, downloaded once. Raises UserError where there is neither a copy nor a network."""
-    path, url = _cached(name), f"{RELEASE}/{name}"
-    if path.exists():
-        return path
-    advice = f"put it into {path.parent}, or set `{option}` to where it is"
-    if hub.HF_HUB_OFFLINE:
-        raise UserError(f"{url} is not on this machine, and HF_HUB_OFFLINE is set: {advice}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)
-    except (OSError, RuntimeError) as error:  # no network, or another content
-        said = " ".join(str(error).split())[:120]
-        raise UserError(f"{url} cannot be downloaded ({said}): {advice}") from error
-    return path

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from petlbench.backbones import open_clip_models as models
 from petlbench.backbones.base import Backbone, BackboneConfig, Images, Texts, Tokens, decoding_pass, plain_tokens
+from petlbench.backbones.grids import whole_and_cells
 from petlbench.backbones.heads import Aligner
 from petlbench.backbones.language import causal
 from petlbench.backbones.open_clip_parts import ImageTower, Reader, TextTower, caption_decoder, image_tower, text_tower
@@ -174,10 +175,8 @@ class Clip(Backbone):
         self.tower_eos, self.tower_pad = text.eos_id, text.pad_id
         self.max_text = int(model.context_length)
         rows, columns = image.stem.grid
-        y, x = torch.meshgrid((torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns, indexing="ij")
-        centres = torch.stack([x, y], dim=-1).flatten(0, 1)
         self.centres: Tensor
-        self.register_buffer("centres", torch.cat([torch.full((image.stem.prefix, 2), 0.5), centres]), persistent=False)
+        self.register_buffer("centres", whole_and_cells(rows, columns, image.stem.prefix), persistent=False)
 
     @property
     def text_width(self) -> int:

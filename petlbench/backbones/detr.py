@@ -79,12 +79,6 @@ def grid_mask(mask: Tensor, rows: int, columns: int) -> Tensor:
     return F.interpolate(mask[:, None].float(), size=(rows, columns))[:, 0].bool()
 
 
-def centres(rows: int, columns: int) -> Tensor:
-    """(rows * columns, 2): where tokens stand, (x, y) in pixels."""
-    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    return (torch.stack([x, y], dim=-1).flatten(0, 1) + 0.5) * STRIDE
-
-
 class DetrAttention(nn.Module):
     """A library attention that adds the pass's positions to queries and keys, and to no value."""
 

@@ -22,13 +22,13 @@ from petlbench.backbones.bert import bert_config, build_bert, from_bert
 from petlbench.backbones.detr import (
     FIXED,
     STRIDE,
-    centres,
     detr_stack,
     from_detr,
     grid_mask,
     resnet,
     sine_positions,
 )
+from petlbench.backbones.grids import cell_centres
 from petlbench.backbones.heads import Grounder
 from petlbench.backbones.library_models import DeferredCodec, model_files, place_of, quiet, readable, tokenizer_files
 from petlbench.backbones.sites import IMAGE, TEXT, Pass
@@ -238,7 +238,7 @@ class TransVG(Backbone):
         grid = self.input_projection(self.resnet.forward_features(images.pixels))
         rows, columns = grid.shape[-2:]
         mask = grid_mask(images.mask, rows, columns)
-        places = centres(rows, columns).to(grid) / self.config.image_size
+        places = cell_centres(rows, columns).to(grid) * STRIDE / self.config.image_size
         tokens = plain_tokens(
             grid.flatten(2).transpose(1, 2),
             mask.flatten(1),
