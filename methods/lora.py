@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -11,7 +12,10 @@ from torch import Tensor, nn
 
 from petlbench.backbones.base import Backbone
 from petlbench.backbones.sites import Projection
-from petlbench.method import Knob, Method, StackedConfig, train_biases
+from petlbench.method import About, Knob, train_biases
+
+from .layers import is_t5
+from .vl_adapter import PerTask, Tasked, TaskedConfig
 
 
 class LowRank(nn.Module):
@@ -31,60 +35,92 @@ class LowRank(nn.Module):
         return self.scale * self.B @ self.A
 
 
-class LoRAConfig(StackedConfig):
-    """Sizes and places; the defaults are those of the VL-Adapter and VL-PET repositories, but for the rank."""
+class LoRAConfig(TaskedConfig):
+    """Sizes and places; the defaults are those of the VL-Adapter and VL-PET repositories."""
 
-    rank: int = Field(8, gt=0, description="r; the VL papers use 128 at width 768, one sixth of the width")
+    rank: int | None = Field(
+        None,
+        gt=0,
+        description="r; null: a sixth of the width, the papers' 128 at width 768, and on T5 the 150 of Ladder "
+        "Side-Tuning's scripts",
+    )
     alpha: float | None = Field(
-        None, gt=0, description="numerator of the scale alpha / r; null: r / 4, the papers' 0.25"
+        None, gt=0, description="numerator of the scale alpha / r; null: r / 4, the papers' 32 at rank 128"
     )
     dropout: float = Field(0.1, ge=0, lt=1, description="on the path's input, in training only")
     targets: tuple[str, ...] = Field(("q", "v"), min_length=1, description="projections among q, k, v, o, in, out")
     train_biases: bool = Field(True, description="all biases of the backbone train too, as in the VL papers")
+    sharing: Literal["single", "multiple"] = Field("single", description="one (A, B) for all tasks, or one for each")
 
 
-class LoRA(Method):
+class LoRA(Tasked):
     """y = x W^T + b + (alpha / r) (drop(x) A^T) B^T on query and value of every attention; identity at the start.
 
-    The VL-Adapter and VL-PET repositories train every bias besides, and count it; `train_biases: false` is plain LoRA.
+    `single`: the VL-Adapter and VL-PET repositories train every bias besides, and count it, but no gain; `multiple` has
+    an (A, B) for each task. `plain` is LoRA alone, with peft's defaults; peft's own layers go beside modules and not
+    beside rows of a packed matrix, so these are ours, and a test holds them equal to peft's. A is Kaiming-uniform with
+    a = sqrt 5, B is 0. The repositories build no LoRA on T5; the rank and rate there are Ladder Side-Tuning's.
     """
 
     Config = LoRAConfig
+    about = About(
+        paper="Hu et al., ICLR 2022; VL-Adapter",
+        trains="low-rank paths; all biases",
+        verified="authors' code: module, a whole model with gradients, counts; peft's layer",
+    )
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "single": {},
+        "plain": {"train_biases": False, "rank": 8, "alpha": 8.0, "dropout": 0.0},
+        "multiple": {"sharing": "multiple"},
+    }
     recipe: ClassVar[dict[str, Any]] = {"lr": 1e-3}
+    recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {"vl_t5": {"lr": 3e-4}}
     knob = Knob("rank", (1, 2, 4, 8, 16, 32))
+    own = "*.path.tasks.{task}.*"
     identity = True
-    mergeable = True
 
     def __init__(self, config: LoRAConfig | None = None) -> None:
         super().__init__(config)
-        self._paths: list[tuple[Projection, LowRank]] = []
+        self._paths: list[tuple[Projection, nn.Module]] = []
+        # Several tasks' paths cannot be in one weight.
+        self.mergeable = self.config.sharing == "single" or len(self.config.tasks) == 1
 
     def adapt(self, backbone: Backbone) -> Backbone:
         backbone.freeze()
         if self.config.train_biases:
             train_biases(backbone)
+        t5 = is_t5(backbone)
         for stack in self.stacks(backbone):
+            rank = self.config.rank or max(1, stack.width * 25 // 128 if t5 else stack.width // 6)
             for layer in stack:
                 for _, sublayer in layer.items():
                     for target in self.config.targets:
                         if target in sublayer.projections:
                             for single in sublayer.projections[target].singles():
-                                self._insert(single)
+                                self._insert(single, rank)
         if not self._paths:
             raise ValueError(f"no projection called {' or '.join(self.config.targets)} in the chosen stacks")
         return backbone
 
-    def _insert(self, projection: Projection) -> None:
-        rank = self.config.rank
+    def _insert(self, projection: Projection, rank: int) -> None:
         alpha = rank / 4 if self.config.alpha is None else self.config.alpha
-        path = LowRank(projection.in_features, projection.out_features, rank, alpha, self.config.dropout)
+        sides = projection.in_features, projection.out_features
+
+        def low_rank() -> nn.Module:
+            return LowRank(*sides, rank, alpha, self.config.dropout)
+
+        path = self.per_task(low_rank, shared=self.config.sharing == "single")
         weight = projection.linear.weight
         projection.add(path.to(weight.device, weight.dtype))
         self._paths.append((projection, path))
 
     def merge(self) -> None:
-        """Fold every path into its weight, and take it out."""
+        """Fold every path into its weight, and take it out. Raises NotImplementedError where tasks have their own."""
+        if not self.mergeable:
+            super().merge()
         for projection, path in self._paths:
-            projection.fold(path.delta().detach())
+            only = path.of(self.config.tasks[0]) if isinstance(path, PerTask) else path
+            assert isinstance(only, LowRank)
+            projection.fold(only.delta().detach())
             projection.remove(path)
         self._paths.clear()

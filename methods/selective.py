@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from petlbench.backbones.base import Backbone
-from petlbench.method import Method, train_biases
+from petlbench.method import About, Method, train_biases
 
 
 class Full(Method):
@@ -14,6 +15,11 @@ class Full(Method):
     VL-Adapter (CVPR 2022) trains CLIP-BART so with a rate of 1e-4.
     """
 
+    about = About(
+        paper="VL-Adapter, CVPR 2022",
+        trains="everything",
+        verified="authors' code: whole models with gradients, counts",
+    )
     identity = True
     recipe: ClassVar[dict[str, Any]] = {"lr": 1e-4}
 
@@ -25,6 +31,7 @@ class Full(Method):
 class HeadOnly(Method):
     """The floor: the task's head and the host's own visual projection train, nothing else."""
 
+    about = About(paper="", trains="nothing of its own", verified="authors' code: counts of host parts")
     identity = True
     recipe: ClassVar[dict[str, Any]] = {"lr": 1e-3}
 
@@ -36,12 +43,20 @@ class HeadOnly(Method):
 class BitFit(Method):
     """BitFit (Ben Zaken et al., ACL 2022): every bias trains, of projections and of norms, and no gain or weight.
 
-    Selected by the parameter's own name. The code of VL-Adapter and VL-PET selects by substring, which on T5 finds
-    relative-position tables instead; on BART the two agree.
+    Selected by the parameter's own name. The code of VL-Adapter and VL-PET selects by substring; on BART the two agree.
+    T5 has no biases: their code trains its two tables of relative positions instead (768 parameters more than the host
+    parts), and this class the host parts alone, as `head_only` does. Published numbers of BitFit on T5 (0.83 %) are
+    Ladder Side-Tuning's, which adds new biases to every projection, norm and the head; the rate there is its.
     """
 
+    about = About(
+        paper="Ben Zaken et al., ACL 2022; VL-Adapter",
+        trains="all biases",
+        verified="authors' code: a whole model with gradients, counts",
+    )
     identity = True
     recipe: ClassVar[dict[str, Any]] = {"lr": 1e-3}
+    recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {"vl_t5": {"lr": 3e-3}}
 
     def adapt(self, backbone: Backbone) -> Backbone:
         backbone.freeze()

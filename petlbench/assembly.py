@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +25,7 @@ from petlbench.measure.clock import PhaseClock
 from petlbench.method import Method, adapt
 from petlbench.precision import prepare
 from petlbench.registry import BACKBONES, DATASETS, METHODS
-from petlbench.spec import Cell
+from petlbench.spec import Cell, MethodSpec
 from petlbench.task import Task
 from petlbench.training import Report, Setting
 
@@ -63,8 +68,7 @@ def build_backbone(cell: Cell, device: torch.device) -> Backbone:
     """The cell's backbone; what its weights leave open is drawn from the cell's seed."""
     kind: Any = BACKBONES.get(cell.backbone)
     seed_everything(cell.seed)
-    # Values are drawn on the CPU, so that they are the same on every device; the meta device allocates nothing.
-    with device if device.type == "meta" else torch.device("cpu"):
+    with _drawing_on(device):
         backbone: Backbone = kind(kind.configured(cell.backbone, cell.backbone_config))
     return backbone.to(device)
 
@@ -73,6 +77,11 @@ def build_method(cell: Cell) -> Method:
     """The cell's method with its configuration."""
     kind = METHODS.get(cell.method)
     return kind(kind.Config(**cell.method_config))
+
+
+def _drawing_on(device: torch.device) -> AbstractContextManager[Any]:
+    """Where new values are drawn: on the CPU, so that they are the same on every device; the meta device has none."""
+    return device if device.type == "meta" else torch.device("cpu")
 
 
 def equip(backbone: Backbone, task: Task, device: torch.device) -> tuple[Backbone, nn.Module]:
@@ -87,10 +96,49 @@ def equip(backbone: Backbone, task: Task, device: torch.device) -> tuple[Backbon
             head.requires_grad_(False)
         elif backbone.trains_heads:
             head.requires_grad_(True)
-    with device if device.type == "meta" else torch.device("cpu"):
+    with _drawing_on(device):
         extended = lend(backbone, task.needs)
         head = task.head(backbone)
     return extended.to(device), head.to(device)
+
+
+def misfits(cells: Sequence[Cell], kind: type[Method] | None = None) -> dict[str, str]:
+    """Every method tried on every backbone of `cells`, without memory and weights, before anything runs: what is wrong,
+    by the cell's id, with those that do not fit. `kind`: the class of all their methods, where it is not registered."""
+    found: dict[str, str] = {}
+    with warnings.catch_warnings():
+        # Weights that are read into a backbone without memory go nowhere, as they should.
+        warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
+        for _, group in groupby(sorted(cells, key=_body), key=_body):
+            backbone: Backbone | None = None
+            tried: dict[str, str | None] = {}
+            for cell in group:
+                method = f"{cell.method} {sorted(cell.method_config.items(), key=str)}"
+                if method not in tried:
+                    backbone = backbone or build_backbone(cell, torch.device("meta"))
+                    tried[method] = _misfit(cell, backbone, kind or METHODS.get(cell.method))
+                if reason := tried[method]:
+                    label = MethodSpec(name=cell.method, variant=cell.variant).label
+                    found[cell.id] = f"method '{label}' does not fit backbone '{cell.backbone}': {reason}"
+    return found
+
+
+def _body(cell: Cell) -> str:
+    return json.dumps([cell.backbone, cell.backbone_config], sort_keys=True)
+
+
+def _misfit(cell: Cell, backbone: Backbone, kind: type[Method]) -> str | None:
+    handle = Snapshot(backbone)
+    try:
+        with _drawing_on(torch.device("meta")):
+            kind(kind.Config(**cell.method_config)).adapt(backbone)
+        return None
+    except ValueError as error:
+        return " ".join(str(error).split())
+    except Exception:  # a fault of the method's, of which its cell will leave a record
+        return None
+    finally:
+        handle.restore()
 
 
 def build_setting(
@@ -109,7 +157,8 @@ def build_setting(
     """
     method = method or build_method(cell)
     seed_everything(cell.seed)
-    adapted, handle = adapt(method, backbone)
+    with _drawing_on(device):
+        adapted, handle = adapt(method, backbone)
     extended, head = equip(adapted, task, device)
     prepare(extended, cell.recipe, device)
     seed_everything(cell.seed + 1)  # dropout, whatever the method drew

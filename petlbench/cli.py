@@ -80,10 +80,11 @@ def _parser() -> argparse.ArgumentParser:
 def _add_list(listing: argparse.ArgumentParser) -> None:
     listing.set_defaults(command=commands.list_things)
     listing.add_argument("kind", choices=[*commands.KINDS, "suites", "records"])
-    listing.add_argument("pattern", nargs="?", default="*", help="shell wildcard; of backbones also 'family:size'")
+    listing.add_argument("pattern", nargs="?", default="*", help="shell wildcard; also 'family:size', 'method:variant'")
     listing.add_argument("--json", action="store_true", help="machine-readable")
     listing.add_argument("--check", action="store_true", help="import each; exit with 1 if any fails")
     listing.add_argument("--matrix", action="store_true", help="of `backbones`: which tasks each serves, and why not")
+    listing.add_argument("--markdown", action="store_true", help="of `methods`: the table in README.md")
     listing.add_argument(
         "--results", type=Path, default=Path("runs/quick"), metavar="DIR", help="of `records` (default: %(default)s)"
     )
@@ -133,7 +134,7 @@ def _add_profile(profile: argparse.ArgumentParser) -> None:
 
 def _add_check(check: argparse.ArgumentParser) -> None:
     check.set_defaults(command=commands.check)
-    check.add_argument("method", help="a name that `petlbench list methods` shows")
+    check.add_argument("method", nargs="+", help="a name, name:variant or wildcard, or module:Class")
     check.add_argument("--backbone", default="tiny", metavar="NAME", help="default: %(default)s")
     check.add_argument("--tasks", type=_names, metavar="A,B", help="default: all that the backbone can serve")
     check.add_argument("--config", metavar="JSON", help="the method's options")

@@ -31,12 +31,18 @@ KINDS: dict[str, Registry[Any]] = {
 
 def list_things(args: argparse.Namespace) -> int:
     """What there is of a kind, by name."""
+    if args.markdown and args.kind != "methods":
+        raise UserError("--markdown is of methods: `petlbench list methods --markdown`")
+    if args.markdown:
+        return _table_of_methods(args)
     if args.kind == "backbones":
         return _list_backbones(args)
     if args.matrix:
         raise UserError("--matrix is of backbones: `petlbench list backbones --matrix`")
     if args.kind == "records":
         rows = _records(args.results, args.pattern)
+    elif args.kind == "methods" and ":" in args.pattern:
+        rows = _variants(args.pattern, plain=args.json)
     else:
         rows = _suites(args.pattern) if args.kind == "suites" else _entries(KINDS[args.kind], args.pattern)
         if args.check:
@@ -51,6 +57,25 @@ def list_things(args: argparse.Namespace) -> int:
             if row.get("error"):
                 print(f"  FAILS: {row['error']}")
     return int(any(row.get("error") for row in rows))
+
+
+def _table_of_methods(args: argparse.Namespace) -> int:
+    """What each method says of itself and is seen to do, as the table of README.md."""
+    from petlbench import methods_table
+
+    found = methods_table.rows(args.pattern)
+    if args.json:
+        print(json.dumps([row.as_json() for row in found], indent=1))
+    else:
+        print(methods_table.markdown(found), end="")
+    return int(args.check and any(row.error for row in found))
+
+
+def _variants(pattern: str, *, plain: bool) -> list[dict[str, Any]]:
+    """The variants that `method:variant` names, those that cannot be with the reason; texts unless `plain`."""
+    from petlbench.declarations import listed
+
+    return [one.as_json() if plain else one.as_row() for one in listed(pattern)]
 
 
 def _list_backbones(args: argparse.Namespace) -> int:
@@ -131,6 +156,7 @@ def _run(args: argparse.Namespace) -> int:
         limit=args.limit,
         data_root=args.data_root,
     )
+    cells = _fitting(cells, args.methods or ())
     out = args.out or Path("runs") / suite.name
     store = Store(out)
     begun = datetime.now(UTC).isoformat(timespec="seconds")
@@ -172,6 +198,23 @@ def _run(args: argparse.Namespace) -> int:
             fingerprints=lambda cell: now[cell.id],
         )
     return _conclude(store, cells)
+
+
+def _fitting(cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
+    """Those whose method fits the backbone. One that a wildcard alone asks for is left out, and said to be."""
+    from petlbench.assembly import misfits
+    from petlbench.spec import MethodSpec
+    from petlbench.variants import is_wildcard, matches
+
+    exact = [pattern for pattern in patterns if not is_wildcard(pattern)]
+    found = misfits(cells)
+    for cell in cells:
+        spec = MethodSpec(name=cell.method, variant=cell.variant)
+        if cell.id in found and (not patterns or any(matches(spec, pattern) for pattern in exact)):
+            raise UserError(found[cell.id])
+    for reason in dict.fromkeys(found.values()):
+        print(f"left out: {reason}", file=sys.stderr)
+    return [cell for cell in cells if cell.id not in found]
 
 
 def _announce(suite: str, pending: int, states: Iterable[State], out: Path) -> None:
@@ -287,12 +330,21 @@ def check(args: argparse.Namespace) -> int:
         raise UserError(f"--config is not JSON ({error}): give an object such as '{{\"rank\": 4}}'") from error
     if not isinstance(config, dict):
         raise UserError("--config must be a JSON object such as '{\"rank\": 4}'")
-    report = conformance.check(args.method, backbone=args.backbone, tasks=args.tasks, config=config)
+    reports = conformance.check_all(_subjects(args.method), backbone=args.backbone, tasks=args.tasks, config=config)
     if args.json:
-        print(json.dumps(report.as_json(), indent=1))
+        found = [report.as_json() for report in reports]
+        print(json.dumps(found if len(found) > 1 else found[0], indent=1))
     else:
-        _print(conformance.render(report))
-    return int(not report.ok)
+        for report in reports:
+            _print(conformance.render(report))
+    return int(not all(report.ok for report in reports))
+
+
+def _subjects(names: Sequence[str]) -> list[str]:
+    """The names, wildcards among them replaced by the methods and variants that they stand for."""
+    from petlbench.variants import is_wildcard, method_specs
+
+    return [one for name in names for one in ([s.label for s in method_specs([name])] if is_wildcard(name) else [name])]
 
 
 def verify(args: argparse.Namespace) -> int:

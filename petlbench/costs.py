@@ -48,6 +48,7 @@ LINES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("  of the method", "parameters.method", human_count),
     ("  of the head", "parameters.head", human_count),
     ("  of the host", "parameters.host", human_count),
+    ("  that a gradient reaches", "parameters.effective", human_count),
     ("stored parameters", "parameters.stored", human_count),
     ("stored tensors", "parameters.stored_bytes", human_bytes),
     ("extra at inference", "parameters.inference_extra", human_count),

@@ -113,7 +113,7 @@ def closure(start: str) -> tuple[tuple[str, str], ...]:
 @cache
 def _module(name: str) -> Module | None:
     """None for what is no module with code: an attribute, a name that does not exist, or a namespace package."""
-    place = _place(name)
+    place = place_of(name)
     if place is None or place.file is None:
         return None
     try:
@@ -133,10 +133,10 @@ def _module(name: str) -> Module | None:
 
 
 @cache
-def _place(name: str) -> Place | None:
+def place_of(name: str) -> Place | None:
     """Where the import system would find `name`, without importing its parents as `find_spec` of importlib does."""
     parent, _, tail = name.rpartition(".")
-    above = _place(parent) if parent else None
+    above = place_of(parent) if parent else None
     if parent and (above is None or above.folders is None):
         return None
     path = list(above.folders) if above and above.folders is not None else None

@@ -45,7 +45,7 @@ def _greedy(backbone: Backbone, memory: Tokens, task: str, max_length: int) -> l
 def _beam(backbone: Backbone, memory: Tokens, task: str, max_length: int, beams: int) -> list[list[int]]:
     batch, device = memory.states.shape[0], memory.states.device
     rows = torch.arange(batch, device=device).repeat_interleave(beams)
-    memory = Tokens(memory.states[rows], memory.mask[rows], memory.types[rows], memory.positions[rows])
+    memory = memory.rows(rows)
     ids = torch.full((batch * beams, 1), backbone.start_id, device=device)
     # All beams start equal, so only the first of each sample may spawn the next ones.
     totals = torch.full((batch, beams), -torch.inf, device=device)

@@ -23,14 +23,15 @@ __all__ = ["COLUMNS", "SETTING", "label", "render", "table", "write_csv"]
 COLUMNS = (
     "method", "variant", "size_name", "size", "task", "dataset", "backbone", "seeds", "outcome", "stale", "metric",
     "score_mean", "score_std", "score_low", "score_high", "rank", "trainable_params", "trainable_percent",
-    "head_params", "stored_params", "inference_extra_params", "stored_bytes", "accounted_bytes", "peak_bytes",
+    "effective_params", "head_params", "stored_params", "inference_extra_params", "stored_bytes", "accounted_bytes",
+    "peak_bytes",
     "train_seconds", "step_seconds", "step_flops", "latency_seconds", "merged_latency_seconds", "throughput",
     "step_joules", "contended", "pareto",
 )
 TEXTS = ("method", "variant", "size_name", "task", "dataset", "backbone", "outcome", "metric")
 FLAGS = ("stale", "contended", "pareto")
-COUNTS = ("seeds", "rank", "trainable_params", "head_params", "stored_params", "inference_extra_params",
-          "stored_bytes", "accounted_bytes", "peak_bytes", "step_flops")
+COUNTS = ("seeds", "rank", "trainable_params", "effective_params", "head_params", "stored_params",
+          "inference_extra_params", "stored_bytes", "accounted_bytes", "peak_bytes", "step_flops")
 # fmt: on
 TIMING = ("train_seconds", "step_seconds")
 INFERENCE = ("latency_seconds", "merged_latency_seconds", "throughput")
@@ -100,6 +101,7 @@ def _row(group: Group) -> dict[str, Any]:
         "score_std": score_std,
         "trainable_params": _largest(p.trainable for p in parameters),
         "trainable_percent": _largest(p.percent for p in parameters),
+        "effective_params": _largest(p.effective for p in parameters),
         "head_params": _largest(p.head for p in parameters),
         "stored_params": _largest(p.stored for p in parameters),
         "inference_extra_params": _largest(p.inference_extra for p in parameters),

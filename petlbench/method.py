@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,7 +24,9 @@ class StackedConfig(MethodConfig):
     """Options of a method that goes into whole stacks."""
 
     stacks: tuple[str, ...] | None = Field(
-        None, description="roles (vision, encoder, decoder, fusion) it goes into; null: all that the backbone offers"
+        None,
+        description="roles (vision, text, encoder, decoder, fusion) it goes into; null: all that the backbone offers, "
+        "but for those that every method trains whole",
     )
 
 
@@ -35,26 +38,54 @@ class Knob:
     values: tuple[float | int, ...]
 
 
+@dataclass(frozen=True)
+class About:
+    """What a table of methods says of one."""
+
+    paper: str  # authors, venue, year
+    trains: str  # besides task heads and host parts
+    verified: str  # against what of its authors'
+    home: str = "vl_bart"  # the backbone that its authors use
+    task: str = "vqa"  # for which parameters are counted on it
+
+
 class Method(ABC):
     """One way of adapting a backbone. Knows sites; knows no task's code, data set, optimizer or device.
 
-    What a method claims of itself is a class attribute, and `petlbench check` holds it to that.
+    What a method claims of itself is an attribute, and `petlbench check` holds it to that; where a claim depends on the
+    configuration, `__init__` sets it on the instance.
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
-    recipe: ClassVar[dict[str, Any]] = {}  # its authors' training options, where they differ from the default
+    about: ClassVar[About | None] = None
+    # `method:variant`: options by name. Literals, since they are listed without an import of the module.
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    impossible: ClassVar[Mapping[str, str]] = {}  # variants that one would expect, and why they cannot be
+    recipe: ClassVar[Mapping[str, Any]] = {}  # its authors' training options, where they differ from the default
+    recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # the same on one family of backbones, by its name
     knob: ClassVar[Knob | None] = None
-    identity: ClassVar[bool] = False  # before training, the adapted backbone computes what the untouched one does
-    mergeable: ClassVar[bool] = False  # `merge` folds it into the weights
-    detached: ClassVar[bool] = False  # no gradient enters the backbone, and none of its activations is saved
-    dead: ClassVar[dict[str, str]] = {}  # wildcard of trainable names that never get a gradient: the reason
+    identity: bool = False  # before training, the adapted backbone computes what the untouched one does
+    mergeable: bool = False  # `merge` folds it into the weights
+    detached: bool = False  # no gradient enters the backbone, and none of its activations is saved
+    dead: Mapping[str, str] = {}  # wildcard of trainable names that never get a gradient: the reason
+    # Wildcard of trainable names that get one on some tasks only (another task's modules, a modality's): the reason.
+    conditional: Mapping[str, str] = {}
+    mixes_rows: str = ""  # why a row's predictions depend on those beside it, where the authors' code does so
 
     def __init__(self, config: MethodConfig | None = None) -> None:
         self.config: Any = config if config is not None else self.Config()
 
     @abstractmethod
     def adapt(self, backbone: Backbone) -> Backbone:
-        """Freeze, insert, and return the backbone to use: the same object, or a wrapper that is a Backbone."""
+        """Freeze, insert, and return the backbone to use: the same object, or a wrapper that is a Backbone.
+
+        Raises ValueError, with the reason, for a backbone that it cannot go into. Must work on the meta device, where
+        every pair is tried before anything runs.
+        """
+
+    def default_recipe(self, family: str) -> dict[str, Any]:
+        """Its authors' training options on a family of backbones, in this configuration."""
+        return {**self.recipe, **self.recipes.get(family, {})}
 
     def host_options(self, family: str) -> dict[str, Any]:
         """Options of the backbone `family` that this configuration of the method needs; they go into the cell."""
@@ -66,7 +97,7 @@ class Method(ABC):
 
     def stacks(self, backbone: Backbone) -> list[Stack]:
         """The stacks this method goes into. Raises ValueError for a role that the backbone does not offer."""
-        roles = getattr(self.config, "stacks", None) or backbone.roles()
+        roles = getattr(self.config, "stacks", None) or backbone.pretrained_roles()
         if unknown := set(roles) - set(backbone.roles()):
             raise ValueError(f"no stack '{unknown.pop()}' in this backbone: it has {', '.join(backbone.roles())}")
         return [backbone.stack(role) for role in roles]
@@ -83,6 +114,12 @@ def train_biases(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if name.rpartition(".")[2] == "bias":
             parameter.requires_grad_(True)
+
+
+def place(module: nn.Module, like: nn.Module) -> nn.Module:
+    """`module` on the device and in the precision of `like`'s parameters."""
+    reference = next(like.parameters())
+    return module.to(reference.device, reference.dtype)
 
 
 def adapt(method: Method, backbone: Backbone) -> tuple[Backbone, Snapshot]:

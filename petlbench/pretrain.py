@@ -62,9 +62,9 @@ class SharedImages(Tiny):
 
     def share(self, images: Images) -> None:
         self._alone: Tokens | None = None
-        self._tokens = super().embed_image(images)
+        self._tokens = super().embed_image(images, task="pretraining")
 
-    def embed_image(self, images: Images) -> Tokens:
+    def embed_image(self, images: Images, *, task: str | None = None) -> Tokens:
         return self._tokens
 
     def fuse(self, *parts: Tokens, task: str) -> Tokens:

@@ -24,16 +24,18 @@ from petlbench.measure.memory import planned, with_peaks, with_saved
 from petlbench.measure.setting import (
     canonical_saved_bytes,
     counted,
+    effective,
     extra_at_inference,
     first_batch,
     inference,
     training_flops,
 )
-from petlbench.registry import METHODS, TASKS
+from petlbench.registry import TASKS
 from petlbench.spec import Cell, MethodSpec, Parameters, Suite
 from petlbench.suite import expand
 from petlbench.task import Task
 from petlbench.training import Course, Diverged, Setting, train_step
+from petlbench.variants import method_specs
 
 TURNS = 2  # in which the timed steps of the methods alternate, so that a machine's drift hits them alike
 SECONDS_OF_ENERGY = 1.0  # a GPU's driver renews its counter about ten times a second: less time gives no figure
@@ -51,11 +53,10 @@ def profile_cells(
 
     `task` is a name or `task:dataset`. Raises UserError for a name that does not exist or a pair that cannot work.
     """
-    names = dict.fromkeys(name for pattern in methods for name in METHODS.names(pattern) or [pattern])
     suite = Suite.model_validate(
         {
             "name": "profile",
-            "methods": list(names),
+            "methods": [spec.model_dump() for spec in method_specs(methods)],
             "tasks": [task],
             "backbones": [backbone],
             "recipe": {"batch_size": batch_size, "eval_batch_size": batch_size},
@@ -168,7 +169,8 @@ class _Subject:
         self.rows = rows
         with self._adapted() as setting:
             batch = first_batch(self.rows, setting)
-            self.known["parameters"] = _counted(setting)
+            reached = effective(setting, batch)
+            self.known["parameters"] = _counted(setting).model_copy(update={"effective": reached})
             self.saved = canonical_saved_bytes(setting, batch)
             self.known["flops"] = training_flops(setting, batch)
 

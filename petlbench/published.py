@@ -25,11 +25,14 @@ from torch.overrides import TorchFunctionMode
 from petlbench.assembly import build_backbone, build_setting
 from petlbench.backbones.base import Backbone, Texts
 from petlbench.errors import UserError
+from petlbench.measure import parameters
 from petlbench.measure.memory import SavedTensors
 from petlbench.measure.setting import canonical_saved_bytes, counted
 from petlbench.registry import METHODS, TASKS
 from petlbench.spec import Cell, Frozen, MethodSpec, Parameters
 from petlbench.task import Batch
+from petlbench.training import Setting
+from petlbench.variants import overlaid
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,11 +45,28 @@ TOLERANCE = 0.02  # of bytes
 DECIMALS = 2  # of percentages
 ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # as torch orders its arguments
 SAVED = "saved_for_backward_mib_per_sample"
-COUNTED: Mapping[str, Callable[[Parameters], float]] = {
-    "trainable_parameters": lambda found: found.trainable,
-    "total_parameters": lambda found: found.total,  # inserted ones and heads included
-    "host_parameters": lambda found: found.host,  # those that train with every method
-    "trainable_percent": lambda found: found.percent,  # of the total
+EFFECTIVE = "effective_parameters"
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Counts of one cell; `effective`: of the method's own, those that can receive a gradient (where asked for)."""
+
+    parameters: Parameters
+    untouched: int  # parameters of the backbone before, its own heads included
+    effective: int | None = None
+
+
+COUNTED: Mapping[str, Callable[[Counted], float | None]] = {
+    "trainable_parameters": lambda found: found.parameters.trainable,
+    "total_parameters": lambda found: found.parameters.total,  # inserted ones and heads included
+    "host_parameters": lambda found: found.parameters.host,  # those that train with every method
+    "host_and_head_parameters": lambda found: found.parameters.host + found.parameters.head,
+    "method_parameters": lambda found: found.parameters.method,  # its own
+    EFFECTIVE: lambda found: found.effective,
+    "trainable_percent": lambda found: found.parameters.percent,  # of the total
+    "trainable_percent_of_untouched": lambda found: 100 * found.parameters.trainable / found.untouched,
+    "method_percent_of_untouched": lambda found: 100 * found.parameters.method / found.untouched,
 }
 UNITS = {"parameters": 1, "million parameters": 1_000_000, "percent": 1, "MiB": 1, "GB": 1}
 
@@ -84,16 +104,20 @@ class Figure(Frozen):
         low, _, high = self.value.partition("-")
         return float(low), float(high or low)
 
-    @property
+    @cached_property
     def cell(self) -> Cell:
+        """With the options that the method's variant stands for, and those of the backbone that the method needs."""
+        kind = METHODS.get(self.method)
+        options = overlaid(kind.variants.get(self.variant, {}), self.method_config)
+        needed = kind(kind.Config(**options)).host_options(self.backbone.partition(":")[0])
         return Cell(
             method=self.method,
             variant=self.variant,
-            method_config=self.method_config,
+            method_config=options,
             task=self.task,
             dataset=TASKS.get(self.task).default_dataset,
             backbone=self.backbone,
-            backbone_config=self.backbone_config,
+            backbone_config={**needed, **self.backbone_config},
         )
 
 
@@ -161,14 +185,15 @@ def _matches(figure: Figure, pattern: str) -> bool:
 
 
 def _body(figure: Figure) -> str:
-    return json.dumps([figure.backbone, figure.backbone_config], sort_keys=True)
+    return json.dumps([figure.backbone, figure.cell.backbone_config], sort_keys=True)
 
 
-def _of(figures: Sequence[Figure]) -> list[Finding]:
+def _of(figures: list[Figure]) -> list[Finding]:
     """Those of figures that share a backbone."""
     device = torch.device("meta")
     backbone = build_backbone(figures[0].cell, device)
-    known: dict[str, Parameters] = {}
+    effective = {figure.cell.id for figure in figures if figure.quantity == EFFECTIVE}
+    known: dict[str, Counted] = {}
     found = []
     for figure in figures:
         if figure.quantity == SAVED:
@@ -177,35 +202,51 @@ def _of(figures: Sequence[Figure]) -> list[Finding]:
             continue
         measure, cell = COUNTED.get(figure.quantity), figure.cell
         if measure is not None and cell.id not in known:
-            known[cell.id] = _parameters(cell, backbone, device)
-        found.append(Finding(figure, None if measure is None else measure(known[cell.id]) / UNITS[figure.unit]))
+            known[cell.id] = _counted(cell, backbone, device, effective=cell.id in effective)
+        ours = None if measure is None else measure(known[cell.id])
+        found.append(Finding(figure, None if ours is None else ours / UNITS[figure.unit]))
     return found
 
 
-def _parameters(cell: Cell, backbone: Backbone, device: torch.device) -> Parameters:
-    setting, handle = build_setting(cell, backbone, TASKS.get(cell.task)(), device)
+def _counted(cell: Cell, backbone: Backbone, device: torch.device, *, effective: bool) -> Counted:
+    """Counts of a cell on a backbone that is left as it was."""
+    untouched = sum(p.numel() for p in backbone.parameters())
+    with device:  # so that no values are drawn either
+        setting, handle = build_setting(cell, backbone, TASKS.get(cell.task)(), device)
     try:
-        return counted(setting)
+        return Counted(counted(setting), untouched, _effective(cell) if effective else None)
     finally:
         handle.restore()
 
 
-def saved_mib(cell: Cell) -> tuple[float, float]:
-    """MiB that a training step saves for backward on one sample, on the CPU: canonical, and native but fused.
-
-    The sample is noise of 640 x 640 pixels and a text as long as the backbone takes; values decide nothing, so the
-    weights are random.
-    """
-    cell = cell.model_copy(update={"backbone_config": {**cell.backbone_config, "weights": "none"}})
-    device = torch.device("cpu")
+def _effective(cell: Cell) -> int:
+    """Scalars of the method's own that the loss of one sample can send a gradient to."""
     with torch.random.fork_rng():
-        setting, _ = build_setting(cell, build_backbone(cell, device), TASKS.get(cell.task)(), device)
-        batch = _sample(setting.backbone)
+        setting, batch = _real(cell)
+        backbone = setting.backbone
+        loss = setting.task.loss(backbone, setting.head, batch)
+        own = parameters.of_method(backbone, setting.head, backbone.host_parameters(), backbone.head_parameters())
+        return parameters.effective(loss, own)
+
+
+def saved_mib(cell: Cell) -> tuple[float, float]:
+    """MiB that a training step saves for backward on one sample, on the CPU: canonical, and native but fused."""
+    with torch.random.fork_rng():
+        setting, batch = _real(cell)
         canonical = canonical_saved_bytes(setting, batch)
         modules = setting.modules().train()
         with _Fused(), SavedTensors(*modules.values()) as native:
             setting.task.loss(setting.backbone, setting.head, batch)
     return canonical / MIB, native.saved_bytes / MIB
+
+
+def _real(cell: Cell) -> tuple[Setting, Batch]:
+    """The cell on the CPU with one sample: noise of 640 x 640 pixels, and a text as long as the backbone takes. Values
+    decide nothing, so the weights are random."""
+    cell = cell.model_copy(update={"backbone_config": {**cell.backbone_config, "weights": "none"}})
+    device = torch.device("cpu")
+    setting, _ = build_setting(cell, build_backbone(cell, device), TASKS.get(cell.task)(), device)
+    return setting, _sample(setting.backbone)
 
 
 def _sample(backbone: Backbone) -> Batch:
@@ -292,4 +333,4 @@ def _signed(difference: float, places: int) -> str:
 
 def _places(figure: Figure) -> int:
     """Decimals that show whether a figure is met."""
-    return 0 if figure.unit == "parameters" else 2 if figure.kind == "percent" else 1
+    return 0 if figure.unit == "parameters" else 2 if figure.unit == "percent" else 1

@@ -26,6 +26,7 @@ from petlbench.measure.memory import peak_rss_bytes, with_peaks, with_saved
 from petlbench.measure.setting import (
     canonical_saved_bytes,
     counted,
+    effective,
     extra_at_inference,
     first_batch,
     inference,
@@ -88,11 +89,10 @@ def _reason(error: Exception) -> str:
 
 
 def size_of(cell: Cell) -> Size | None:
-    """Where the cell stands on its method's size knob; None for a method without one."""
+    """Where the cell stands on its method's size knob; None for a method without one, or where the backbone decides."""
     kind = METHODS.get(cell.method)
-    if kind.knob is None:
-        return None
-    return Size(name=kind.knob.field, value=getattr(kind.Config(**cell.method_config), kind.knob.field))
+    value = None if kind.knob is None else getattr(kind.Config(**cell.method_config), kind.knob.field)
+    return None if value is None else Size(name=kind.knob.field, value=value)  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True)
@@ -141,13 +141,15 @@ class CellRun:
             canonical = self._measured("saved tensors", lambda: canonical_saved_bytes(setting, batch))
             memory = self._memory(fitted, canonical)
             flops = self._measured("operations", lambda: training_flops(setting, batch))
+            reached = self._measured("effective parameters", lambda: effective(setting, batch))
             parameters = self._parameters(setting, stored_bytes)
             size = self.cell.recipe.eval_batch_size
             predicting = self._measured("inference", lambda: inference(setting, data.test, size))
             # Asked last: by now it is merged.
             extra = extra_at_inference(setting, self.untouched) if predicting else None
         record = Record(
-            **self._common() | {"parameters": parameters.model_copy(update={"inference_extra": extra})},
+            **self._common()
+            | {"parameters": parameters.model_copy(update={"inference_extra": extra, "effective": reached})},
             outcome="ok",
             metrics=scores.metrics,
             validation=fitted.validation,

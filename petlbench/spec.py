@@ -36,12 +36,22 @@ class Recipe(Frozen):
     eps: float = Field(1e-6, gt=0, description="AdamW epsilon")
     warmup: float = Field(0.1, ge=0, le=1, description="share of the steps with a rising rate")
     warmup_from_zero: bool = Field(False, description="the rate of the very first step is 0, not a share of the peak")
-    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="the rate after warm-up")
+    schedule: Literal["linear", "cosine", "constant", "step"] = Field(
+        "linear", description="the rate after warm-up; step: a tenth from two thirds of the steps on"
+    )
     lr_floor: float = Field(0.0, ge=0, le=1, description="share of the peak rate that linear and cosine fall to")
     layer_decay: float = Field(
         1.0, gt=0, le=1, description="a layer's rate as a share of the next one's; heads, final norms: the peak"
     )
-    clip_norm: float = Field(5.0, gt=0, description="global gradient-norm clip")
+    method_lr: float = Field(
+        1.0, gt=0, description="rate of the method's own parameters as a share of that of heads and host parts"
+    )
+    released: bool = Field(
+        False,
+        description="optimizer of VL-T5's, VL-Adapter's and VL-PET's code: decay after the update, of all but what has "
+        "`bias` in its name (so of gains too), eps beside the uncorrected moment, the first step at a rate of 0",
+    )
+    clip_norm: float | None = Field(5.0, gt=0, description="global gradient-norm clip; null: none")
     validations: Positive = Field(1, description="evaluations on validation, evenly spaced; the best is kept for test")
     train_limit: Positive | None = Field(None, description="training rows used; all when null")
     eval_limit: Positive | None = Field(None, description="validation and test rows used; all when null")
@@ -60,6 +70,8 @@ ADDED = (
     "warmup_from_zero",
     "lr_floor",
     "layer_decay",
+    "method_lr",
+    "released",
     "precision",
     "attention",
     "gradient_checkpointing",
@@ -169,6 +181,7 @@ class Parameters(Frozen):
     trainable: int = Field(description="method + head + host")
     total: int = Field(description="all parameters of the adapted backbone and the head")
     percent: float = Field(description="100 * trainable / total")
+    effective: int | None = Field(None, description="of `trainable`: those that the loss can send a gradient to here")
     stored: int | None = Field(None, description="scalars in the saved adapter file")
     stored_bytes: int | None = Field(None, description="size of the saved adapter file")
     inference_extra: int | None = Field(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from petlbench import variants
 from petlbench.datasets import base as sources
 from petlbench.errors import UserError
 from petlbench.registry import BACKBONES, DATASETS, METHODS, TASKS, Registry, did_you_mean, one_line
@@ -19,7 +20,6 @@ from petlbench.spec import BackboneSpec, Cell, MethodSpec, Recipe, Suite
 PACKAGED = Path(__file__).with_name("suites")
 
 M = TypeVar("M", bound=BaseModel)
-Spec = TypeVar("Spec", MethodSpec, BackboneSpec)
 Pair = tuple[str, str]  # (task, data set)
 
 
@@ -61,15 +61,16 @@ def expand(
     """The suite's cells, seed by seed, so that the first seed's table is complete first.
 
     `methods`, `tasks` and `backbone` select by name or wildcard (methods also by `name:variant`, tasks also by
-    `task:dataset`); what the suite lacks is taken with its default configuration. `limit` caps the training,
-    validation and test rows. `data_root` is where data sets lie (default: PETLBENCH_DATA).
+    `task:dataset`); what the suite lacks is taken with its default configuration, and a wildcard of methods stands for
+    all that are installed, with their variants. `limit` caps the training, validation and test rows. `data_root` is
+    where data sets lie (default: PETLBENCH_DATA).
 
     Every name, configuration, recipe and data set is checked here; UserError says in one line what is wrong.
     """
     where = f"suite '{suite.name}'"
-    specs = _select(_swept(suite, suite.methods), methods, METHODS, lambda name: MethodSpec(name=name))
-    specs = _swept(suite, specs)  # again, for those that the suite lacks
-    bodies = _select(suite.backbones, None if backbone is None else [backbone], BACKBONES, _backbone_spec)
+    own = _swept(suite, [variants.resolved(spec, METHODS) for spec in suite.methods])
+    specs = _swept(suite, _methods(own, methods))  # again, for those that the suite lacks
+    bodies = list(suite.backbones) if backbone is None else _bodies(suite.backbones, backbone)
     pairs = _select_tasks(suite.tasks, tasks)
     _check_names(suite, where)
     for spec in specs:
@@ -80,7 +81,10 @@ def expand(
     hosts = [(_host(body, spec, where), spec) for body, spec in product(bodies, specs)]
     _check_abilities(pairs, [body for body, _ in hosts], where)
 
-    recipes = {(spec.label, task): _recipe(suite, spec, task, limit, where) for spec in specs for task, _ in pairs}
+    recipes = {
+        (body.name, spec.label, task): _recipe(suite, spec, task, body.name, limit, where)
+        for (body, spec), (task, _) in product(hosts, pairs)
+    }
     cells = [
         Cell(
             method=spec.name,
@@ -92,7 +96,7 @@ def expand(
             backbone=body.name,
             backbone_config=body.config,
             seed=seed,
-            recipe=recipes[spec.label, task],
+            recipe=recipes[body.name, spec.label, task],
         )
         for seed, (task, dataset), (body, spec) in product(seeds or suite.seeds, pairs, hosts)
     ]
@@ -125,10 +129,14 @@ def _configured(body: BackboneSpec, where: str) -> BaseModel:
     return validated(kind.Config, options, f"{where}: backbone {body.name}: config")
 
 
+def _configured_method(spec: MethodSpec) -> Any:
+    kind = METHODS.get(spec.name)
+    return kind(kind.Config(**spec.config))
+
+
 def _host(body: BackboneSpec, spec: MethodSpec, where: str) -> BackboneSpec:
     """The backbone with the options that the method needs; UserError where another value is given for one."""
-    kind = METHODS.get(spec.name)
-    needed = kind(kind.Config(**spec.config)).host_options(body.name.partition(":")[0])
+    needed = _configured_method(spec).host_options(body.name.partition(":")[0])
     for name, value in needed.items():
         if body.config.get(name, value) != value:
             raise UserError(
@@ -155,8 +163,10 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 
 
 def _swept(suite: Suite, specs: Iterable[MethodSpec]) -> list[MethodSpec]:
-    """With `sweep`, each method at every size it declares; one whose size is set already stays as it is."""
-    return [sized for spec in specs for sized in (_sizes(spec) if suite.sweep else [spec])]
+    """With `sweep`, each method at every size it declares, once; one whose size is set already stays as it is."""
+    if not suite.sweep:
+        return list(specs)
+    return list({sized.label: sized for spec in specs for sized in _sizes(spec)}.values())
 
 
 def _sizes(spec: MethodSpec) -> list[MethodSpec]:
@@ -174,28 +184,22 @@ def _sizes(spec: MethodSpec) -> list[MethodSpec]:
     ]
 
 
-def _backbone_spec(name: str) -> BackboneSpec:
-    return BackboneSpec(name=name)
-
-
-def _select(
-    specs: Sequence[Spec], patterns: Sequence[str] | None, registry: Registry[Any], default: Callable[[str], Spec]
-) -> list[Spec]:
-    """Those of `specs` that the patterns name, in the patterns' order; what the suite lacks, with its defaults."""
+def _methods(specs: Sequence[MethodSpec], patterns: Sequence[str] | None) -> list[MethodSpec]:
+    """Those that the patterns name, in the patterns' order."""
     if patterns is None:
         return list(specs)
     pool = list(specs)
-    chosen: dict[int, Spec] = {}
+    chosen: dict[int, MethodSpec] = {}
     for pattern in patterns:
-        if not any(_matches(spec, pattern) for spec in pool):
-            pool += [default(name) for name in registry.names(pattern) or [_known(registry, pattern)]]
-        chosen |= {i: spec for i, spec in enumerate(pool) if _matches(spec, pattern)}
+        pool += variants.beyond(pool, pattern, METHODS)
+        chosen |= {i: spec for i, spec in enumerate(pool) if variants.matches(spec, pattern)}
     return list(chosen.values())
 
 
-def _matches(spec: MethodSpec | BackboneSpec, pattern: str) -> bool:
-    label = spec.label if isinstance(spec, MethodSpec) else spec.name
-    return fnmatchcase(spec.name, pattern) or fnmatchcase(label, pattern)
+def _bodies(specs: Sequence[BackboneSpec], pattern: str) -> list[BackboneSpec]:
+    """Those of `specs` that the pattern names; if there are none, what is registered, with its defaults."""
+    found = [spec for spec in specs if fnmatchcase(spec.name, pattern)]
+    return found or [BackboneSpec(name=name) for name in BACKBONES.names(pattern) or [_known(BACKBONES, pattern)]]
 
 
 def _select_tasks(entries: Sequence[str], patterns: Sequence[str] | None) -> list[Pair]:
@@ -262,11 +266,12 @@ def _check_abilities(pairs: Sequence[Pair], bodies: Sequence[BackboneSpec], wher
             raise UserError(f"{where}: backbone '{body.name}' cannot serve task '{task}': {reason}")
 
 
-def _recipe(suite: Suite, spec: MethodSpec, task: str, limit: int | None, where: str) -> Recipe:
+def _recipe(suite: Suite, spec: MethodSpec, task: str, backbone: str, limit: int | None, where: str) -> Recipe:
     """The layers of a cell's recipe, weakest first; each is checked alone, so that a message names its place."""
+    method = _configured_method(spec)
     layers: dict[str, Mapping[str, Any]] = {
         f"recipe of task {task}": TASKS.get(task).recipe,
-        f"recipe of method {spec.name}": METHODS.get(spec.name).recipe,
+        f"recipe of method {spec.name}": method.default_recipe(backbone.partition(":")[0]),
         "recipe": suite.recipe,
         f"task_recipes.{task}": suite.task_recipes.get(task, {}),
         f"methods.{spec.label}.recipe": spec.recipe,

@@ -13,9 +13,11 @@ from petlbench.units import human_bytes, human_count, human_seconds, score_text
 if TYPE_CHECKING:
     from rich.table import Table
 
+OPTIONAL = ("95 %", "rank", "effective")  # columns
 SCORE = "score: mean ± sample standard deviation over seeds"
 INTERVAL = "95 %: bootstrap interval over seeds and test samples (samples alone for one seed)"
 RANK = "rank: 1 + methods that are significantly better (5 % over all pairs, Holm), =: shared"
+EFFECTIVE = "effective: of these, what the loss can send a gradient to in this cell"
 FRONT = "front: nothing scores as well with fewer parameters"
 STALE = "stale: these parts have changed since; compared among themselves only"
 CONTENDED = "*: timed while other cells ran"
@@ -24,7 +26,8 @@ CONTENDED = "*: timed while other cells ran"
 def render(frame: pd.DataFrame) -> Table:
     """A table per setting: the best fresh score bold, failures and stale rows dim, contended timings marked `*`.
 
-    Columns that are empty throughout (interval and rank, for bare records) are left out.
+    Columns that are empty throughout (interval and rank, for bare records; effective parameters that are all) are left
+    out.
     """
     from rich.table import Table
     from rich.text import Text
@@ -45,6 +48,7 @@ def render(frame: pd.DataFrame) -> Table:
 
 def _caption(frame: pd.DataFrame) -> list[str]:
     lines = [f"{SCORE}; {FRONT}"]
+    lines += [EFFECTIVE] if (frame["effective_params"] < frame["trainable_params"]).any() else []
     lines += [INTERVAL] if frame["score_low"].notna().any() else []
     lines += [RANK] if frame["rank"].notna().any() else []
     lines += [STALE] if frame["stale"].any() else []
@@ -57,7 +61,7 @@ def _section(rows: pd.DataFrame, attrs: Mapping[Any, Any]) -> Table:
     from rich.text import Text
 
     texts = [_texts(row, attrs) for row in rows.itertuples()]
-    shown = [name for name in texts[0] if name not in ("95 %", "rank") or any(row[name] for row in texts)]
+    shown = [name for name in texts[0] if name not in OPTIONAL or any(row[name] for row in texts)]
     section = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     for name in shown:
         if name == "method":
@@ -82,6 +86,7 @@ def _texts(row: Any, attrs: Mapping[Any, Any]) -> dict[str, str]:
     if row.outcome != "ok":
         score = f"{score} {row.outcome}".strip()
     interval = f"{score_text(row.score_low)}–{score_text(row.score_high)}" if pd.notna(row.score_low) else ""
+    fewer = pd.notna(row.effective_params) and row.effective_params < row.trainable_params
     changed = ", ".join(attrs.get("stale", {}).get(row.Index, ()))
     return {
         "method": label(row) + (f" stale: {changed}" if changed else ""),
@@ -91,6 +96,7 @@ def _texts(row: Any, attrs: Mapping[Any, Any]) -> dict[str, str]:
         "seeds": str(row.seeds) if runs == row.seeds else f"{row.seeds} of {runs}",
         "trainable": _show(row.trainable_params, human_count)
         + _show(row.trainable_percent, lambda value: f" {value:.3g}%"),
+        "effective": _show(row.effective_params, human_count) if fewer else "",
         "memory": _show(row.accounted_bytes, human_bytes),
         "training": _show(row.train_seconds, human_seconds, mark),
         "step": _show(row.step_seconds, human_seconds, mark),

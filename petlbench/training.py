@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,7 @@ from petlbench.measure.clock import WARMUP, PhaseClock
 from petlbench.measure.energy import energy_counter
 from petlbench.measure.memory import SavedTensors, account
 from petlbench.method import Method
+from petlbench.optimizers import ReleasedAdamW
 from petlbench.precision import computing, described, kernels, scaler
 from petlbench.spec import Memory, Recipe
 from petlbench.task import Batch, Scores, Task
@@ -55,6 +56,12 @@ class Setting:
         """Trainable parameters by name; a shared one once."""
         return {name: p for name, p in self.modules().named_parameters() if p.requires_grad}
 
+    def own(self) -> set[str]:
+        """Names of the trainable parameters that are neither a head's nor a host part's: the method's."""
+        elsewhere = {f"backbone.{name}" for name in self.backbone.host_parameters() | self.backbone.head_parameters()}
+        heads = {id(p) for p in self.head.parameters()}
+        return {name for name, p in self.trainable().items() if name not in elsewhere and id(p) not in heads}
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -69,23 +76,29 @@ class Fit:
 
 
 def optimizer(
-    parameters: dict[str, nn.Parameter], recipe: Recipe, lr: float, backbone: Backbone | None = None
-) -> torch.optim.AdamW:
-    """AdamW; biases, one-dimensional gains and what `backbone` names are not decayed.
+    parameters: dict[str, nn.Parameter],
+    recipe: Recipe,
+    lr: float,
+    backbone: Backbone | None = None,
+    own: Set[str] = frozenset(),
+) -> torch.optim.Optimizer:
+    """AdamW; biases, one-dimensional gains and what `backbone` names are not decayed. `own`: names of the method's own.
 
-    Each group's `scale` is what the rate of its layer is to the peak rate.
+    Each group's `scale` is what the rate of its layer and owner is to the peak rate.
     """
     spared = {f"backbone.{name}" for name in backbone.undecayed_parameters()} if backbone else set()
     depths = {role: len(backbone.stack(role).layers) for role in backbone.roles()} if backbone else {}
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, p in parameters.items():
-        kind = p.ndim > 1 and name not in spared, layer_scale(name, depths, recipe.layer_decay)
-        groups.setdefault(kind, []).append(p)
+        decayed = "bias" not in name if recipe.released else p.ndim > 1 and name not in spared
+        scale = layer_scale(name, depths, recipe.layer_decay) * (recipe.method_lr if name in own else 1.0)
+        groups.setdefault((decayed, scale), []).append(p)
     made = [
         {"params": groups[decayed, scale], "weight_decay": recipe.weight_decay if decayed else 0.0, "scale": scale}
         for decayed, scale in sorted(groups, reverse=True)
     ]
-    return torch.optim.AdamW(made, lr=lr, betas=recipe.betas, eps=recipe.eps)
+    kind = ReleasedAdamW if recipe.released else torch.optim.AdamW
+    return kind(made, lr=lr, betas=recipe.betas, eps=recipe.eps)
 
 
 def layer_scale(name: str, depths: Mapping[str, int], decay: float) -> float:
@@ -101,10 +114,14 @@ def layer_scale(name: str, depths: Mapping[str, int], decay: float) -> float:
 def rate(recipe: Recipe, step: int) -> float:
     """The share of the peak rate at `step` (from 0): linear warm-up, then the schedule down to the floor."""
     warm = round(recipe.warmup * recipe.steps)
+    if step < warm and recipe.released:
+        return step / warm
     if step < warm:
         return step / max(1, warm - 1) if recipe.warmup_from_zero else (step + 1) / warm
     if recipe.schedule == "constant":
         return 1.0
+    if recipe.schedule == "step":
+        return 1.0 if 3 * step < 2 * recipe.steps else 0.1
     left = (recipe.steps - step) / max(1, recipe.steps - warm)
     fallen = left if recipe.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
     return recipe.lr_floor + (1 - recipe.lr_floor) * fallen
@@ -146,7 +163,7 @@ class Course:
         self.setting, self.lr = setting, lr
         self.modules = setting.modules().train()
         self.parameters = setting.trainable()
-        self.optimizer = optimizer(self.parameters, setting.recipe, lr, setting.backbone)
+        self.optimizer = optimizer(self.parameters, setting.recipe, lr, setting.backbone, setting.own())
         self.scaler = scaler(setting.recipe, setting.device)
         self.batches = Batches(train, setting)
         self.step = 0
@@ -289,7 +306,8 @@ def _optimize(course: Course) -> bool:
     """Clip and step. False when gradients overflow in fp16: the step is skipped, and the loss scaled less from now."""
     recipe, scale = course.setting.recipe, course.scaler.get_scale()
     course.scaler.unscale_(course.optimizer)
-    nn.utils.clip_grad_norm_(course.parameters.values(), recipe.clip_norm)
+    if recipe.clip_norm is not None:
+        nn.utils.clip_grad_norm_(course.parameters.values(), recipe.clip_norm)
     for group in course.optimizer.param_groups:
         group["lr"] = course.lr * group["scale"] * rate(recipe, course.step)
     course.scaler.step(course.optimizer)

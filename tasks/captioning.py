@@ -36,7 +36,7 @@ class Captioning(Task):
         return Batch(images, {"caption": backbone.texts(drawn, max_length=MAX_CAPTION)})
 
     def _memory(self, backbone: Backbone, batch: Batch) -> Tokens:
-        return backbone.fuse(backbone.embed_image(batch.images), task=self.name)
+        return backbone.fuse(backbone.embed_image(batch.images, task=self.name), task=self.name)
 
     def loss(self, backbone: Backbone, head: nn.Module, batch: Batch) -> Tensor:
         caption = batch.texts["caption"]

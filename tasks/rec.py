@@ -92,8 +92,8 @@ class ReferringExpressions(Task):
         return Batch(images, {"expression": text}, {"boxes": boxes})
 
     def _fused(self, backbone: Backbone, batch: Batch) -> Tokens:
-        text = backbone.embed_text(batch.texts["expression"])
-        return backbone.fuse(text, backbone.embed_image(batch.images), task=self.name)
+        text = backbone.embed_text(batch.texts["expression"], task=self.name)
+        return backbone.fuse(text, backbone.embed_image(batch.images, task=self.name), task=self.name)
 
     def loss(self, backbone: Backbone, head: nn.Module, batch: Batch) -> Tensor:
         fused, boxes = self._fused(backbone, batch), batch.extras["boxes"]

@@ -77,11 +77,11 @@ class Retrieval(Task):
 
     def _embed_images(self, backbone: Backbone, head: nn.Module, images: Images) -> Tensor:
         assert isinstance(head, Aligner)
-        return head.of_image(backbone.fuse(backbone.embed_image(images), task=self.name))
+        return head.of_image(backbone.fuse(backbone.embed_image(images, task=self.name), task=self.name))
 
     def _embed_texts(self, backbone: Backbone, head: nn.Module, texts: Texts) -> Tensor:
         assert isinstance(head, Aligner)
-        return head.of_text(backbone.fuse(backbone.embed_text(texts), task=self.name))
+        return head.of_text(backbone.fuse(backbone.embed_text(texts, task=self.name), task=self.name))
 
     def loss(self, backbone: Backbone, head: nn.Module, batch: Batch) -> Tensor:
         assert isinstance(head, Aligner)

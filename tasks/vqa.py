@@ -41,8 +41,8 @@ class VisualQuestionAnswering(Task):
         return Batch(images, texts, {"weights": weights})
 
     def _memory(self, backbone: Backbone, batch: Batch) -> Tokens:
-        text = backbone.embed_text(batch.texts["question"])
-        return backbone.fuse(text, backbone.embed_image(batch.images), task=self.name)
+        text = backbone.embed_text(batch.texts["question"], task=self.name)
+        return backbone.fuse(text, backbone.embed_image(batch.images, task=self.name), task=self.name)
 
     def loss(self, backbone: Backbone, head: nn.Module, batch: Batch) -> Tensor:
         answer = batch.texts["answer"]

@@ -104,6 +104,13 @@ class DeclaredDeadParameter(Gains):
     dead: ClassVar[dict[str, str]] = {"*.useless": "shows how to declare it"}
 
 
+class FalselyConditional(Gains):
+    """Says of what never gets a gradient that it does on some tasks."""
+
+    module = UselessGain
+    conditional: ClassVar[dict[str, str]] = {"*.useless": "only some tasks use it"}
+
+
 class StaleDeclarations(Gains):
     dead: ClassVar[dict[str, str]] = {"*.long_gone": "it was removed", "*.attention.sites.output.0.s": "it is alive"}
 

@@ -90,12 +90,12 @@ def skipped(report: Report, task: str) -> set[str]:
 
 @pytest.mark.parametrize("method", SHIPPED)
 def test_every_shipped_method_passes_on_every_task(method: str, shipped: dict[str, Report]) -> None:
-    report, kind = shipped[method], METHODS.get(method)
+    report, kind = shipped[method], METHODS.get(method)()
     assert tuple(report.findings) == TASKS
     assert list(report.failures()) == [] and report.ok
     claims = {"identity": kind.identity, "merge": kind.mergeable, "detached": kind.detached}
     for task in TASKS:
-        assert skipped(report, task) == {name for name, claimed in claims.items() if not claimed}
+        assert skipped(report, task) == {"conditional"} | {name for name, claimed in claims.items() if not claimed}
 
 
 @pytest.mark.parametrize("name", ["Scaling", "NormGains", *(kind.__name__ for kind in SOUND)])
@@ -124,6 +124,16 @@ def test_what_a_task_leaves_out_of_a_backbone_excuses_no_other_parameter() -> No
     assert [finding.check for _, finding in report.failures()] == ["gradients"]
 
 
+def test_what_is_said_to_live_on_some_tasks_lives_on_one_of_them() -> None:
+    on_all, on_one = (check(broken.FalselyConditional, tasks=tasks) for tasks in (None, ["rec"]))
+    failures = {finding.check: finding.message for _, finding in on_all.failures()}
+    assert failures.keys() == {"conditional"} and "on no task does backbone.stacks." in failures["conditional"]
+    assert on_one.ok
+    assert outcomes(on_one, "rec")["conditional"] == Finding(
+        "conditional", "skip", "needs all tasks that the backbone serves"
+    )
+
+
 def test_a_claim_that_is_made_is_checked(others: dict[str, Report]) -> None:
     assert outcomes(others["Gains"], "rec")["identity"].outcome == "pass"
     assert outcomes(others["Gains"], "rec")["detached"] == Finding("detached", "skip", "not claimed")
@@ -143,7 +153,7 @@ def test_exactly_the_right_check_fails_and_names_the_culprit(
 def test_what_follows_from_a_fault_is_skipped_with_a_pointer_to_it(others: dict[str, Report]) -> None:
     assert "see `frozen`" in outcomes(others["WritesFrozenWeights"], "rec")["reload"].message
     assert "see `evaluation`" in outcomes(others["DropsInEvaluation"], "rec")["reload"].message
-    names = {one.__name__ for one in CHECKS}
+    names = {one.__name__ for one in CHECKS} | {"conditional"}
     assert skipped(others["Refuses"], "rec") == names - {"runs"}
     assert skipped(others["StartsAtNaN"], "rec") >= {"frozen", "gradients", "reload", "seed", "restore"}
 
@@ -159,7 +169,7 @@ def test_a_report_reads_as_a_table_and_as_plain_data(others: dict[str, Report]) 
     assert "all passed" in text(others["Gains"])
     data: dict[str, Any] = wrong.as_json()
     assert data["ok"] is False and data["method"] == "tests.broken_methods:DeadParameter"
-    assert [row["check"] for row in data["findings"]["rec"]] == [one.__name__ for one in CHECKS]
+    assert [row["check"] for row in data["findings"]["rec"]] == [*(one.__name__ for one in CHECKS), "conditional"]
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ Kit = Callable[..., dict[str, Code]]
 
 
 def forget() -> None:
-    for cached in (fingerprint.closure, fingerprint._module, fingerprint._place):
+    for cached in (fingerprint.closure, fingerprint._module, fingerprint.place_of):
         cached.cache_clear()
     importlib.invalidate_caches()
 

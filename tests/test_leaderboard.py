@@ -23,7 +23,8 @@ from .record_factory import MIB, make_record, make_samples
 DESIGNED_COLUMNS = [
     "method", "variant", "size_name", "size", "task", "dataset", "backbone", "seeds", "outcome", "stale", "metric",
     "score_mean", "score_std", "score_low", "score_high", "rank", "trainable_params", "trainable_percent",
-    "head_params", "stored_params", "inference_extra_params", "stored_bytes", "accounted_bytes", "peak_bytes",
+    "effective_params", "head_params", "stored_params", "inference_extra_params", "stored_bytes", "accounted_bytes",
+    "peak_bytes",
     "train_seconds", "step_seconds", "step_flops", "latency_seconds", "merged_latency_seconds", "throughput",
     "step_joules", "contended", "pareto",
 ]
@@ -72,8 +73,9 @@ def test_one_seed_has_no_deviation_and_unknowns_are_empty_fields(tmp_path: Path)
     write_csv(table([make_record()]), tmp_path / "leaderboard.csv")
     (row,) = csv.DictReader((tmp_path / "leaderboard.csv").open())
     assert [name for name in COLUMNS if row[name] == ""] == [
-        *("variant", "size_name", "size", "score_std", "score_low", "score_high", "rank", "inference_extra_params"),
-        *("stored_bytes", "latency_seconds", "merged_latency_seconds", "throughput", "step_joules"),
+        *("variant", "size_name", "size", "score_std", "score_low", "score_high", "rank", "effective_params"),
+        *("inference_extra_params", "stored_bytes", "latency_seconds", "merged_latency_seconds", "throughput"),
+        "step_joules",
     ]
     assert (row["trainable_params"], row["accounted_bytes"], row["pareto"]) == ("10000", str(100 * MIB), "True")
 
@@ -264,3 +266,16 @@ def test_human_units_round_without_overflowing_into_the_next_unit() -> None:
 def test_a_csv_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot write"):
         write_csv(table([make_record()]), tmp_path / "missing" / "leaderboard.csv")
+
+
+def test_effective_parameters_are_shown_where_they_are_fewer_than_what_trains() -> None:
+    fewer = make_record("vl_adapter", trainable=12_000)
+    assert fewer.parameters
+    fewer = fewer.model_copy(update={"parameters": fewer.parameters.model_copy(update={"effective": 3_000})})
+    all_of_them = make_record("lora", trainable=9_000)
+    assert all_of_them.parameters
+    parameters = all_of_them.parameters.model_copy(update={"effective": 9_000})
+    all_of_them = all_of_them.model_copy(update={"parameters": parameters})
+    text = shown(table([fewer, all_of_them]))
+    assert "effective" in text and "3k" in text and "what the loss can send" in text
+    assert "effective" not in shown(table([all_of_them]))

@@ -56,10 +56,10 @@ class Dual(Backbone):
     def images(self, images: Sequence[Image]) -> Images:
         return preprocess(images, 32).to_dtype(torch.float64)
 
-    def embed_image(self, images: Images) -> Tokens:
+    def embed_image(self, images: Images, *, task: str | None = None) -> Tokens:
         return self.images_of[0].embed_image(images)  # type: ignore[operator,no-any-return]
 
-    def embed_text(self, texts: Texts) -> Tokens:
+    def embed_text(self, texts: Texts, *, task: str | None = None) -> Tokens:
         text = self.texts_of[0]
         assert isinstance(text, Tiny)
         return text.fuse(text.embed_text(texts), task="")

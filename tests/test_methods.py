@@ -9,7 +9,7 @@ import pytest
 import torch
 from petlbench.methods.lora import LoRA, LoRAConfig, LowRank
 from petlbench.methods.selective import BitFit, Full, HeadOnly
-from petlbench.methods.vl_adapter import Bottleneck, VLAdapter, VLAdapterConfig
+from petlbench.methods.vl_adapter import VLAdapter, VLAdapterConfig
 from torch import Tensor, nn
 from transformers.models.bart.modeling_bart import BartDecoderLayer, BartEncoderLayer
 from transformers.models.t5.modeling_t5 import T5Attention, T5Config
@@ -120,7 +120,7 @@ def bart_base() -> Bare:
 def test_counts_on_bart_base_are_the_published_ones() -> None:
     backbone = VLAdapter(VLAdapterConfig(stacks=TEXT_STACKS)).adapt(bart_base())
     assert (count(backbone, ".sites."), count(backbone)) == (4_449_600, 4_449_600 + 49_152)
-    backbone = LoRA(LoRAConfig(rank=128, stacks=TEXT_STACKS)).adapt(bart_base())
+    backbone = LoRA(LoRAConfig(stacks=TEXT_STACKS)).adapt(bart_base())
     assert (count(backbone, ".path."), count(backbone)) == (7_077_888, 7_077_888 + 125_952)
     assert count(BitFit().adapt(bart_base())) == 125_952
 
@@ -160,8 +160,9 @@ def test_lora_starts_as_the_identity_and_merges_into_the_weights() -> None:
 
 def test_initial_values_have_the_published_moments() -> None:
     torch.manual_seed(0)
-    bottleneck, path = Bottleneck(256, 64), LowRank(256, 128, 64, 16.0, 0.1)
+    bottleneck, path = VLAdapter().adapter(512, t5=False), LowRank(256, 128, 64, 16.0, 0.1)
     for linear in (bottleneck.down, bottleneck.up):
+        assert isinstance(linear, nn.Linear)
         weight, n = linear.weight.detach(), linear.weight.numel()
         assert abs(float(weight.mean())) < 5 * 0.02 / math.sqrt(n)
         assert abs(float(weight.std()) - 0.02) < 5 * 0.02 / math.sqrt(2 * n)

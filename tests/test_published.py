@@ -66,11 +66,12 @@ def test_each_kind_is_judged_by_its_own_measure(kind: str, value: str, ours: flo
 
 def test_the_packaged_figures_name_what_there_is_each_once_and_with_a_source() -> None:
     figures = read()
-    assert len({(f.label, f.backbone, f.quantity, f.kind) for f in figures}) == len(figures) >= 25
+    assert len({(f.label, f.backbone, f.quantity, f.kind) for f in figures}) == len(figures) >= 110
     for one in figures:
         kind: Any = BACKBONES.get(one.backbone)
-        kind.configured(one.backbone, one.backbone_config)
-        METHODS.get(one.method).Config(**one.method_config)
+        kind.configured(one.backbone, one.cell.backbone_config)
+        METHODS.get(one.method).Config(**one.cell.method_config)
+        assert not one.variant or one.variant in METHODS.get(one.method).variants or one.method_config
         assert TASKS.get(one.task)().refuses(kind, kind.configured(one.backbone, one.backbone_config)) is None
         assert one.source and one.limits[0] <= one.limits[1]
         assert one.kind == "claim" or one.quantity in {*published.COUNTED, SAVED}
@@ -98,6 +99,39 @@ def test_counts_go_through_method_and_head_and_each_backbone_is_built_once(monke
     assert [finding.verdict for finding in found] == [*["equal"] * 3, "not measured", "measured", "DIFFERS"]
     assert [finding.figure for finding in found] == figures
     assert built == ["meta"]
+
+
+def test_a_variant_stands_for_its_options_and_for_those_that_it_needs_of_the_backbone() -> None:
+    plain = figure(method="lora", variant="plain", method_config='{"rank": 4}').cell
+    assert plain.method_config == {**METHODS.get("lora").variants["plain"], "rank": 4}
+    frozen = figure(method="multiway_adapter", method_config='{"train_heads": false}', backbone="beit3:tiny").cell
+    assert frozen.backbone_config == {"heads": "frozen", "weights": "none"}
+
+
+def test_a_methods_own_effective_parameters_are_those_that_can_receive_a_gradient() -> None:
+    options = '{"weights": "none", "image_size": 96}'
+    quantities = ("method_parameters", published.EFFECTIVE, "trainable_parameters", "host_and_head_parameters")
+    figures = [figure(method="vl_adapter", task="rec", backbone_config=options, quantity=q) for q in quantities]
+    figures += [figure(method="vl_adapter", variant="multiple", task="rec", backbone_config=options, quantity=q)
+                for q in quantities]  # fmt: skip
+    found = [finding.ours for finding in verify(figures)]
+    own, reached, trained, others, all_own, of_task, *_ = (int(one or 0) for one in found)
+    assert trained == own + others
+    assert 0 < reached < own  # no word is decoded for a referring expression
+    assert of_task == reached and all_own > 3 * own - others
+
+
+def test_percentages_are_of_the_adapted_or_of_the_untouched_backbone() -> None:
+    quantities = ("trainable_percent", "trainable_percent_of_untouched", "method_percent_of_untouched")
+    of_all, of_untouched, own = (
+        finding.ours or 0.0
+        for finding in verify([figure(method="lora", quantity=q, kind="percent", unit="percent") for q in quantities])
+    )
+    whole = tiny_parameters()
+    of_method = verify([figure(method="lora", quantity="method_parameters")])[0].ours or 0
+    trained = verify([figure(method="lora")])[0].ours or 0
+    assert (of_untouched, own) == (100 * trained / whole, 100 * of_method / whole)
+    assert of_all < of_untouched
 
 
 def test_variants_are_told_apart_and_the_backbone_is_left_as_it_was() -> None:

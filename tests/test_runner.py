@@ -12,8 +12,8 @@ from safetensors import safe_open
 from petlbench import runner, search
 from petlbench.records import Store
 from petlbench.registry import METHODS
-from petlbench.runner import run_cell
-from petlbench.spec import Cell, Recipe, Record
+from petlbench.runner import run_cell, size_of
+from petlbench.spec import Cell, Recipe, Record, Size
 from petlbench.training import Diverged
 
 SMALL = {"train_scenes": 24, "validation_scenes": 12, "test_scenes": 12}
@@ -63,7 +63,9 @@ def test_every_method_runs_on_every_task_and_is_measured(method: str, task: str,
     assert set(record.fingerprints) == {
         "method", "task", "metric", "backbone", "source", "training", "data", "weights"
     }  # fmt: skip
-    assert (record.size is not None) == (method in ("lora", "vl_adapter"))
+    assert record.size is None and record.parameters.effective is not None
+    # Everything works together in vqa; no decoder gets a gradient where nothing is decoded.
+    assert (record.parameters.effective < record.parameters.trainable) == (task != "vqa" and method != "head_only")
     stored = tmp_path / "adapters" / f"{record.cell.id}.safetensors"
     assert count.stored_bytes == stored.stat().st_size
     with safe_open(stored, "pt") as file:
@@ -154,6 +156,12 @@ def test_a_measurement_that_does_not_fit_in_memory_does_not_cost_the_cell(
     assert record.inference is None
     assert {"saved tensors not measured: out of memory", "inference not measured: out of memory"} <= set(record.notes)
     assert Store.open(tmp_path, create=False).load() == [record]
+
+
+def test_the_size_is_the_option_that_the_method_names_where_it_is_set() -> None:
+    assert size_of(cell("lora", method_config={"rank": 4})) == Size(name="rank", value=4)
+    assert size_of(cell("lora")) is None  # a share of the backbone's width
+    assert size_of(cell("full")) is None
 
 
 def test_the_test_split_is_evaluated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,8 +27,14 @@ class Plain:
 
     Config: ClassVar[Any] = MethodConfig
     recipe: ClassVar[dict[str, Any]] = {}
+    variants: ClassVar[dict[str, dict[str, Any]]] = {}
+    impossible: ClassVar[dict[str, str]] = {}
+    knob = None
 
     def __init__(self, config: object = None) -> None: ...
+
+    def default_recipe(self, family: str) -> dict[str, Any]:
+        return self.recipe
 
     def host_options(self, family: str) -> dict[str, Any]:
         return {}
@@ -40,6 +46,8 @@ class RankConfig(MethodConfig):
 
 class Ranked(Plain):
     Config = RankConfig
+    variants: ClassVar[dict[str, dict[str, Any]]] = {"usual": {}, "wide": {"rank": 64}}
+    impossible: ClassVar[dict[str, str]] = {"flat": "rank 0 is no rank"}
     recipe: ClassVar[dict[str, Any]] = {"lr": 5e-3, "weight_decay": 0.5}
 
 
@@ -132,7 +140,7 @@ def test_cells_are_the_product_seed_by_seed() -> None:
         ({"methods": ["plain"], "tasks": ["captions:photos"]}, [("plain", "captions", "photos")]),
         (
             {"methods": ["ranked", "*"], "tasks": ["boxes", "boxes:photos"]},
-            [("ranked", "boxes", "photos"), ("plain", "boxes", "photos")],
+            [(name, "boxes", "photos") for name in ("ranked", "plain", "ranked", "rated", "rated")],
         ),
     ],
 )
@@ -147,6 +155,28 @@ def test_a_selected_method_keeps_the_suites_configuration_and_a_foreign_one_has_
         ("ranked", "large", {"rank": 9}, 5),
         ("plain", "", {}, 5),
     ]
+
+
+def test_a_variant_is_a_method_with_the_options_that_it_names() -> None:
+    cells = expand(suite(methods=["ranked:wide", {"name": "ranked:wide", "variant": "odd", "config": {"rank": 3}}]))
+    assert [(c.method, c.variant, c.method_config) for c in cells[:2]] == [
+        ("ranked", "wide", {"rank": 64}),
+        ("ranked", "odd", {"rank": 3}),
+    ]
+
+
+def test_a_wildcard_stands_for_every_method_and_variant_once() -> None:
+    def labels(own: list[Any], pattern: str) -> list[str]:
+        cells = expand(suite(methods=own, tasks=["boxes"]), methods=[pattern])
+        return [f"{cell.method}:{cell.variant}" for cell in cells]
+
+    assert labels(["plain"], "*") == ["plain:", "ranked:", "ranked:wide", "rated:", "rated:wide"]
+    assert labels([{"name": "ranked", "variant": "mine", "config": {"rank": 64}}], "ranked*") == [
+        "ranked:mine",
+        "ranked:",
+    ]
+    assert labels(["plain"], "ranked:*") == ["ranked:usual", "ranked:wide"]
+    assert labels(["plain"], "ranked:usual") == ["ranked:usual"]
 
 
 def test_a_backbone_outside_the_suite_takes_its_place() -> None:
@@ -185,6 +215,9 @@ def test_each_data_set_is_checked_once_at_the_data_root(tmp_path: Path, monkeypa
     [
         ({}, {"methods": ["rankd"]}, "unknown method 'rankd': did you mean 'ranked'?"),
         ({}, {"methods": ["z*"]}, "unknown method 'z*': `petlbench list methods` shows all"),
+        ({}, {"methods": ["ranked:wid"]}, "method 'ranked' has no variant 'wid': did you mean 'wide'?"),
+        ({}, {"methods": ["plain:xyz"]}, "method 'plain' has no variant 'xyz': there are none"),
+        ({"methods": ["ranked:flat"]}, {}, "method 'ranked:flat' cannot be run: rank 0 is no rank"),
         ({}, {"tasks": ["boxs"]}, "unknown task 'boxs': did you mean 'boxes'?"),
         ({}, {"tasks": ["boxes:photo"]}, "unknown data set 'photo': did you mean 'photos'?"),
         ({}, {"backbone": "bod"}, "unknown backbone 'bod': did you mean 'body'?"),

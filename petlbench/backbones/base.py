@@ -6,14 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from PIL.Image import Image
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from petlbench.backbones.sites import TEXT, Pass, Segments, Stack
+from petlbench.backbones.sites import TEXT, Pass, Segments, Stack, inserted
 from petlbench.backbones.text import Codec
 from petlbench.errors import UserError
 from petlbench.registry import did_you_mean
@@ -42,6 +42,12 @@ class Tokens:
         """(B, d): the mean over real tokens."""
         weight = self.mask.unsqueeze(-1).to(self.states.dtype)
         return (self.states * weight).sum(1) / weight.sum(1).clamp_min(1)
+
+    def rows(self, index: Tensor) -> Self:
+        """Of every tensor the rows at `index` (B',), whatever a subclass adds."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        picked: dict[str, Any] = {name: value[index] for name, value in tensors.items()}
+        return replace(self, **picked)
 
     def context(self, **more: Any) -> Pass:
         """A pass over these tokens; `more` are its other fields."""
@@ -211,7 +217,12 @@ class Backbone(nn.Module, ABC):
         return stack
 
     def freeze(self) -> None:
-        """Nothing trains but the host parts that every method trains (a visual projection, say)."""
+        """Nothing trains but the host parts that every method trains (a visual projection, say).
+
+        Raises ValueError where a method has been applied before, for this would freeze what it inserted.
+        """
+        if any(p.requires_grad for module in inserted(self) for p in module.parameters()):
+            raise ValueError("another method is in this backbone already, and this one would freeze it: apply one")
         hosts = self.host_parameters()
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in hosts)
@@ -221,6 +232,16 @@ class Backbone(nn.Module, ABC):
         fixed = self.fixed_parameters()
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name not in fixed)
+
+    def pretrained_roles(self) -> tuple[str, ...]:
+        """The stacks that a method can adapt: all but those that every method trains whole, from scratch."""
+        hosts = self.host_parameters()
+        whole = {
+            role
+            for role in self.roles()
+            if hosts.issuperset(f"stacks.{role}.{name}" for name, _ in self.stack(role).named_parameters())
+        }
+        return tuple(role for role in self.roles() if role not in whole)
 
     def own_head(self, task: str) -> nn.Module | None:
         """The head that the family was published with for this task."""
@@ -263,11 +284,14 @@ class Backbone(nn.Module, ABC):
         return self.codec.decode(ids)
 
     @abstractmethod
-    def embed_image(self, images: Images) -> Tokens:
-        """Image tokens at `width`: of the fusing stack, before it; of a dual encoder, all through its tower."""
+    def embed_image(self, images: Images, *, task: str | None = None) -> Tokens:
+        """Image tokens at `width`: of the fusing stack, before it; of a dual encoder, all through its tower.
+
+        `task` is what modules in a tower may ask of the pass, as in `fuse`.
+        """
 
     @abstractmethod
-    def embed_text(self, texts: Texts) -> Tokens:
+    def embed_text(self, texts: Texts, *, task: str | None = None) -> Tokens:
         """Text tokens at `text_width`: of the fusing stack, before it; of a dual encoder, all through its tower."""
 
     @abstractmethod

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -207,7 +208,7 @@ class BEiT3(Backbone):
         mask = torch.ones(len(images), side, side, dtype=torch.bool)
         return Images(pixels, mask, scale, torch.zeros_like(scale))
 
-    def embed_image(self, images: Images) -> Tokens:
+    def embed_image(self, images: Images, *, task: str | None = None) -> Tokens:
         """CLS, then patches; CLS is marked."""
         x = self.image_embedding(images.pixels)
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
@@ -215,7 +216,7 @@ class BEiT3(Backbone):
         centres = whole_and_cells(side, side, device=x.device).to(x.dtype).expand(len(x), -1, -1)
         return plain_tokens(x, mask, IMAGE, positions=centres, mark=_mark(x))
 
-    def embed_text(self, texts: Texts) -> Tokens:
+    def embed_text(self, texts: Texts, *, task: str | None = None) -> Tokens:
         """Padding is zeroed here, once; <s> is marked."""
         x = self.text_embedding(texts.ids) * texts.mask.unsqueeze(-1)
         return plain_tokens(x, texts.mask, TEXT, mark=_mark(x))
@@ -224,18 +225,25 @@ class BEiT3(Backbone):
         """One pass over all parts; the CLS of the first image is marked, or else <s>."""
         tokens = join(parts)
         kinds = [kind for kind, _ in tokens.segments]
-        before = tokens.segments[: kinds.index(IMAGE)] if IMAGE in kinds else ()
         context = tokens.context(
             task=task,
             bias=additive(tokens.mask, tokens.states.dtype) if TEXT in kinds else None,
         )
         states, _ = self.stack("encoder").run(tokens.states, context)
-        return replace(tokens, states=states, mark=_mark(states, sum(length for _, length in before)))
+        return replace(tokens, states=states, mark=_first_mark(parts))
 
 
-def _mark(x: Tensor, index: int = 0) -> Tensor:
-    """(B,): the same index for every row of x (B, N, d)."""
-    return torch.full((len(x),), index, dtype=torch.long, device=x.device)
+def _mark(x: Tensor) -> Tensor:
+    """(B,): the first token of every row of x (B, N, d)."""
+    return torch.zeros(len(x), dtype=torch.long, device=x.device)
+
+
+def _first_mark(parts: Sequence[Tokens]) -> Tensor | None:
+    """(B,): where the mark of the first image stands once all parts are joined, or else that of the first text."""
+    starts = accumulate((part.mask.shape[1] for part in parts), initial=0)
+    placed = zip(starts, parts, strict=False)  # one start more: where everything ends
+    marked = [(start + part.mark, part.segments[0][0]) for start, part in placed if part.mark is not None]
+    return next((mark for mark, kind in marked if kind == IMAGE), marked[0][0] if marked else None)
 
 
 def _initialise(module: nn.Module) -> None:

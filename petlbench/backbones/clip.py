@@ -196,13 +196,14 @@ class Clip(Backbone):
         ready = [self.preprocessing(image) for image in images]
         return Images(*(torch.stack(parts) for parts in zip(*ready, strict=True)))
 
-    def embed_image(self, images: Images) -> Tokens:
+    def embed_image(self, images: Images, *, task: str | None = None) -> Tokens:
         stack, x = self.stack("vision"), self.image_stem(images.pixels)
         centres = self.centres.to(x.dtype).expand(len(x), -1, -1)
         if stack.embedding_norm is not None:
             x = stack.embedding_norm(x)
         entering = plain_tokens(x, torch.ones_like(x[..., 0], dtype=torch.bool), IMAGE)
-        context = entering.context()
+        mark = torch.zeros_like(entering.mask[:, 0], dtype=torch.long) if self.marked else None
+        context = entering.context(task=task, mark=mark)
         x, _ = stack.run(x, context)
         x, centres = x[:, self.drop :], centres[:, self.drop :]
         if self.resampler is not None:
@@ -214,7 +215,7 @@ class Clip(Backbone):
         mark = torch.zeros_like(mask[:, 0], dtype=torch.long) if self.marked else None
         return plain_tokens(x, mask, IMAGE, positions=centres, mark=mark)
 
-    def embed_text(self, texts: Texts) -> Tokens:
+    def embed_text(self, texts: Texts, *, task: str | None = None) -> Tokens:
         ids, mask = texts.ids, texts.mask
         classed = self.text_stem.class_embedding is not None
         if classed or not self.causal:
@@ -225,9 +226,10 @@ class Clip(Backbone):
             mask = F.pad(mask, (0, 1), value=True)
         x = self.text_stem(ids)
         entering = plain_tokens(x, mask, TEXT)
-        context = entering.context(bias=self._text_bias(ids, mask, x.dtype))
+        mark = self._mark(ids, mask)
+        context = entering.context(task=task, mark=mark, bias=self._text_bias(ids, mask, x.dtype))
         x, _ = self.stack("text").run(x, context)
-        return plain_tokens(x, mask, TEXT, mark=self._mark(ids, mask))
+        return plain_tokens(x, mask, TEXT, mark=mark)
 
     def _text_bias(self, ids: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor | None:
         """(1 or B, 1, N, N). CoCa's mask of padding stands one place too far to the right, as it was trained."""

@@ -102,7 +102,7 @@ class BartHost(EncoderDecoder):
         self.stacks["encoder"] = Stack(encoder, width=self.width, embedding_norm=bart.encoder.layernorm_embedding)
         self.stacks["decoder"] = Stack(decoder, width=self.width, embedding_norm=bart.decoder.layernorm_embedding)
 
-    def embed_text(self, texts: Texts) -> Tokens:
+    def embed_text(self, texts: Texts, *, task: str | None = None) -> Tokens:
         x = self.token_embedding(texts.ids) + self.encoder_positions(texts.ids)
         norm = self.stack("encoder").embedding_norm
         assert norm is not None

@@ -151,11 +151,11 @@ class Extended(Backbone):
     def texts(self, texts: Sequence[str], max_length: int) -> Texts:
         return self.inner.texts(texts, max_length)
 
-    def embed_image(self, images: Images) -> Tokens:
-        return self.inner.embed_image(images)
+    def embed_image(self, images: Images, *, task: str | None = None) -> Tokens:
+        return self.inner.embed_image(images, task=task)
 
-    def embed_text(self, texts: Texts) -> Tokens:
-        return self.inner.embed_text(texts)
+    def embed_text(self, texts: Texts, *, task: str | None = None) -> Tokens:
+        return self.inner.embed_text(texts, task=task)
 
     def fuse(self, *parts: Tokens, task: str) -> Tokens:
         if "fusion" not in self.lent:

@@ -34,8 +34,8 @@ class Pass:
     """One forward pass through a stack: what an inserted module may ask, and what the host's own cores need.
 
     Modules may read `types` (B, N) (TEXT or IMAGE), `mask` (B, N) (True: a real token; padding can stand
-    mid-sequence), `segments` (the types as runs that all rows share), `task` and `step` (tokens already decoded). The
-    rest belongs to the host.
+    mid-sequence), `segments` (the types as runs that all rows share), `task`, `step` (tokens already decoded) and
+    `mark` (B,) (where a tower's pooled token stands, if it has one). The rest belongs to the host.
     """
 
     types: Tensor | None = None
@@ -43,6 +43,7 @@ class Pass:
     segments: Segments = ()
     task: str | None = None
     step: int = 0
+    mark: Tensor | None = None
     positions: Tensor | None = None
     bias: Tensor | None = None
     memory: Tensor | None = None
@@ -284,6 +285,20 @@ class Stack(nn.Module):
             with context.active():  # a norm may be one per modality
                 x = self.final_norm(x)
         return x, found
+
+
+def inserted(module: nn.Module) -> Iterator[nn.Module]:
+    """What methods brought into a module tree: at sites, beside projections, behind layers, and whatever else says so
+    by an attribute `brought` (a side network, say)."""
+    for child in module.modules():
+        if isinstance(child, SubLayer):
+            yield from (one for place in child.sites.children() for one in place.children())
+        elif isinstance(child, Parallel):
+            yield child.path
+        elif isinstance(child, Layer):
+            yield from child.tail
+        elif getattr(child, "brought", False):
+            yield child
 
 
 class Snapshot:

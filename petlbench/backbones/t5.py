@@ -47,7 +47,7 @@ class T5Host(EncoderDecoder):
         bias: Tensor = attention.compute_bias(queries, keys, past_seen_tokens=step)
         return bias
 
-    def embed_text(self, texts: Texts) -> Tokens:
+    def embed_text(self, texts: Texts, *, task: str | None = None) -> Tokens:
         return plain_tokens(self.token_embedding(texts.ids), texts.mask, TEXT)
 
     def encoder_bias(self, tokens: Tokens) -> Tensor:

@@ -105,9 +105,9 @@ class Tiny(BartHost):
     def images(self, images: Sequence[Image]) -> Images:
         return preprocess(images, self.config.image_size)
 
-    def embed_image(self, images: Images) -> Tokens:
+    def embed_image(self, images: Images, *, task: str | None = None) -> Tokens:
         features, mask, centres = self.image_tokenizer(images)
         tokens = plain_tokens(features, mask, IMAGE)
-        context = tokens.context(bias=additive(mask, features.dtype))
+        context = tokens.context(task=task, bias=additive(mask, features.dtype))
         features, _ = self.stack("vision").run(features, context)
         return plain_tokens(self.visual(features), mask, IMAGE, positions=centres / self.config.image_size)

@@ -233,7 +233,7 @@ class TransVG(Backbone):
             offset[i] = torch.tensor([left, top]) / size
         return Images(pixels, mask, scale, offset)
 
-    def image_input(self, images: Images) -> tuple[Tokens, Pass]:
+    def image_input(self, images: Images, task: str | None = None) -> tuple[Tokens, Pass]:
         """What enters the image encoder, and its pass."""
         grid = self.input_projection(self.resnet.forward_features(images.pixels))
         rows, columns = grid.shape[-2:]
@@ -245,24 +245,24 @@ class TransVG(Backbone):
             IMAGE,
             positions=places.expand(len(mask), -1, -1),
         )
-        return tokens, _pass(tokens, positions=sine_positions(mask, self.width).to(grid))
+        return tokens, _pass(tokens, positions=sine_positions(mask, self.width).to(grid), task=task)
 
-    def text_input(self, texts: Texts) -> tuple[Tokens, Pass]:
+    def text_input(self, texts: Texts, task: str | None = None) -> tuple[Tokens, Pass]:
         """What enters BERT's layers, padded to `text_length`, and their pass."""
         missing = self.config.text_length - texts.ids.shape[1]
         ids, mask = F.pad(texts.ids, (0, missing)), F.pad(texts.mask, (0, missing))
         norm = self.stack("text").embedding_norm
         assert norm is not None
         tokens = plain_tokens(self.bert(ids, norm), mask, TEXT)
-        return tokens, _pass(tokens)
+        return tokens, _pass(tokens, task=task)
 
-    def embed_image(self, images: Images) -> Tokens:
-        tokens, context = self.image_input(images)
+    def embed_image(self, images: Images, *, task: str | None = None) -> Tokens:
+        tokens, context = self.image_input(images, task)
         states, _ = self.stack("vision").run(tokens.states, context)
         return self.project(tokens, states)
 
-    def embed_text(self, texts: Texts) -> Tokens:
-        tokens, context = self.text_input(texts)
+    def embed_text(self, texts: Texts, *, task: str | None = None) -> Tokens:
+        tokens, context = self.text_input(texts, task)
         states, _ = self.stack("text").run(tokens.states, context)
         return self.project(tokens, states)
 

@@ -183,7 +183,7 @@ class GridVision(EncoderDecoder):
     def images(self, images: Sequence[Image]) -> Images:
         return self.grid.images(images)
 
-    def embed_image(self, images: Images) -> Tokens:
+    def embed_image(self, images: Images, *, task: str | None = None) -> Tokens:
         features = self.grid(images)
         states = self.visual(features.unsqueeze(1), self.token_embedding.weight)
         mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)

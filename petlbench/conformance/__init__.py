@@ -8,20 +8,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
+from petlbench.assembly import misfits
 from petlbench.backbones.base import Backbone
 from petlbench.conformance.bench import Bench, Reference, cell_of, method_class
-from petlbench.conformance.checks import CHECKS, judge
+from petlbench.conformance.checks import CHECKS, judge, judge_together
 from petlbench.conformance.observation import Seen, observe
 from petlbench.conformance.process import reload
 from petlbench.conformance.report import Finding, Report, render
 from petlbench.conformance.state import Inventory
 from petlbench.errors import UserError
 from petlbench.method import Method
-from petlbench.registry import BACKBONES, TASKS
-from petlbench.spec import Cell
+from petlbench.registry import BACKBONES, METHODS, TASKS
+from petlbench.spec import Cell, MethodSpec
 from petlbench.suite import validated
+from petlbench.variants import resolved
 
 __all__ = ["CHECKS", "Finding", "Report", "check", "check_all", "render"]
 
@@ -38,7 +40,8 @@ def check(
 ) -> Report:
     """Every check on every task (None: all that the backbone can serve). Takes a few seconds a task.
 
-    Raises UserError for names and options that do not exist, and for tasks that the backbone cannot serve.
+    `method`: a name, `name:variant`, `module:Class` or a class. Raises UserError for names and options that do not
+    exist, for tasks that the backbone cannot serve, and for a method that does not fit the backbone.
     """
     return check_all([method], backbone=backbone, tasks=tasks, config=config, device=device)[0]
 
@@ -53,18 +56,21 @@ def check_all(
 ) -> list[Report]:
     """As `check`, for several methods, all with the same options; their adapters share one new process."""
     served = _served(backbone, tasks)
-    subjects = [(_name(method), method_class(method) if isinstance(method, str) else method) for method in methods]
-    for name, kind in subjects:
-        validated(kind.Config, config or {}, f"method '{name}': config")
-    reports = [Report(name, backbone) for name, _ in subjects]
+    subjects = [_subject(method, config or {}) for method in methods]
+    for one in subjects:
+        validated(one.kind.Config, one.config, f"method '{one.label}': config")
+        cell = cell_of(one.name, one.kind, one.config, served[0], backbone)
+        if reason := misfits([cell], one.kind).get(cell.id):
+            raise UserError(reason)
+    reports = [Report(one.label, backbone) for one in subjects]
     seen: list[tuple[Report, str, Path, Seen]] = []
     adapters: dict[Path, Cell] = {}
     with TemporaryDirectory() as folder:
         untouched: dict[str, tuple[Backbone, Inventory]] = {}  # by the options that a method needs of it
         for task in served:
             references: dict[str, Reference] = {}
-            for report, (name, kind) in zip(reports, subjects, strict=True):
-                cell = cell_of(name, kind, config or {}, task, backbone)
+            for report, one in zip(reports, subjects, strict=True):
+                cell = cell_of(one.name, one.kind, one.config, task, backbone)
                 bench, options = Bench(cell, device), repr(cell.backbone_config)
                 if options not in untouched:
                     built = bench.backbone()
@@ -72,18 +78,34 @@ def check_all(
                 if options not in references:
                     references[options] = Reference(bench, *untouched[options])
                 file = Path(folder) / f"{len(seen)}.safetensors"
-                seen.append((report, task, file, observe(bench, kind, references[options], file)))
-                if file.exists() and _importable(kind):
+                seen.append((report, task, file, observe(bench, one.kind, references[options], file)))
+                if file.exists() and _importable(one.kind):
                     adapters[file] = cell
         for file, found in reload(adapters, device).items():
             next(s for _, _, path, s in seen if path == file).reloaded = found
-    for report, task, _, one in seen:
-        report.findings[task] = judge(one)
+    for report in reports:
+        own = {task: observed for owner, task, _, observed in seen if owner is report}
+        together = judge_together(own, everything=set(served) == set(_served(backbone, None)))
+        for task, observed in own.items():
+            report.findings[task] = [*judge(observed), together]
     return reports
 
 
-def _name(method: Subject) -> str:
-    return method if isinstance(method, str) else f"{method.__module__}:{method.__qualname__}"
+class _Subject(NamedTuple):
+    label: str
+    name: str  # by which a new process finds the class
+    kind: type[Method]
+    config: dict[str, Any]
+
+
+def _subject(method: Subject, config: dict[str, Any]) -> _Subject:
+    if not isinstance(method, str):
+        name = f"{method.__module__}:{method.__qualname__}"
+        return _Subject(name, name, method, config)
+    if ":" in method and METHODS.names(method.partition(":")[0]):
+        spec = resolved(MethodSpec(name=method, config=config))
+        return _Subject(method, spec.name, METHODS.get(spec.name), spec.config)
+    return _Subject(method, method, method_class(method), config)
 
 
 def _importable(kind: type[Method]) -> bool:

@@ -63,6 +63,7 @@ def cell_of(name: str, kind: type[Method], config: dict[str, Any], task: str, ba
     """What is trained in a check of `kind`: its own training options, but few and short."""
     dataset = TASKS.get(task).default_dataset
     fields = DATASETS.get(dataset).Config.model_fields
+    method, family = kind(kind.Config(**config)), backbone.partition(":")[0]
     return Cell(
         method=name,
         method_config=config,
@@ -70,8 +71,8 @@ def cell_of(name: str, kind: type[Method], config: dict[str, Any], task: str, ba
         dataset=dataset,
         dataset_config={key: value for key, value in SCENES.items() if key in fields},
         backbone=backbone,
-        backbone_config=kind(kind.Config(**config)).host_options(backbone.partition(":")[0]),
-        recipe=Recipe(**{**kind.recipe, **RECIPE, **LIMITS}),
+        backbone_config=method.host_options(family),
+        recipe=Recipe(**{**method.default_recipe(family), **RECIPE, **LIMITS}),
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import TypeVar
 
 from petlbench.conformance.bench import distance
@@ -38,7 +39,7 @@ def finite(seen: Seen) -> str:
 
 def identity(seen: Seen) -> str:
     """Before training, the untouched backbone's outputs, where that is claimed."""
-    if not seen.kind.identity:
+    if not seen.claims.identity:
         raise Skip("not claimed")
     _repeating(seen)
     start, untouched = _needed(seen.start), _needed(seen.untouched)
@@ -69,21 +70,43 @@ def gradients(seen: Seen) -> str:
     if seen.trained is None:
         raise Skip("training did not end")
     wrong = []
-    for pattern, _ in seen.kind.dead.items():
+    for pattern, _ in seen.claims.dead.items():
         matches = [name for name in seen.trainable if fnmatchcase(name, pattern)]
         if not matches:
             wrong.append(f"`dead` names {pattern}, which no trainable tensor matches: remove it")
         elif living := [name for name in matches if name in alive]:
             wrong.append(f"`dead` names {pattern}, but {some(living)} gets a gradient: remove or narrow it")
     silent = [name for name in seen.trainable if name not in alive and name not in seen.idle]
-    if dead := [name for name in silent if not any(fnmatchcase(name, pattern) for pattern in seen.kind.dead)]:
+    declared = [*seen.claims.dead, *seen.claims.conditional]
+    if dead := [name for name in silent if not any(fnmatchcase(name, pattern) for pattern in declared)]:
         wrong.append(f"no gradient ever reaches {some(dead)}: use it, freeze it, or declare it in `dead`")
     return "; ".join(wrong)
 
 
+def conditional(tasks: Mapping[str, Seen], everything: bool) -> str:
+    """Of what gets a gradient on some tasks only, each gets one on at least one of `tasks`, if these are all."""
+    claims = next(iter(tasks.values())).claims
+    if not claims.conditional:
+        raise Skip("not claimed")
+    if not everything:
+        raise Skip("needs all tasks that the backbone serves")
+    alive = {_plain(name) for seen in tasks.values() for name in _needed(seen.alive)}
+    for pattern in claims.conditional:
+        named = [name for seen in tasks.values() for name in seen.trainable if fnmatchcase(name, pattern)]
+        named = [name for name in named if not any(fnmatchcase(name, other) for other in claims.dead)]
+        if never := [name for name in dict.fromkeys(map(_plain, named)) if name not in alive]:
+            return f"`conditional` names {pattern}, but on no task does {some(never)} get a gradient: freeze it"
+    return ""
+
+
+def _plain(name: str) -> str:
+    """As it is called where nothing is lent to the backbone."""
+    return name.replace("backbone.inner.", "backbone.", 1)
+
+
 def detached(seen: Seen) -> str:
     """No gradient in the frozen backbone and nothing of it saved for backward, where that is claimed."""
-    if not seen.kind.detached:
+    if not seen.claims.detached:
         raise Skip("not claimed")
     if not (reached := _needed(seen.reached)):
         return ""
@@ -107,7 +130,8 @@ def evaluation(seen: Seen) -> str:
             f"two evaluations differ (losses {trained.loss:.7g} and {repeated.loss:.7g}): draw nothing and keep no "
             "state when `self.training` is False; modules must be registered to hear of it"
         )
-    if _numeric(trained.predictions) and distance(trained.predictions, seen.regrouped) > REGROUPING:
+    alone = _numeric(trained.predictions) and not seen.claims.mixes_rows
+    if alone and distance(trained.predictions, seen.regrouped) > REGROUPING:
         return "predictions of a row depend on the rows beside it: use no statistics over the batch"
     return ""
 
@@ -153,7 +177,7 @@ def seed(seen: Seen) -> str:
 
 def merge(seen: Seen) -> str:
     """`merge` changes nothing but the place of the weights, where that is claimed."""
-    if not seen.kind.mergeable:
+    if not seen.claims.mergeable:
         raise Skip("not claimed")
     unmerged = _needed(seen.unmerged)
     _repeating(seen)
@@ -191,14 +215,20 @@ CHECKS: tuple[Check, ...] = (
 
 def judge(seen: Seen) -> list[Finding]:
     """One finding a check, always in the same order."""
-    findings = []
-    for check in CHECKS:
-        try:
-            message = check(seen)
-            findings.append(Finding(check.__name__, "fail" if message else "pass", message))
-        except Skip as reason:
-            findings.append(Finding(check.__name__, "skip", str(reason)))
-    return findings
+    return [_finding(check.__name__, partial(check, seen)) for check in CHECKS]
+
+
+def judge_together(tasks: Mapping[str, Seen], *, everything: bool) -> Finding:
+    """What only all tasks together can show. `everything`: these are all that the backbone serves."""
+    return _finding("conditional", lambda: conditional(tasks, everything))
+
+
+def _finding(name: str, look: Callable[[], str]) -> Finding:
+    try:
+        message = look()
+    except Skip as reason:
+        return Finding(name, "skip", str(reason))
+    return Finding(name, "fail" if message else "pass", message)
 
 
 def _needed(value: T | None) -> T:

@@ -26,7 +26,7 @@ from petlbench.training import Diverged, Fit, Setting, fit
 class Seen:
     """Observations; what could not be observed is None. Names are those in the backbone or in the adapter file."""
 
-    kind: type[Method]
+    claims: Method  # as it is configured, and once applied as it says then
     error: str = ""  # what ended the observation
     diverged: str = ""
     # before training
@@ -66,16 +66,21 @@ class Seen:
 
 def observe(bench: Bench, kind: type[Method], reference: Reference, file: Path) -> Seen:
     """Everything but the new process, for which the adapter is saved at `file`."""
-    seen = Seen(kind, original=reference.outputs)
+    seen = Seen(configured(bench, kind), original=reference.outputs)
     try:
-        _first(seen, bench, reference, file)
+        _first(seen, bench, reference, file, configured(bench, kind))
         if seen.trained is not None:
-            _second(seen, bench)
+            _second(seen, bench, configured(bench, kind))
     except Diverged as error:
         seen.diverged = str(error)
     except Exception as error:  # somebody else's code may raise anything
         seen.error = one_line(error)
     return seen
+
+
+def configured(bench: Bench, kind: type[Method]) -> Method:
+    """A new one, as the cell says."""
+    return kind(kind.Config(**bench.cell.method_config))
 
 
 def train(bench: Bench, setting: Setting) -> Fit:
@@ -84,13 +89,13 @@ def train(bench: Bench, setting: Setting) -> Fit:
     return fit(setting, bench.data.train, bench.data.validation, bench.cell.recipe.lr)
 
 
-def _first(seen: Seen, bench: Bench, reference: Reference, file: Path) -> None:
+def _first(seen: Seen, bench: Bench, reference: Reference, file: Path, method: Method) -> None:
     backbone = bench.backbone()
     inventory, modules = Inventory(backbone), dict(backbone.named_modules())
     parameters, own = dict(backbone.named_parameters()), tensors(backbone)
     modes = {name: module.training for name, module in modules.items()}
-    method = seen.kind(seen.kind.Config(**bench.cell.method_config))
     setting, handle = bench.setting(backbone, method)
+    seen.claims = method
     seen.moved_modes = [name for name, module in modules.items() if module.training != modes[name]]
     trained = setting.trainable()
     idle = reference.idle(modules, parameters, setting.backbone)
@@ -162,15 +167,14 @@ def _remove(
     seen.restored = bench.outputs(like(backbone, reference.extended), reference.head)
 
 
-def _second(seen: Seen, bench: Bench) -> None:
-    method = seen.kind(seen.kind.Config(**bench.cell.method_config))
+def _second(seen: Seen, bench: Bench, method: Method) -> None:
     backbone = bench.backbone()
     modules = dict(backbone.named_modules())
     setting, _ = bench.setting(backbone, method)
     seen.again_losses = train(bench, setting).losses
     seen.again = bench.outputs(setting.backbone, setting.head)
-    seen.reached = _reached(bench, setting, modules) if seen.kind.detached else None
-    if not seen.kind.mergeable:
+    seen.reached = _reached(bench, setting, modules) if seen.claims.detached else None
+    if not seen.claims.mergeable:
         return
     try:
         setting.modules().double()

@@ -35,9 +35,12 @@ def graph(modules: Mapping[str, nn.Module]) -> Iterator[list[str]]:
     """The names, in order, of frozen modules into whose forward pass autograd reaches inside the block.
 
     It does where an output requires gradient or where anything is saved for backward. Modules that hold trained
-    parameters, their own or inserted ones, are not judged by their outputs; the frozen ones inside them are.
+    parameters, their own or inserted ones, are not judged by their outputs; the frozen ones inside them are, but for
+    those without parameters (a dropout, an activation) inside a module that trains as a whole.
     """
-    frozen = {name: m for name, m in modules.items() if not any(p.requires_grad for p in m.parameters())}
+    whole = tuple(f"{name}." for name, m in modules.items() if _trains_whole(m))
+    unmoved = {name: m for name, m in modules.items() if not any(p.requires_grad for p in m.parameters())}
+    frozen = {name: m for name, m in unmoved.items() if not name.startswith(whole)}
     inside: list[str] = []
     reached: dict[str, None] = {}
 
@@ -67,6 +70,11 @@ def graph(modules: Mapping[str, nn.Module]) -> Iterator[list[str]]:
         names += reached
         for hook in hooks:
             hook.remove()
+
+
+def _trains_whole(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    return bool(parameters) and all(p.requires_grad for p in parameters)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

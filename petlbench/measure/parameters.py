@@ -1,10 +1,10 @@
-"""How many scalars train, and whose they are."""
+"""How many scalars train, whose they are, and which of them a loss can reach."""
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterable, Set
 
-from torch import nn
+from torch import Tensor, nn
 
 from petlbench.spec import Parameters
 
@@ -18,6 +18,20 @@ def count(
     the task) are names in the adapted backbone. `stored_bytes` stays None until the adapter is saved. Raises
     ValueError for a name that the backbone does not have, for its scalars would pass for the method's.
     """
+    owner, unique = _owners(backbone, head, host_names, head_names)
+    trainable = dict.fromkeys(("method", "head", "host"), 0)
+    for key, p in unique.items():
+        if p.requires_grad:
+            trainable[owner[key]] += p.numel()
+    total = sum(p.numel() for p in unique.values())
+    trained = sum(trainable.values())
+    return Parameters(**trainable, trainable=trained, total=total, percent=100 * trained / total if total else 0.0)
+
+
+def _owners(
+    backbone: nn.Module, head: nn.Module | None, host_names: Set[str], head_names: Set[str]
+) -> tuple[dict[int, str], dict[int, nn.Parameter]]:
+    """Owner and parameter by id, see `count`."""
     named = list(backbone.named_parameters(remove_duplicate=False))
     if unknown := (set(host_names) | head_names) - {name for name, _ in named}:
         raise ValueError(f"host parameters that the backbone does not have: {', '.join(sorted(unknown))}")
@@ -28,14 +42,46 @@ def count(
     if head is not None:
         owner |= {id(p): "head" for p in head.parameters()}
         unique |= {id(p): p for p in head.parameters()}
+    return owner, unique
 
-    trainable = dict.fromkeys(("method", "head", "host"), 0)
-    for key, p in unique.items():
-        if p.requires_grad:
-            trainable[owner[key]] += p.numel()
-    total = sum(p.numel() for p in unique.values())
-    trained = sum(trainable.values())
-    return Parameters(**trainable, trainable=trained, total=total, percent=100 * trained / total if total else 0.0)
+
+def of_method(
+    backbone: nn.Module, head: nn.Module | None, host_names: Set[str], head_names: Set[str] = frozenset()
+) -> list[nn.Parameter]:
+    """The trainable parameters that `count` counts as the method's own."""
+    owner, unique = _owners(backbone, head, host_names, head_names)
+    return [p for key, p in unique.items() if p.requires_grad and owner[key] == "method"]
+
+
+def reached(loss: Tensor) -> set[int]:
+    """Ids of the leaf tensors that `loss` would send a gradient to, read off its graph: no backward pass is needed.
+
+    Non-reentrant checkpointing and custom functions keep their inputs in the graph, so both are seen through. A leaf
+    counts even where its gradient happens to be zero, as below an up-projection that starts at zero.
+    """
+    if loss.grad_fn is None:
+        return {id(loss)} if loss.requires_grad else set()
+    found: set[int] = set()
+    seen, waiting = {loss.grad_fn}, [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        leaf = getattr(node, "variable", None)  # only of nodes that accumulate gradients
+        if isinstance(leaf, Tensor) and not node.next_functions:
+            found.add(id(leaf))
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return found
+
+
+def effective(loss: Tensor, parameters: Iterable[Tensor]) -> int:
+    """Scalars of those of `parameters` that train and that `loss` can send a gradient to; shared ones count once.
+
+    Modules of other tasks, and modules whose output nothing reads, are not among them.
+    """
+    ids = reached(loss)
+    return sum(p.numel() for p in {id(p): p for p in parameters}.values() if p.requires_grad and id(p) in ids)
 
 
 def inference_extra(merged_backbone: nn.Module, untouched_parameters: int, head_names: Set[str] = frozenset()) -> int:

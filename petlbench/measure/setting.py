@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from datasets import Dataset
 
+from petlbench.measure import parameters
 from petlbench.measure.flops import step_flops
 from petlbench.measure.latency import latency, throughput
 from petlbench.measure.memory import saved_bytes
@@ -41,6 +42,14 @@ def training_flops(setting: Setting, batch: Batch) -> Flops:
         found = step_flops(lambda: setting.task.loss(setting.backbone, setting.head, batch))
     modules.zero_grad(set_to_none=True)
     return found
+
+
+def effective(setting: Setting, batch: Batch) -> int:
+    """Trainable scalars that the loss on `batch` can send a gradient to: not those of other tasks' modules, say."""
+    setting.modules().train()
+    with torch.compiler.set_stance("force_eager"):
+        loss = setting.task.loss(setting.backbone, setting.head, batch)
+    return parameters.effective(loss, setting.trainable().values())
 
 
 def inference(setting: Setting, rows: Dataset, batch_size: int) -> Inference:

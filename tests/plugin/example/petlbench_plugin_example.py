@@ -60,7 +60,7 @@ class Counting(Task):
         return Batch(backbone.images([row["image"] for row in rows]), extras={"counts": counts})
 
     def _logits(self, backbone: Backbone, head: nn.Module, batch: Batch) -> Tensor:
-        logits: Tensor = head(backbone.fuse(backbone.embed_image(batch.images), task=self.name).mean())
+        logits: Tensor = head(backbone.fuse(backbone.embed_image(batch.images, task=self.name), task=self.name).mean())
         return logits
 
     def loss(self, backbone: Backbone, head: nn.Module, batch: Batch) -> Tensor:

@@ -1,0 +1,69 @@
+"""What several methods are made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from petlbench.backbones.base import Backbone
+
+Activation = Callable[[Tensor], Tensor]
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU's tanh approximation, which every adapter and gate of VL-Adapter and VL-PET uses."""
+    return F.gelu(x, approximate="tanh")
+
+
+class Bottleneck(nn.Module):
+    """bn(z) = W_u phi(W_d z + b_d) + b_u without a residual; (…, width) -> (…, out), by default `width`.
+
+    Drawn as torch draws linear layers; see `draw_like_bart` and `start_at_zero`.
+    """
+
+    def __init__(self, width: int, rank: int, activation: Activation = gelu_tanh, out: int | None = None) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(width, rank), nn.Linear(rank, width if out is None else out)
+        self.activation = activation
+
+    def forward(self, z: Tensor) -> Tensor:
+        up: Tensor = self.up(self.activation(self.down(z)))
+        return up
+
+
+def draw_like_bart(module: nn.Module) -> None:
+    """Every linear weight N(0, 0.02^2), every linear bias 0: BART's generic initialisation, which reaches adapters."""
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            nn.init.normal_(child.weight, std=0.02)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)
+
+
+def start_at_zero(*linears: nn.Linear) -> None:
+    """Weights and biases 0."""
+    for linear in linears:
+        nn.init.zeros_(linear.weight)
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
+
+
+def draw_like_lora(bottleneck: Bottleneck) -> None:
+    """LoRA's: down Kaiming-uniform (a = sqrt 5) with bias 0, up 0; the bottleneck is 0 at the start."""
+    nn.init.kaiming_uniform_(bottleneck.down.weight, a=math.sqrt(5))
+    nn.init.zeros_(bottleneck.down.bias)
+    start_at_zero(bottleneck.up)
+
+
+def is_t5(backbone: Backbone) -> bool:
+    """Whether its language stacks are T5's, for which some authors draw and scale differently: norms without bias."""
+    stack = backbone.stack(backbone.roles()[-1])
+    return all(getattr(norm, "bias", None) is None for norm in stack.norms())
+
+
+def reduced(width: int, reduction: int) -> int:
+    """The rank of a bottleneck: width // reduction, at least 1."""
+    return max(1, width // reduction)

@@ -1,0 +1,135 @@
+"""M2IST on encoder-decoders: a side ladder over the frozen decoder, through which alone the side reaches the words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from petlbench.backbones.base import Tokens, decoding_pass, join
+from petlbench.backbones.language import EncoderDecoder
+from petlbench.backbones.lent import Extended
+
+from .layers import start_at_zero
+from .m2ist_side import SideStack
+
+KeysValues = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class SideTokens(Tokens):
+    """Encoder output: `states` as adapted, what the `frozen` encoder gave, and the `side` state; all (B, N, d)."""
+
+    frozen: Tensor | None = None
+    side: Tensor | None = None
+
+
+@dataclass
+class LadderCache:
+    """The frozen decoder's cache, and keys and values (B, N, r) of each crossing."""
+
+    frozen: Any
+    crossings: list[KeysValues] = field(default_factory=list)
+
+
+class Crossing(nn.Module):
+    """O softmax(Q s_d (K z)^T / sqrt r) V z with z = LN(s_e); one head of width r; starts at zero."""
+
+    brought = True
+
+    def __init__(self, width: int, memory_width: int, rank: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(memory_width)
+        self.q, self.o = nn.Linear(width, rank), nn.Linear(rank, width)
+        self.k, self.v = nn.Linear(memory_width, rank), nn.Linear(memory_width, rank)
+        for linear in (self.q, self.k, self.v):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        start_at_zero(self.o)
+
+    def keys_values(self, side: Tensor) -> KeysValues:
+        """s_e (B, N, memory_width) -> two (B, N, r)."""
+        z = self.norm(side)
+        return self.k(z), self.v(z)
+
+    def forward(self, state: Tensor, keys_values: KeysValues, bias: Tensor | None) -> Tensor:
+        """s_d (B, T, width) -> (B, T, width). `bias`: (B, 1, 1, N), added to the scores."""
+        k, v = (x.unsqueeze(1) for x in keys_values)
+        mixed = F.scaled_dot_product_attention(self.q(state).unsqueeze(1), k, v, attn_mask=bias)
+        found: Tensor = self.o(mixed.squeeze(1))
+        return found
+
+
+class Ladder(Extended):
+    """An encoder-decoder whose encoder and decoder both have a side network, and no gradient in either.
+
+    Heads read the adapted encoder output. The frozen decoder attends to the frozen one, and its side to the encoder's
+    side through crossings, behind the last pair: logits = head(N(f_d + s_d)), N and head frozen.
+    """
+
+    inner: EncoderDecoder
+
+    def __init__(self, inner: EncoderDecoder, crossings: Sequence[Crossing]) -> None:
+        super().__init__(inner, {})
+        self.crossings = nn.ModuleList(crossings)
+        self.training = inner.training  # adapting changes no mode
+
+    def train(self, mode: bool = True) -> Ladder:
+        """What the frozen model drops of embeddings by itself, it does not drop here."""
+        super().train(mode)
+        self.inner.training = False
+        return self
+
+    def _side(self, role: str) -> SideStack:
+        stack = self.inner.stack(role)
+        assert isinstance(stack, SideStack)
+        return stack
+
+    def fuse(self, *parts: Tokens, task: str) -> Tokens:
+        tokens, stack = join(parts), self._side("encoder")
+        context = tokens.context(task=task, bias=self.inner.encoder_bias(tokens))
+        climb, _ = stack.climb(tokens.states, context)
+        return SideTokens(
+            self.inner.leave(stack.read(climb)),
+            tokens.mask,
+            tokens.types,
+            tokens.positions,
+            tokens.segments,
+            frozen=climb.frozen,
+            side=climb.side,
+        )
+
+    def new_cache(self) -> LadderCache:
+        return LadderCache(self.inner.new_cache())
+
+    def reorder_cache(self, cache: LadderCache, index: Tensor) -> LadderCache:
+        crossings = [(k[index], v[index]) for k, v in cache.crossings]
+        return LadderCache(self.inner.reorder_cache(cache.frozen, index), crossings)
+
+    def decode(
+        self, memory: Tokens, ids: Tensor, cache: LadderCache | None = None, *, task: str
+    ) -> tuple[Tensor, LadderCache | None]:
+        assert isinstance(memory, SideTokens) and memory.frozen is not None and memory.side is not None
+        stack, inner = self._side("decoder"), self.inner
+        step = 0 if cache is None else int(cache.frozen.get_seq_length())
+        seen = replace(memory, states=memory.frozen)
+        frozen, hidden = None if cache is None else cache.frozen, inner.memory_bias(seen)
+        bias = inner.decoder_bias(ids, step, seen.states.dtype)
+        context = decoding_pass(ids, seen, task=task, step=step, cache=frozen, bias=bias, memory_bias=hidden)
+        climb, _ = stack.climb(inner.embed_decoder(ids, step), context)
+        terms = climb.terms
+        for crossing, pair in zip(self.crossings, self._keys_values(memory.side, cache), strict=True):
+            terms = terms + crossing(climb.entered + terms, pair, hidden)
+        return inner.logits(inner.leave(stack.read(replace(climb, terms=terms)))), cache
+
+    def _keys_values(self, side: Tensor, cache: LadderCache | None) -> list[KeysValues]:
+        """Of each crossing; with a cache, computed at its first step only."""
+        if cache is not None and cache.crossings:
+            return cache.crossings
+        found: list[KeysValues] = [crossing.keys_values(side) for crossing in self.crossings]  # type: ignore[operator]
+        if cache is not None:
+            cache.crossings = found
+        return found

@@ -1,0 +1,406 @@
+"""Every tuner of Hugging Face's peft library that can be injected into a backbone's projections or norms."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from petlbench.backbones.base import Backbone
+from petlbench.backbones.sites import Parallel, Projection, Stack
+from petlbench.method import About, Method, StackedConfig
+from petlbench.registry import did_you_mean
+
+NAME = "default"  # of the one adapter in each of peft's layers
+NORMS = "ln_tuning"  # the type that goes into norms instead of projections
+TARGETS: Mapping[str, tuple[str, ...]] = {"ia3": ("k", "v", "out")}  # those of its paper; other types: q and v
+OURS = ("target_modules", "target_parameters", "feedforward_modules", "exclude_modules", "modules_to_save", "bias",
+        "trainable_token_indices", "layer_replication", "peft_type", "task_type", "inference_mode")  # fmt: skip
+FROM_VALUES = ("adamss",)  # looks at the weights when it is made: nothing for the meta device
+# Merged, a type computes the same to 1e-9 in double precision, or does not claim it:
+SINGLE_PRECISION = ("c3a", "deft")  # compute in float32 whatever the host does
+UNMERGED = (
+    *SINGLE_PRECISION,
+    "adamss",
+    "beft",
+    "lily",
+)  # lily routes by input; beft needs a bias to merge into, T5 has none
+DRAWN = ("c3a", "fourierft", "unilora", "vblora")  # start at random values that change the output
+ROUNDED = ("adamss", "deft", "hra", "osf", "psoft")  # start at the weight but for rounding: taken apart, or reflected
+
+
+class Adapted(Parallel):
+    """y = path(x): peft's layer in place of the projection `base`, which the layer itself holds and computes.
+
+    `rows` only says which role of a packed projection it was put there for; the layer computes all of it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.path(x)
+        return y
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear projection or norm to be adapted: an attribute of `owner`.
+
+    `key` is its name in the little tree that peft is shown. The last part is the same in every layer, so that types
+    which share weights between layers know what belongs together.
+    """
+
+    key: str
+    owner: nn.Module
+    name: str
+    rows: slice | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        module = getattr(self.owner, self.name)
+        assert isinstance(module, nn.Module)
+        return module
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Shapes (in, out) of all projections that are adapted; a type's default sizes are made to fit them."""
+
+    shapes: Sequence[tuple[int, int]]
+
+    @property
+    def entries(self) -> int:
+        """Of the smallest weight."""
+        return min(d_in * d_out for d_in, d_out in self.shapes)
+
+    def rank(self, largest: int) -> int:
+        """`largest`, but at most a quarter of the narrowest width."""
+        return min(largest, max(1, min(map(min, self.shapes)) // 4))
+
+    def block(self, largest: int) -> int:
+        """The largest size that divides `largest` and every width."""
+        return math.gcd(largest, *(width for shape in self.shapes for width in shape))
+
+
+def _spectral(largest: int, sizes: Sizes) -> int:
+    return min(largest, max(1, sizes.entries // 64))
+
+
+def _fourier(sizes: Sizes) -> dict[str, Any]:
+    """The authors' 1000 frequencies at scale 150 belong to width 768: the update must keep its size beside a weight's
+    1 / sqrt(width)."""
+    count = _spectral(1000, sizes)
+    return {"n_frequency": count, "scaling": 150 * (sizes.entries / 768**2) ** 0.75 * math.sqrt(1000 / count)}
+
+
+# Options whose defaults in peft are for widths of 768 and more. AdaLoRA's schedule needs a call in each step: none.
+FITTED: Mapping[str, Callable[[Sizes], dict[str, Any]]] = {
+    "adalora": lambda sizes: {"init_r": sizes.rank(8), "target_r": sizes.rank(8), "total_step": 1},
+    "adamss": lambda sizes: {"r": sizes.rank(100)},
+    "c3a": lambda sizes: {"block_size": sizes.block(256)},
+    "fourierft": _fourier,
+    "gralora": lambda sizes: {"r": 2 * max(1, sizes.rank(32) // 2)},
+    "hira": lambda sizes: {"r": sizes.rank(32)},
+    "lily": lambda sizes: {"r": sizes.rank(32)},
+    "miss": lambda sizes: {"r": sizes.block(64)},
+    "oft": lambda sizes: {"oft_block_size": sizes.block(32)},
+    "peanut": lambda sizes: {"r": sizes.rank(32)},
+    "psoft": lambda sizes: {"r": sizes.rank(32)},
+    "randlora": lambda sizes: {"r": sizes.rank(32)},
+    "road": lambda sizes: {"group_size": sizes.block(64)},
+    "vblora": lambda sizes: {"vector_length": sizes.block(256)},
+    "waveft": lambda sizes: {"n_frequency": _spectral(2592, sizes)},
+}
+
+
+def library(kind: str) -> tuple[Any, Any]:
+    """peft's classes of configuration and tuner for a type. Raises ValueError where it is not installed, or too old."""
+    try:
+        import peft
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+    except ImportError as error:
+        raise ValueError(f"the library peft cannot be imported ({error}): `pip install peft`") from error
+    if kind.upper() not in PEFT_TYPE_TO_TUNER_MAPPING:
+        raise ValueError(f"the installed peft {peft.__version__} has no type '{kind}': upgrade it")
+    config: Any = PEFT_TYPE_TO_CONFIG_MAPPING[kind.upper()]  # type: ignore[index]
+    return config, PEFT_TYPE_TO_TUNER_MAPPING[kind.upper()]  # type: ignore[index]
+
+
+def quietly(make: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """What `make` gives, without peft's warnings. Raises ValueError, in one line, for sizes and values that it refuses
+    or would silently change."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            made = make(*args, **options)
+        except Exception as error:  # somebody else's code may raise anything
+            raise ValueError(f"peft says: {' '.join(str(error).split()) or type(error).__name__}") from error
+    if changed := [str(one.message) for one in said if "Adjusted" in str(one.message)]:
+        raise ValueError(f"peft says: {' '.join(changed[0].split())}; give a size that divides")
+    return made
+
+
+class PeftConfig(StackedConfig):
+    """Which of peft's types, where, and its own options."""
+
+    type: str = Field(
+        "lora", description="a type of peft's, in lower case: `petlbench list methods 'peft:*'` shows all"
+    )
+    targets: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="projections among q, k, v, o, in, out; null: q and v, and for ia3 k, v and out. A packed "
+        "projection is one module: any of q, k, v stands for all of it. Not for ln_tuning, which goes into norms",
+    )
+    options: dict[str, Any] = Field(
+        {}, description="fields of peft's own configuration of this type; sizes left out are made to fit the backbone"
+    )
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        kinds = {str(variant.get("type", "lora")) for variant in Peft.variants.values()}
+        if self.type in Peft.impossible:
+            raise ValueError(f"peft's type '{self.type}' cannot be used here: {Peft.impossible[self.type]}")
+        if self.type not in kinds:
+            hint = did_you_mean(self.type, kinds) or f": there are {', '.join(sorted(kinds))}"
+            raise ValueError(f"peft has no type '{self.type}'{hint}")
+        if self.type == NORMS and self.targets:
+            raise ValueError(f"{NORMS} goes into norms: it takes no targets")
+        if self.options:
+            self._check_options()
+        return self
+
+    def _check_options(self) -> None:
+        """Names and, as far as peft checks them before it sees a model, values."""
+        config, _ = library(self.type)
+        fields = {field.name for field in dataclasses.fields(config)} - set(OURS)
+        for name in self.options:
+            if name in OURS:
+                raise ValueError(f"option '{name}' is not for this method: `targets` and `stacks` say what is adapted")
+            if name not in fields:
+                raise ValueError(f"peft's type '{self.type}' has no option '{name}'{did_you_mean(name, fields)}")
+        quietly(config, **{"total_step": 1} if self.type == "adalora" else {}, **self.options)
+
+
+class Peft(Method):
+    """y = l(x), with l the layer that peft puts in place of a projection y = x W^T + b: whatever its type computes.
+
+    Formulas and papers are those of peft's documentation. The library's own layers run, and are drawn and merged by its
+    own code; ours only says where they go. Differences from peft's own use: what lives in its model wrapper does not
+    run. So AdaLoRA keeps all its ranks (pruning them needs a call in each step) and adds no orthogonality term to the
+    loss, and AdaMSS allocates no subspaces. Default sizes are peft's, made smaller where they do not fit the widths at
+    hand; FourierFT's scale follows them. AdaMSS takes its shapes from weights: on the meta device, from random ones.
+    Frozen random projections (VeRA and its like) follow from a seed among the options.
+    """
+
+    Config = PeftConfig
+    about = About(
+        paper="the tuners of Hugging Face's peft library, each with its own paper",
+        trains="what the type adds to query and value projections; `ln_tuning`: all norms",
+        verified="the installed peft, whose layers run; `lora` against the method lora",
+    )
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "lora": {},
+        "dora": {"options": {"use_dora": True}},
+        "rslora": {"options": {"use_rslora": True}},
+        "pissa": {"options": {"init_lora_weights": "pissa"}},
+        "olora": {"options": {"init_lora_weights": "olora"}},
+        "adalora": {"type": "adalora"},
+        "adamss": {"type": "adamss"},
+        "beft": {"type": "beft"},
+        "boft": {"type": "boft"},
+        "c3a": {"type": "c3a"},
+        "deft": {"type": "deft"},
+        "delora": {"type": "delora"},
+        "fourierft": {"type": "fourierft"},
+        "glora": {"type": "glora"},
+        "gralora": {"type": "gralora"},
+        "hira": {"type": "hira"},
+        "hra": {"type": "hra"},
+        "ia3": {"type": "ia3"},
+        "lily": {"type": "lily"},
+        "ln_tuning": {"type": "ln_tuning"},
+        "loha": {"type": "loha"},
+        "lokr": {"type": "lokr"},
+        "miss": {"type": "miss"},
+        "oft": {"type": "oft"},
+        "osf": {"type": "osf"},
+        "peanut": {"type": "peanut"},
+        "psoft": {"type": "psoft"},
+        "pvera": {"type": "pvera"},
+        "randlora": {"type": "randlora"},
+        "road": {"type": "road"},
+        "supertuning": {"type": "supertuning"},
+        "tinylora": {"type": "tinylora"},
+        "unilora": {"type": "unilora"},
+        "vblora": {"type": "vblora"},
+        "vera": {"type": "vera"},
+        "waveft": {"type": "waveft"},
+    }
+    impossible: ClassVar[Mapping[str, str]] = {
+        "adaption_prompt": "prompts in every layer, written for the attention of LLaMA and its like alone",
+        "cartridge": "prompt learning: a trained key-value cache of peft's wrapper around a causal language model",
+        "cpt": "prompt learning: needs peft's wrapper around a causal language model; see method prompt",
+        "frod": "computes with sparse tensors, whose memory cannot be accounted for",
+        "multitask_prompt_tuning": "prompt learning: needs peft's wrapper around a language model; see method prompt",
+        "p_tuning": "prompt learning: needs peft's wrapper around a language model; see method prompt",
+        "poly": "every pass must be given task ids, which only peft's own wrapper hands to its layers",
+        "prefix_tuning": "prompt learning: key-value prefixes of peft's wrapper around a language model",
+        "prompt_tuning": "prompt learning: needs peft's wrapper around a language model; see method prompt",
+        "shadow": "a second model beside a causal language model, not layers in it",
+        "shira": "computes with sparse tensors, whose memory cannot be accounted for",
+        "trainable_tokens": "trains rows of a token embedding, which is no site",
+        "xlora": "mixes adapters that were trained before, and needs their files",
+    }
+    recipe: ClassVar[Mapping[str, Any]] = {"lr": 1e-3}  # the method lora's; the types' own papers differ widely
+
+    def __init__(self, config: PeftConfig | None = None) -> None:
+        super().__init__(config)
+        kind, options = self.config.type, self.config.options
+        started = any(name.startswith("init") and value is not True for name, value in options.items())
+        self.identity = kind not in (*DRAWN, *ROUNDED) and not started
+        self.mergeable = kind not in UNMERGED
+        self._from_values = kind in FROM_VALUES or started
+        self._layers: list[tuple[Target, nn.Module]] = []
+
+    def adapt(self, backbone: Backbone) -> Backbone:
+        backbone.freeze()
+        targets = list(self._targets(backbone))
+        if not targets:
+            raise ValueError(f"no projection called {' or '.join(self._roles())} in the chosen stacks")
+        flags = [(p, p.requires_grad) for target in targets for p in target.module.parameters()]
+        self._layers = list(zip(targets, self._injected(targets), strict=True))
+        for parameter, flag in flags:  # a host part may train on
+            parameter.requires_grad_(flag)
+        for target, layer in self._layers:
+            if self.config.type == NORMS:
+                _train_original(layer, target.module)
+                setattr(target.owner, target.name, layer)
+            else:
+                setattr(target.owner, target.name, Adapted(target.module, layer, target.rows))
+        return backbone
+
+    def merge(self) -> None:
+        """Fold every layer into its projection by peft's own code, and take it out."""
+        if not self.mergeable:
+            raise NotImplementedError(f"peft's type '{self.config.type}' cannot be merged into the weights")
+        for target, layer in self._layers:
+            layer.merge()  # type: ignore[operator]
+            if self.config.type == NORMS:
+                setattr(target.owner, target.name, layer.base_layer)
+            else:
+                Projection(target.owner, target.name).remove(layer)
+        self._layers = []
+
+    def _roles(self) -> tuple[str, ...]:
+        return self.config.targets or TARGETS.get(self.config.type, ("q", "v"))
+
+    def _targets(self, backbone: Backbone) -> Iterator[Target]:
+        """Every module to adapt, once: a packed projection has several roles."""
+        names = {id(backbone.stack(role)): role for role in backbone.roles()}
+        find = _norms if self.config.type == NORMS else self._projections
+        seen: set[tuple[int, str]] = set()
+        for stack in self.stacks(backbone):
+            for target in find(stack, names[id(stack)]):
+                if (place := (id(target.owner), target.name)) not in seen:
+                    seen.add(place)
+                    yield target
+
+    def _projections(self, stack: Stack, name: str) -> Iterator[Target]:
+        for index, layer in enumerate(stack):
+            for part, sublayer in layer.items():
+                for role in self._roles():
+                    projection = sublayer.projections.get(role)
+                    for i, single in enumerate(projection.singles() if projection else ()):
+                        yield Target(f"layers.{index}.{name}_{part}_{role}_{i}", single.owner, single.name, single.rows)
+
+    def _injected(self, targets: Sequence[Target]) -> list[nn.Module]:
+        """peft's layer for each target, with the target in it, where and in what precision the target is."""
+        kind, modules = self.config.type, {target.key: target.module for target in targets}
+        device = next(targets[0].module.parameters()).device
+        stands_in = device.type == "meta" and self._from_values
+        with torch.device("cpu"):  # values are the same on every device
+            tree = _tree({key: _alike(m) if stands_in else m for key, m in modules.items()})
+            config, tuner = library(kind)
+            quietly(tuner, tree, quietly(config, **self._options(list(modules.values()), list(modules))), NAME)
+        layers = [tree.get_submodule(key) for key in modules]
+        for layer, module in zip(layers, modules.values(), strict=True):
+            if layer is module:
+                raise ValueError(f"peft's type '{kind}' passes over a {type(module).__name__}")
+            layer.to(device, module.weight.dtype)  # type: ignore[arg-type]
+            layer.base_layer = module
+            _freeze_the_rest(layer)
+        return layers
+
+    def _options(self, modules: Sequence[nn.Module], keys: Sequence[str]) -> dict[str, Any]:
+        """Of peft's configuration: targets by their last names, sizes that fit, and what the user says."""
+        kind = self.config.type
+        roles = sorted({key.rpartition(".")[2] for key in keys})
+        found: dict[str, Any] = {"target_modules": roles}
+        if kind == "ia3":  # which scales what enters a feed-forward network's second projection
+            found["feedforward_modules"] = [role for role in roles if role.rpartition("_")[0].endswith("_out")]
+        if kind in FITTED:
+            shapes = [(m.in_features, m.out_features) for m in modules if isinstance(m, nn.Linear)]
+            found |= FITTED[kind](Sizes(shapes))
+        return found | self.config.options
+
+
+def _norms(stack: Stack, name: str) -> Iterator[Target]:
+    """Every norm of the stack, one per modality where it has several."""
+    around = [(stack, part, f"around.{name}") for part in ("embedding_norm", "final_norm") if getattr(stack, part)]
+    inside = [
+        (sublayer, "norm", f"layers.{index}.{name}_{part}")
+        for index, layer in enumerate(stack)
+        for part, sublayer in layer.items()
+    ]
+    for owner, attribute, key in [*around, *inside]:
+        norm: nn.Module = getattr(owner, attribute)
+        if next(norm.parameters(recurse=False), None) is not None:
+            yield Target(f"{key}_{attribute}", owner, attribute)
+            continue
+        for child, module in norm.named_children():
+            if next(module.parameters(recurse=False), None) is not None:
+                yield Target(f"{key}_{attribute}_{child}", norm, child)
+
+
+def _train_original(layer: nn.Module, norm: nn.Module) -> None:
+    """peft trains a copy of the norm and keeps the norm; the other way round, what trains is the backbone's own."""
+    layer.brought = True  # type: ignore[assignment]
+    copies = layer.ln_tuning_layers
+    assert isinstance(copies, nn.ModuleDict)
+    layer.base_layer, copies[NAME] = copies[NAME].requires_grad_(False), norm.requires_grad_(True)
+
+
+def _freeze_the_rest(layer: nn.Module) -> None:
+    """What peft does not count as a type's weights (AdaLoRA's ranks) does not train; it does so itself, but not where
+    it moves them to another device."""
+    for name in layer.other_param_names:  # type: ignore[union-attr]
+        if isinstance(rest := getattr(layer, name, None), nn.Module):
+            rest.requires_grad_(False)
+
+
+def _alike(module: nn.Module) -> nn.Module:
+    """A projection of the same shape with random values."""
+    assert isinstance(module, nn.Linear)
+    return nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+
+
+def _tree(modules: Mapping[str, nn.Module]) -> nn.ModuleDict:
+    """Modules by their dotted names."""
+    root = nn.ModuleDict()
+    for key, module in modules.items():
+        *path, last = key.split(".")
+        node = root
+        for part in path:
+            if part not in node:
+                node[part] = nn.ModuleDict()
+            child = node[part]
+            assert isinstance(child, nn.ModuleDict)
+            node = child
+        node[last] = module
+    return root

@@ -1,0 +1,122 @@
+"""What methods rely on beyond sites: one method at a time, whose parameters are whose, and pairs that do not fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from petlbench.methods.lora import LoRA
+from petlbench.methods.selective import BitFit, Full
+from petlbench.methods.vl_adapter import VLAdapter
+from torch import Tensor, nn
+
+from petlbench.assembly import build_backbone, build_setting, misfits
+from petlbench.backbones.base import Backbone, Tokens
+from petlbench.backbones.sites import inserted
+from petlbench.backbones.transvg import TransVG
+from petlbench.method import Method
+from petlbench.optimizers import ReleasedAdamW
+from petlbench.registry import TASKS
+from petlbench.spec import Cell, Recipe
+from petlbench.training import optimizer, rate
+from tests.backbone_factory import draw, small_tiny
+
+
+@pytest.mark.parametrize("second", [LoRA, VLAdapter, BitFit])
+def test_a_second_method_that_would_freeze_the_first_is_refused(second: type[Method]) -> None:
+    backbone = small_tiny()
+    LoRA().adapt(backbone)
+    paths = [p.requires_grad for module in inserted(backbone) for p in module.parameters()]
+    with pytest.raises(ValueError, match="another method is in this backbone already"):
+        second().adapt(backbone)
+    assert paths == [p.requires_grad for module in inserted(backbone) for p in module.parameters()] and all(paths)
+
+
+def test_what_freezes_nothing_may_follow_another_method() -> None:
+    backbone = small_tiny()
+    Full().adapt(VLAdapter().adapt(backbone))
+    assert all(p.requires_grad for module in inserted(backbone) for p in module.parameters())
+
+
+def test_a_method_leaves_out_stacks_that_every_method_trains_whole() -> None:
+    with torch.device("meta"):
+        backbone = TransVG(TransVG.configured("transvg:tiny", {}))
+    assert backbone.roles() == ("vision", "text", "fusion")
+    assert backbone.pretrained_roles() == ("vision", "text")
+    VLAdapter().adapt(backbone)
+    assert not [name for name, _ in backbone.named_parameters() if ".fusion." in name and ".sites." in name]
+
+
+@dataclass(frozen=True)
+class Carrying(Tokens):
+    side: Tensor | None = None
+
+
+def test_rows_of_tokens_are_picked_from_all_that_a_subclass_carries() -> None:
+    states, mask = draw(3, 2, 4), torch.ones(3, 2, dtype=torch.bool)
+    tokens = Carrying(states, mask, mask.long(), draw(3, 2, 2), ((1, 2),), side=draw(3, 2, 5, seed=1))
+    index = torch.tensor([2, 2, 0])
+    rows = tokens.rows(index)
+    assert isinstance(rows, Carrying) and rows.segments == tokens.segments and rows.mark is None
+    assert rows.side is not None and tokens.side is not None
+    assert torch.equal(rows.side, tokens.side[index]) and torch.equal(rows.states, states[index])
+    assert replace(rows, side=None).side is None
+
+
+CELL = Cell(method="vl_adapter", task="rec", dataset="digits", backbone="tiny", recipe=Recipe(method_lr=0.1))
+
+
+def test_the_method_s_own_parameters_have_their_share_of_the_rate() -> None:
+    device = torch.device("meta")
+    setting, _ = build_setting(CELL, build_backbone(CELL, device), TASKS.get("rec")(), device)
+    own, parameters = setting.own(), setting.trainable()
+    assert {name.partition(".")[0] for name in parameters.keys() - own} == {"backbone", "head"}
+    assert {name.split(".")[1] for name in parameters.keys() - own if name.startswith("backbone.")} == {"visual"}
+    groups = optimizer(parameters, CELL.recipe, 1.0, setting.backbone, own).param_groups
+    scales = {id(p): group["scale"] for group in groups for p in group["params"]}
+    assert {name: scales[id(p)] for name, p in parameters.items()} == {
+        name: 0.1 if name in own else 1.0 for name in parameters
+    }
+
+
+def test_the_step_schedule_falls_to_a_tenth_at_two_thirds() -> None:
+    recipe = Recipe(steps=9, warmup=0.0, schedule="step")
+    assert [rate(recipe, step) for step in range(9)] == [1.0] * 6 + [0.1] * 3
+
+
+def test_the_released_recipe_starts_at_a_rate_of_zero_and_decays_gains() -> None:
+    recipe = Recipe(steps=30, released=True)
+    assert [rate(recipe, step) for step in (0, 1, 3, 4)] == pytest.approx([0.0, 1 / 3, 1.0, 26 / 27])
+    module = nn.LayerNorm(3)
+    groups = optimizer(dict(module.named_parameters()), recipe, 0.1).param_groups
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert (decays[id(module.weight)], decays[id(module.bias)]) == (recipe.weight_decay, 0.0)
+
+
+def test_released_adamw_decays_after_its_update_and_corrects_no_eps() -> None:
+    p = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+    optim = ReleasedAdamW([{"params": [p], "weight_decay": 0.1}], lr=0.5, betas=(0.9, 0.99), eps=1e-2)
+    expected, m, v = p.detach().clone(), torch.zeros(2), torch.zeros(2)
+    for step, gradient in enumerate([torch.tensor([0.3, 0.0]), torch.tensor([-0.1, 1e-3])], start=1):
+        p.grad = gradient.double()
+        optim.step()
+        m, v = 0.9 * m + 0.1 * p.grad, 0.99 * v + 0.01 * p.grad**2
+        expected = expected - 0.5 * (1 - 0.99**step) ** 0.5 / (1 - 0.9**step) * m / (v.sqrt() + 1e-2)
+        expected = expected - 0.5 * 0.1 * expected
+        torch.testing.assert_close(p.detach(), expected, rtol=0, atol=1e-12)
+
+
+def test_a_pair_that_does_not_fit_is_found_before_anything_runs() -> None:
+    class Picky(VLAdapter):
+        def adapt(self, backbone: Backbone) -> Backbone:
+            super().adapt(backbone)
+            raise ValueError("a stack\nthat it needs is missing")
+
+    class Broken(VLAdapter):
+        def adapt(self, backbone: Backbone) -> Backbone:
+            raise ZeroDivisionError
+
+    reason = "method 'vl_adapter' does not fit backbone 'tiny': a stack that it needs is missing"
+    assert misfits([CELL], Picky) == {CELL.id: reason}
+    assert misfits([CELL], VLAdapter) == misfits([CELL], Broken) == {}
