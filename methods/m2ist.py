@@ -52,6 +52,11 @@ class M2ISTConfig(MethodConfig):
     text_norms: bool | None = Field(
         None, description="terms of a post-norm text tower pass through its frozen norms; null: as released only"
     )
+    below: Literal["train", "freeze"] | None = Field(
+        None,
+        description="host parts below the encoder of an encoder-decoder (a visual projection): train, by s^0 alone, "
+        "and move what the frozen layers see; or freeze, with no side on a stack below; null: freeze the pre-trained",
+    )
     generation: Literal["strict", "relaxed"] = Field(
         "strict",
         description="on encoder-decoders: a side ladder over the frozen decoder; or the adapted encoder output goes "
@@ -85,11 +90,11 @@ class M2IST(Method):
     worth the name.
 
     Elsewhere, by the same idea and not by the authors: single-stream encoders take the token type for the modality;
-    what trains below a stack feeds s^0 alone; encoder-decoders generate by a ladder over the frozen decoder with a
-    small cross-attention to LN(f^0 + terms) of the encoder's side (`strict`), or by the adapted encoder output
-    (`relaxed`); dual encoders add to every token or to the `pooled` one alone, from s^0 = 0. A CoCa's decoder stays
-    frozen, with the gradient running through it. Gradients pass through frozen norms and output heads as functions of
-    the side's sum.
+    what trains below a stack feeds s^0 alone, and what is pre-trained there stays frozen; encoder-decoders generate by
+    a ladder over the frozen decoder with a small cross-attention to LN(f^0 + terms) of the encoder's side (`strict`),
+    or by the adapted encoder output (`relaxed`); dual encoders add to every token or to the `pooled` one alone, from
+    s^0 = 0. A CoCa's decoder stays frozen, with the gradient running through it. Gradients pass through frozen norms
+    and output heads as functions of the side's sum.
     """
 
     Config = M2ISTConfig
@@ -147,6 +152,8 @@ class M2IST(Method):
     def adapt(self, backbone: Backbone) -> Backbone:
         backbone.freeze()
         plan = self._plan(backbone)
+        if self._freezes_below(backbone):
+            backbone.requires_grad_(False)
         shared = [nn.Linear(plan.rank, plan.shared) for _ in range(plan.pairs)]
         sides = {
             role: Side(stack.width, ROLES[role], shared, self._sizes(role, plan)) for role, stack in plan.stacks.items()
@@ -173,6 +180,8 @@ class M2IST(Method):
         c, pretrained = self.config, backbone.pretrained_roles()
         strict = isinstance(backbone, EncoderDecoder) and c.generation == "strict"
         roles = [role for role in ROLES if role in pretrained and (role != "decoder" or strict)]
+        if self._freezes_below(backbone):
+            roles = [role for role in roles if role != "vision"]  # through frozen parts no gradient reaches it
         if {kind for role in roles for kind in ROLES[role]} != {"text", "image"}:
             raise ValueError("it pairs the layers of an image and a text encoder, or of one for both: there are none")
         stacks = {role: backbone.stack(role) for role in roles}
@@ -197,6 +206,10 @@ class M2IST(Method):
             shared=c.shared or max(1, min(*widths, max(widths) // 3)),
             start=c.start or ("embedding" if released else "zero" if dual else "gated"),
         )
+
+    def _freezes_below(self, backbone: Backbone) -> bool:
+        asked = "freeze" if self.config.below is None and backbone.pretrained_hosts else self.config.below
+        return isinstance(backbone, EncoderDecoder) and asked == "freeze"
 
     def _released(self, stacks: dict[str, Stack]) -> bool:
         """Whether this is the authors' model: their BERT says so. Raises ValueError for the other variant's host."""

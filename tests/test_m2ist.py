@@ -23,6 +23,7 @@ from petlbench.backbones.base import Backbone, Tokens, join, plain_tokens
 from petlbench.backbones.clip import Clip
 from petlbench.backbones.detr import detr_stack
 from petlbench.backbones.sites import IMAGE, TEXT, Pass, Stack
+from petlbench.backbones.tiny import Tiny, TinyConfig
 from petlbench.backbones.transformers_parts import bart_encoder_layer
 from petlbench.backbones.transvg import TransVG
 from petlbench.backbones.vl_t5 import VLT5
@@ -563,3 +564,13 @@ def test_its_home_is_in_the_released_state() -> None:
     home, other = (M2IST().default_recipe(family) for family in ("transvg", "tiny"))
     assert (home["lr"], home["method_lr"], home["schedule"], home["clip_norm"]) == (1e-4, 0.1, "step", None)
     assert other == {"lr": 1e-3}
+
+
+def test_what_is_pretrained_below_a_frozen_encoder_stays_as_it_is() -> None:
+    """A visual projection that moves takes from the frozen layers what they know."""
+    backbones = {below: adapted(Tiny(TinyConfig()), below=below) for below in (None, "train", "freeze")}
+    trained = {below: {n for n, p in b.named_parameters() if p.requires_grad} for below, b in backbones.items()}
+    assert trained[None] == trained["freeze"] and not any("visual." in name for name in trained[None])
+    assert not any("stacks.vision" in name for name in trained[None])
+    assert any("visual." in name for name in trained["train"]) and any("stacks.vision" in n for n in trained["train"])
+    assert any("visual." in n for n, p in adapted(small_tiny()).named_parameters() if p.requires_grad)

@@ -154,6 +154,7 @@ class Backbone(nn.Module, ABC):
     codec: Codec  # text to token ids and back
     max_text: int  # longest text in tokens
     trains_heads: bool = True  # its own heads train with every method
+    pretrained_hosts: bool = False  # its host parts come with pre-trained values, as a visual projection rarely does
 
     def __init__(self) -> None:
         super().__init__()

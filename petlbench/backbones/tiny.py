@@ -81,7 +81,8 @@ class Tiny(BartHost):
             )
         )
         self.pretrained_heads: dict[str, dict[str, Tensor]] = {}
-        if config.weights != "none":
+        self.pretrained_hosts = config.weights != "none"
+        if self.pretrained_hosts:
             self._load(asset(config.weights))
 
     @classmethod

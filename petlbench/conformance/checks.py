@@ -90,7 +90,8 @@ def conditional(tasks: Mapping[str, Seen], everything: bool) -> str:
         raise Skip("not claimed")
     if not everything:
         raise Skip("needs all tasks that the backbone serves")
-    alive = {_plain(name) for seen in tasks.values() for name in _needed(seen.alive)}
+    # Idle where one task runs no such layer: a decoder's module for a task without words has no task at all.
+    alive = {_plain(name) for seen in tasks.values() for name in _needed(seen.alive) | seen.idle}
     for pattern in claims.conditional:
         named = [name for seen in tasks.values() for name in seen.trainable if fnmatchcase(name, pattern)]
         named = [name for name in named if not any(fnmatchcase(name, other) for other in claims.dead)]
