@@ -15,6 +15,7 @@ from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from petlbench.backbones.base import Images
+from petlbench.backbones.grids import cell_centres
 from petlbench.backbones.sites import Stack
 from petlbench.backbones.transformers_parts import clip_layer
 
@@ -92,12 +93,7 @@ class ImageTokenizer(nn.Module):
         x = features.flatten(2).transpose(1, 2)
         x = x + sine_positions(rows, columns, width).to(x)
         mask = images.mask[:, ::STRIDE, ::STRIDE].flatten(1)
-        return x, mask, self._centres(rows, columns).to(x).expand(batch, -1, -1)
-
-    @staticmethod
-    def _centres(rows: int, columns: int) -> Tensor:
-        y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-        return (torch.stack([x, y], dim=-1).flatten(0, 1) + 0.5) * STRIDE
+        return x, mask, (cell_centres(rows, columns).to(x) * STRIDE).expand(batch, -1, -1)
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor | None:
