@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
 import warnings
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -28,6 +31,8 @@ from petlbench.registry import BACKBONES, DATASETS, METHODS
 from petlbench.spec import Cell, MethodSpec
 from petlbench.task import Task
 from petlbench.training import Report, Setting
+
+TRIAL_SECONDS = 10.0  # that a method may take to go into a backbone without memory
 
 
 @dataclass(frozen=True)
@@ -127,15 +132,38 @@ def _body(cell: Cell) -> str:
     return json.dumps([cell.backbone, cell.backbone_config], sort_keys=True)
 
 
+class _TooLong(BaseException):
+    """No Exception, which somebody else's code might catch."""
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raise _TooLong in the block after so many seconds; without effect outside of the main thread."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _TooLong
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL if previous is None else previous)
+
+
 def _misfit(cell: Cell, backbone: Backbone, kind: type[Method]) -> str | None:
     handle = Snapshot(backbone)
     try:
-        with _drawing_on(torch.device("meta")):
+        with _drawing_on(torch.device("meta")), _at_most(TRIAL_SECONDS):
             kind(kind.Config(**cell.method_config)).adapt(backbone)
         return None
     except ValueError as error:
         return " ".join(str(error).split())
-    except Exception:  # a fault of the method's, of which its cell will leave a record
+    except (Exception, _TooLong):  # a fault of the method's, of which its cell will leave a record
         return None
     finally:
         handle.restore()

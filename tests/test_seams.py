@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from dataclasses import dataclass, replace
 
 import pytest
@@ -11,6 +13,7 @@ from petlbench.methods.selective import BitFit, Full
 from petlbench.methods.vl_adapter import VLAdapter
 from torch import Tensor, nn
 
+from petlbench import assembly
 from petlbench.assembly import build_backbone, build_setting, misfits
 from petlbench.backbones.base import Backbone, Tokens
 from petlbench.backbones.sites import inserted
@@ -107,7 +110,7 @@ def test_released_adamw_decays_after_its_update_and_corrects_no_eps() -> None:
         torch.testing.assert_close(p.detach(), expected, rtol=0, atol=1e-12)
 
 
-def test_a_pair_that_does_not_fit_is_found_before_anything_runs() -> None:
+def test_a_pair_that_does_not_fit_is_found_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     class Picky(VLAdapter):
         def adapt(self, backbone: Backbone) -> Backbone:
             super().adapt(backbone)
@@ -117,6 +120,14 @@ def test_a_pair_that_does_not_fit_is_found_before_anything_runs() -> None:
         def adapt(self, backbone: Backbone) -> Backbone:
             raise ZeroDivisionError
 
+    class Endless(VLAdapter):
+        def adapt(self, backbone: Backbone) -> Backbone:
+            while True:
+                time.sleep(0.01)
+
     reason = "method 'vl_adapter' does not fit backbone 'tiny': a stack that it needs is missing"
     assert misfits([CELL], Picky) == {CELL.id: reason}
-    assert misfits([CELL], VLAdapter) == misfits([CELL], Broken) == {}
+    monkeypatch.setattr(assembly, "TRIAL_SECONDS", 0.1)
+    before = signal.getsignal(signal.SIGALRM)
+    assert misfits([CELL], VLAdapter) == misfits([CELL], Broken) == misfits([CELL], Endless) == {}
+    assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
