@@ -24,14 +24,9 @@ TARGETS: Mapping[str, tuple[str, ...]] = {"ia3": ("k", "v", "out")}  # those of 
 OURS = ("target_modules", "target_parameters", "feedforward_modules", "exclude_modules", "modules_to_save", "bias",
         "trainable_token_indices", "layer_replication", "peft_type", "task_type", "inference_mode")  # fmt: skip
 FROM_VALUES = ("adamss",)  # looks at the weights when it is made: nothing for the meta device
-# Merged, a type computes the same to 1e-9 in double precision, or does not claim it:
-SINGLE_PRECISION = ("c3a", "deft")  # compute in float32 whatever the host does
-UNMERGED = (
-    *SINGLE_PRECISION,
-    "adamss",
-    "beft",
-    "lily",
-)  # lily routes by input; beft needs a bias to merge into, T5 has none
+# Merged, a type computes the same to 1e-9 in double precision, or does not claim it: c3a and deft compute in float32
+# whatever the host does, lily routes by input, and beft needs a bias to merge into, which T5 lacks.
+UNMERGED = ("adamss", "beft", "c3a", "deft", "lily")
 DRAWN = ("c3a", "fourierft", "unilora", "vblora")  # start at random values that change the output
 ROUNDED = ("adamss", "deft", "hra", "osf", "psoft")  # start at the weight but for rounding: taken apart, or reflected
 

@@ -86,8 +86,7 @@ def _observed(name: str, method: Method, home: str, task: str) -> dict[str, Any]
     device = torch.device("meta")
     backbone = _backbone(home, json.dumps(options, sort_keys=True))
     before = set(backbone.modules())
-    with device:  # so that no values are drawn either
-        setting, handle = build_setting(cell, backbone, TASKS.get(task)(), device, method=method)
+    setting, handle = build_setting(cell, backbone, TASKS.get(task)(), device, method=method)
     try:
         parameters, adapted = counted(setting), setting.backbone
         return {

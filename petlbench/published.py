@@ -211,8 +211,7 @@ def _of(figures: list[Figure]) -> list[Finding]:
 def _counted(cell: Cell, backbone: Backbone, device: torch.device, *, effective: bool) -> Counted:
     """Counts of a cell on a backbone that is left as it was."""
     untouched = sum(p.numel() for p in backbone.parameters())
-    with device:  # so that no values are drawn either
-        setting, handle = build_setting(cell, backbone, TASKS.get(cell.task)(), device)
+    setting, handle = build_setting(cell, backbone, TASKS.get(cell.task)(), device)
     try:
         return Counted(counted(setting), untouched, _effective(cell) if effective else None)
     finally:
