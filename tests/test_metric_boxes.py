@@ -44,8 +44,22 @@ def test_threshold_itself_counts() -> None:
     assert mean_iou([0.5, 1.0]) == 0.75
 
 
-def test_not_a_number_is_a_miss() -> None:
-    assert acc_at(iou_cxcywh([np.nan] * 4, [0.5] * 4)) == 0
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e308])
+@pytest.mark.parametrize("coordinate", range(4))
+def test_prediction_that_is_not_finite_is_a_miss_and_leaves_the_mean_a_number(value: float, coordinate: int) -> None:
+    good = [0.5, 0.5, 0.2, 0.2]
+    bad = [value if i == coordinate else 0.5 for i in range(4)]
+    for iou in (iou_cxcywh, iou_xywh, iou_xyxy):
+        ious = iou([bad, good], [[0.5, 0.5, 0.9, 0.9], good])
+        assert np.isfinite(mean_iou(ious))
+        if not np.isfinite(value):
+            assert ious[0] == 0
+
+
+@pytest.mark.filterwarnings("error")
+def test_infinite_box_is_not_the_whole_canvas() -> None:
+    assert iou_cxcywh([0.5, 0.5, np.inf, np.inf], [0.5, 0.5, 1, 1]) == 0
 
 
 def test_malformed_and_missing_boxes_are_refused() -> None:

@@ -86,6 +86,13 @@ def test_rouge_follows_the_longest_common_subsequence() -> None:
     assert rouge_l([["a", "b", "c", "d"]], [[["a", "x", "b", "y", "d"]]]).corpus == pytest.approx(expected)
 
 
+def test_captions_are_tokenised_in_their_order_as_lines_of_one_file() -> None:
+    # Before "The ..." a period ends the sentence, before "the ..." it belongs to "b.".
+    for candidates, expected in ((["plan b.", "The end"], 1.0), (["plan b.", "the end"], 0.5)):
+        _, samples = caption_scores(candidates, [["plan b"], ["the end"]])
+        assert samples[0]["bleu_1"] == pytest.approx(expected)
+
+
 def test_single_sample_corpus_has_no_cider() -> None:
     assert caption_scores(["a cat"], [["a cat"]])[0]["cider_d"] == 0
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
 from petlbench.metrics import recall as module
-from petlbench.metrics.recall import ranks, recall
+from petlbench.metrics.recall import fold_recall, ranks, recall
 from tests.golden import FOLDER
 
 NAMES = {
@@ -82,6 +84,33 @@ def test_ranks_equal_a_stable_sort() -> None:
         assert rank == next(place for place, caption in enumerate(order) if owner[caption] == image)
     for caption, rank in enumerate(back):
         assert np.argsort(-similarity[:, caption], kind="stable").tolist().index(owner[caption]) == rank
+
+
+def test_folds_average_consecutive_thousands_with_their_own_captions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FOLD_SIZE", 4)
+    generator = np.random.default_rng(3)
+    owner = generator.permutation(np.repeat(np.arange(23), 2))
+    images, captions = generator.normal(size=(23, 3)), generator.normal(size=(46, 3))
+    scores = fold_recall(images, captions, owner)
+    by_hand = [
+        recall(images[4 * k : 4 * k + 4], captions[owner // 4 == k], owner[owner // 4 == k] - 4 * k) for k in range(5)
+    ]
+    assert set(scores) == {f"fold1k_{name}" for name in NAMES if not name.endswith("rank")}
+    for name, value in scores.items():
+        assert value == pytest.approx(np.mean([fold[name.removeprefix("fold1k_")] for fold in by_hand]))
+    assert scores["fold1k_t2i_r1"] > recall(images, captions, owner)["t2i_r1"]  # fewer distractors
+    assert fold_recall(images[:19], captions[owner < 19], owner[owner < 19]) == {}
+
+
+def test_ranks_stay_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BLOCK_CELLS", 1000)
+    embeddings, owner = np.random.default_rng(4).normal(size=(2000, 8)).astype(np.float32), np.arange(2000)
+    tracemalloc.start()
+    try:
+        ranks(embeddings, embeddings, owner)
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000  # the whole matrix of similarities has 16 MB
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,11 @@ _EPS = 1e-16
 
 
 def _boxes(boxes: ArrayLike) -> Floats:
+    """The boxes; one with a coordinate that is not finite is all NaN, lest an infinite one becomes the whole canvas."""
     array = np.asarray(boxes, dtype=np.float64)
     if array.shape[-1:] != (4,):
         raise ValueError(f"boxes have four coordinates in the last axis, not the shape {array.shape}")
-    return array
+    return np.where(np.isfinite(array).all(axis=-1, keepdims=True), array, np.nan)
 
 
 def xywh_to_xyxy(boxes: ArrayLike) -> Floats:
@@ -37,13 +38,18 @@ def cxcywh_to_xyxy(boxes: ArrayLike) -> Floats:
 
 
 def iou_xyxy(a: ArrayLike, b: ArrayLike) -> Floats:
-    """Intersection over union of `a` and `b` (..., 4), by position -> (...), in [0, 1]; 0 where they are apart."""
+    """Intersection over union of `a` and `b` (..., 4), by position -> (...), in [0, 1].
+
+    0 where they are apart, and where a coordinate is not finite: such a prediction is a miss, not a hole in the mean.
+    """
     first, second = _boxes(a), _boxes(b)
     top_left = np.maximum(first[..., :2], second[..., :2])
     bottom_right = np.minimum(first[..., 2:], second[..., 2:])
-    overlap = np.clip(bottom_right - top_left, 0, None).prod(axis=-1)
-    areas = [(box[..., 2:] - box[..., :2]).prod(axis=-1) for box in (first, second)]
-    return overlap / (areas[0] + areas[1] - overlap + _EPS)
+    with np.errstate(over="ignore", invalid="ignore"):  # of coordinates near the largest number
+        overlap = np.clip(bottom_right - top_left, 0, None).prod(axis=-1)
+        areas = [(box[..., 2:] - box[..., :2]).prod(axis=-1) for box in (first, second)]
+        ious = overlap / (areas[0] + areas[1] - overlap + _EPS)
+    return np.where(np.isfinite(ious), ious, 0.0)
 
 
 def iou_xywh(predicted: ArrayLike, target: ArrayLike) -> Floats:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 from .bleu import ORDERS, bleu, check_pairs
 from .cider import cider_d
-from .ptb import tokenize
+from .ptb import tokenize_all
 from .rouge import rouge_l
 
 
 def _words(tokens: Sequence[str]) -> list[str]:
     """BLEU and CIDEr-D split tokenised captions at any white space: a token with a no-break space is two words."""
     return " ".join(tokens).split()
+
+
+def tokenize_pairs(
+    candidates: Sequence[str], references: Sequence[Sequence[str]]
+) -> tuple[list[list[str]], list[list[list[str]]]]:
+    """Tokens of the candidates and of the references, each lexed as the lines of one file: their order matters."""
+    flat = iter(tokenize_all([reference for own in references for reference in own]))
+    return tokenize_all(candidates), [list(islice(flat, len(own))) for own in references]
 
 
 def caption_scores(
@@ -25,8 +34,7 @@ def caption_scores(
     Raises ValueError when the two differ in length, are empty, or a candidate has no reference.
     """
     check_pairs(candidates, references)
-    tokens = [tokenize(candidate) for candidate in candidates]
-    reference_tokens = [[tokenize(reference) for reference in own] for own in references]
+    tokens, reference_tokens = tokenize_pairs(candidates, references)
     words = [_words(t) for t in tokens]
     reference_words = [[_words(t) for t in own] for own in reference_tokens]
 

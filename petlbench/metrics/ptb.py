@@ -9,20 +9,21 @@ sentence-final period that the lexer emits twice, for instance, is not.
 from __future__ import annotations
 
 import re
-import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
-from .ptb_rules import FRAGMENTS, GAP, RULES
+from .ptb_rules import FRAGMENTS, RULES
 
 # What ptbtokenizer.py drops. Brackets are in lower case by then, so "-lrb-" survives "-LRB-", in the toolkit too.
 _DROPPED = "'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;"
 PUNCTUATION = frozenset(_DROPPED.split())
 
 _ASSIMILATED = frozenset(("cannot", "gonna", "gotta", "lemme", "gimme", "wanna"))
-_PLAIN = re.compile(rf"([A-Za-z]+)(?={GAP})")
-_GAPS = re.compile(rf"{GAP}+")
+_PLAIN = re.compile(r"([A-Za-z]+)(?=[ \n])")  # other gaps may stand inside addresses
+_SPACES = re.compile(r"[ \t][ \t\u00A0\u2000-\u200A\u3000]*")
+# The toolkit replaces "\n" alone; the others would break the line and shift the tokens of all later captions.
+_BREAKS = re.compile("[\n\r\v\f\u2028\u2029]")
 
 
 class _Rule(NamedTuple):
@@ -30,36 +31,21 @@ class _Rule(NamedTuple):
     normalise: Callable[[str], str]
 
 
-def _letter_class() -> str:
-    """A character class: letters of the basic plane, combining marks of the alphabets before Tibetan, soft hyphen."""
-    ranges: list[list[int]] = []
-    for code in range(0x10000):
-        kind = unicodedata.category(chr(code))[0]
-        if kind == "L" or (kind == "M" and code < 0xF00) or code == 0xAD:
-            if ranges and ranges[-1][1] == code - 1:
-                ranges[-1][1] = code
-            else:
-                ranges.append([code, code])
-    return "[" + "".join(f"\\u{low:04x}-\\u{high:04x}" for low, high in ranges) + "]"
-
-
 @cache
 def _compiled() -> tuple[_Rule, ...]:
-    fragments = {**FRAGMENTS, "LETTER": _letter_class()}
-
     def expand(pattern: str) -> str:
-        return re.sub(r"<([A-Z]+)>", lambda match: f"(?:{expand(fragments[match[1]])})", pattern)
+        return re.sub(r"<([A-Z]+)>", lambda match: f"(?:{expand(FRAGMENTS[match[1]])})", pattern)
 
     return tuple(_Rule(re.compile(expand(pattern)), normalise) for pattern, normalise in RULES)
 
 
-def _lex(text: str) -> Iterator[str]:
-    """Tokens of one line, in their original case, punctuation included."""
-    # Captions are lexed as lines of one file. What follows a caption is a line break and, as a rule, a capital letter.
-    end, text = len(text), text + "\n\n"
-    position = 0
+def _lex(text: str, position: int, end: int) -> Iterator[str]:
+    """Tokens of the line of `text` that ends at `end`, in their original case, punctuation included.
+
+    What follows the line counts: whether a period belongs to "b." may hang on the next caption's first letter.
+    """
     while position < end:
-        if gap := _GAPS.match(text, position):
+        if gap := _SPACES.match(text, position):
             position = gap.end()
         elif (word := _PLAIN.match(text, position)) and word[0].lower() not in _ASSIMILATED:
             position = word.end()  # the bulk of any caption: no rule can match more than such a word
@@ -80,11 +66,24 @@ def _longest(text: str, position: int) -> tuple[str, int]:
     return best
 
 
-def tokenize(text: str) -> list[str]:
-    """Lower-case Penn Treebank tokens of one caption without punctuation tokens, as COCO's caption evaluation sees it.
+def tokenize_all(captions: Sequence[str]) -> list[list[str]]:
+    """Lower-case Penn Treebank tokens of each caption without punctuation tokens, as COCO's caption evaluation sees it.
 
-    Line breaks count as spaces. Clitics are split (`it 's`, `do n't`), brackets become `-lrb-`, abbreviations keep
-    their period. A fraction such as `1 1/2` is one token with a no-break space. Empty when only punctuation is left.
+    The captions are lexed as the lines of one file, as in the toolkit. Other line breaks inside them count as spaces.
+    Clitics are split (`it 's`, `do n't`), brackets become `-lrb-`, abbreviations keep their period. A fraction such as
+    `1 1/2` is one token with a no-break space. Empty when only punctuation is left.
     """
-    lowered = (token.lower() for token in _lex(text.replace("\n", " ")))
-    return [token for token in lowered if token and token not in PUNCTUATION]
+    lines = [_BREAKS.sub(" ", caption) for caption in captions]
+    text, position, tokens = "\n".join(lines), 0, []
+    for line in lines:
+        lowered = [token.lower() for token in _lex(text, position, position + len(line)) if token]
+        if lowered:
+            lowered[-1] = lowered[-1].rstrip()  # as the toolkit does to the line: some spaces may end an address
+        tokens.append([token for token in lowered if token not in PUNCTUATION])
+        position += len(line) + 1
+    return tokens
+
+
+def tokenize(caption: str) -> list[str]:
+    """`tokenize_all` of one caption alone."""
+    return tokenize_all([caption])[0]

@@ -9,8 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from petlbench.metrics.captions import caption_scores
-from petlbench.metrics.ptb import tokenize
+from petlbench.metrics.captions import caption_scores, tokenize_pairs
 from petlbench.metrics.vqa import vqa_accuracy
 
 FOLDER = Path(__file__).parent
@@ -48,12 +47,14 @@ def compare(data: dict[str, Any]) -> Iterator[Comparison]:
 
 def compare_captions(data: dict[str, Any]) -> Iterator[Comparison]:
     cases = data["cases"]
-    for case in cases:
+    candidates, references = [case["candidate"] for case in cases], [case["references"] for case in cases]
+    # All together, as they were in the toolkit: the caption behind it decides the last period of some captions.
+    for case, candidate, own in zip(cases, *tokenize_pairs(candidates, references), strict=True):
         captions = [*case["references"], case["candidate"]]
         official = [*case["tokenized_references"], case["tokenized_candidate"]]
-        for caption, tokenized in zip(captions, official, strict=True):
-            yield Comparison("tokens", f"case {case['id']}, {caption!r}", " ".join(tokenize(caption)), tokenized)
-    corpus, samples = caption_scores([case["candidate"] for case in cases], [case["references"] for case in cases])
+        for caption, tokens, tokenized in zip(captions, [*own, candidate], official, strict=True):
+            yield Comparison("tokens", f"case {case['id']}, {caption!r}", " ".join(tokens), tokenized)
+    corpus, samples = caption_scores(candidates, references)
     rows = [(f"case {case['id']}", "", case, ours) for case, ours in zip(cases, samples, strict=True)]
     for where, prefix, official, ours in [*rows, ("corpus", "corpus_", data, corpus)]:
         for name in ("cider_d", "rouge_l"):
