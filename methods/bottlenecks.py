@@ -12,25 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from petlbench.backbones.base import Backbone
-from petlbench.backbones.sites import Place, SubLayer, current_pass
+from petlbench.backbones.sites import Place, SubLayer, current_pass, mean_of_real
 from petlbench.method import About, Knob, Method, StackedConfig, place, train
 
-from .layers import Bottleneck, draw_like_bart, draw_like_lora, reduced
+from .layers import REC_RECIPE, Bottleneck, draw_like_bart, draw_like_lora, reduced
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "silu": nn.SiLU,
     "gelu": nn.GELU,
     "gelu_tanh": partial(nn.GELU, approximate="tanh"),
-}
-# Towers at a tenth of the rate of fusion encoder and head, as TransVG and all who adapt it train.
-REC_RECIPE: dict[str, Any] = {
-    "lr": 1e-4,
-    "method_lr": 0.1,
-    "weight_decay": 1e-4,
-    "warmup": 0.0,
-    "schedule": "step",
-    "clip_norm": None,
 }
 
 # The options' meaning and range stand here once; each method has its own defaults.
@@ -164,8 +155,7 @@ class HubLayer(nn.Module):
         mask = current_pass().mask if self.mask_gate else None
         if mask is None:
             return gates.mean(1, keepdim=True)
-        weight = mask.unsqueeze(-1).to(gates.dtype)
-        return (gates * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp_min(1)
+        return mean_of_real(gates, mask).unsqueeze(1)
 
 
 class ParallelLayer(HubLayer):

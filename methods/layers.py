@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,6 +12,16 @@ from torch.nn import functional as F
 from petlbench.backbones.base import Backbone
 
 Activation = Callable[[Tensor], Tensor]
+# Towers at a tenth of the rate of fusion encoder and head, as TransVG and all who adapt it train.
+REC_RECIPE: dict[str, Any] = {
+    "lr": 1e-4,
+    "method_lr": 0.1,
+    "weight_decay": 1e-4,
+    "warmup": 0.0,
+    "schedule": "step",
+    "clip_norm": None,
+    "augment": "transvg",
+}
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

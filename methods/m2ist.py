@@ -16,7 +16,7 @@ from petlbench.backbones.language import EncoderDecoder
 from petlbench.backbones.sites import Stack
 from petlbench.method import About, Knob, Method, MethodConfig, place
 
-from .layers import draw_like_bart, reduced, start_at_zero
+from .layers import REC_RECIPE, draw_like_bart, reduced, start_at_zero
 from .m2ist_ladder import Crossing, Ladder
 from .m2ist_side import Kind, Pairing, Side, SideStack, Sizes, paired_layers
 
@@ -115,18 +115,7 @@ class M2IST(Method):
         "spread": {"pairing": "spread"},
     }
     recipe: ClassVar[Mapping[str, Any]] = {"lr": 1e-3}
-    recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        HOME: {
-            "lr": 1e-4,
-            "method_lr": 0.1,
-            "weight_decay": 1e-4,
-            "eps": 1e-8,
-            "warmup": 0.0,
-            "schedule": "step",
-            "clip_norm": None,
-            "batch_size": 64,
-        }
-    }
+    recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {HOME: {**REC_RECIPE, "eps": 1e-8, "batch_size": 64}}
     conditional: Mapping[str, str] = {
         "*.side.rungs.*.text.*": "beside words: no gradient from heads that read image tokens alone",
         "*stacks.decoder.side.*": "beside a decoder: no gradient where nothing is decoded",

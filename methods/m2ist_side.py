@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from petlbench.backbones.sites import IMAGE, TEXT, Pass, Place, Segments, Site, Stack, Taps
+from petlbench.backbones.sites import IMAGE, TEXT, Pass, Place, Segments, Site, Stack, Taps, by_kind
 
 from .layers import Bottleneck
 
@@ -211,15 +211,6 @@ class SideStack(Stack):
         if self.final_norm is not None:
             y = through(self.final_norm, y, climb.segments)
         return y if climb.rows is None else climb.frozen.index_put(climb.rows, y[:, 0])
-
-
-def by_kind(x: Tensor, segments: Segments, function: Callable[[int, Tensor], Tensor]) -> Tensor:
-    """`function(kind, run)` of each run of tokens of one kind, joined again: (B, N, d) -> (B, N, e)."""
-    kinds = {kind for kind, _ in segments}
-    if len(kinds) == 1:
-        return function(kinds.pop(), x)
-    runs = x.split([length for _, length in segments], dim=1)
-    return torch.cat([function(kind, run) for (kind, _), run in zip(segments, runs, strict=True)], dim=1)
 
 
 def through(norm: nn.Module, x: Tensor, segments: Segments) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from petlbench.backbones.base import Backbone
-from petlbench.backbones.sites import Projection, SubLayer, current_pass
+from petlbench.backbones.sites import Projection, SubLayer, current_pass, mean_of_real
 from petlbench.method import About, Knob, Method, StackedConfig, place, train
 
 from .compacter import PHMBottleneck
@@ -82,8 +82,7 @@ class SmallGate(nn.Module):
             return gate.cumsum(1) / torch.arange(1, gate.shape[1] + 1, device=gate.device)[:, None]
         if context.mask is None or not self.masked:
             return gate.mean(1, keepdim=True)
-        real = context.mask.unsqueeze(-1).to(gate.dtype)
-        return (gate * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)
+        return mean_of_real(gate, context.mask).unsqueeze(1)
 
 
 class GranularityControl(nn.Module):

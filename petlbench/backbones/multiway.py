@@ -6,7 +6,6 @@ blocks, one block per modality and layer; only the routing and the residual wiri
 
 from __future__ import annotations
 
-import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,6 +18,7 @@ from petlbench.backbones.sites import (
     ProjectionPair,
     Stack,
     SubLayer,
+    by_kind,
     current_pass,
 )
 from petlbench.backbones.transformers_parts import Stateless
@@ -41,14 +41,9 @@ class Routed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         segments = current_pass().segments
-        kinds = {kind for kind, _ in segments}
-        if not kinds:
+        if not segments:
             raise ValueError("a pass through multiway layers needs `segments`: they route its tokens")
-        if len(kinds) == 1:
-            alone: Tensor = self.of(kinds.pop())(x)
-            return alone
-        runs = x.split([length for _, length in segments], dim=1)
-        return torch.cat([self.of(kind)(run) for (kind, _), run in zip(segments, runs, strict=True)], dim=1)
+        return by_kind(x, segments, lambda kind, run: self.of(kind)(run))
 
 
 class JointAttention(nn.Module):

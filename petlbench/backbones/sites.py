@@ -11,7 +11,7 @@ Values are changed by modules that live in the tree, never by hooks, so that wha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -67,6 +67,21 @@ _CURRENT: ContextVar[Pass] = ContextVar("petlbench_pass")
 def current_pass() -> Pass:
     """The pass that the calling module is in. Raises LookupError outside of a sub-layer."""
     return _CURRENT.get()
+
+
+def by_kind(x: Tensor, segments: Segments, function: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """`function(kind, run)` of each run of tokens of one kind, joined again: (B, N, d) -> (B, N, e)."""
+    kinds = {kind for kind, _ in segments}
+    if len(kinds) == 1:
+        return function(kinds.pop(), x)
+    runs = x.split([length for _, length in segments], dim=1)
+    return torch.cat([function(kind, run) for (kind, _), run in zip(segments, runs, strict=True)], dim=1)
+
+
+def mean_of_real(x: Tensor, mask: Tensor) -> Tensor:
+    """(B, N, d), mask (B, N) (True: real) -> (B, d): the mean over real tokens."""
+    weight = mask.unsqueeze(-1).to(x.dtype)
+    return (x * weight).sum(1) / weight.sum(1).clamp_min(1)
 
 
 class Parallel(nn.Module):
