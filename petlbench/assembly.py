@@ -178,6 +178,7 @@ def build_setting(
     method: Method | None = None,
     clock: PhaseClock | None = None,
     report: Report = lambda event: None,
+    workers: int = 0,
 ) -> tuple[Setting, Snapshot]:
     """The backbone adapted, with the task's head, ready to train; and the handle that restores the backbone.
 
@@ -191,7 +192,16 @@ def build_setting(
     prepare(extended, cell.recipe, device)
     seed_everything(cell.seed + 1)  # dropout, whatever the method drew
     setting = Setting(
-        extended, head, task, cell.recipe, cell.seed, device, clock or PhaseClock(device), report, method=method
+        extended,
+        head,
+        task,
+        cell.recipe,
+        cell.seed,
+        device,
+        clock or PhaseClock(device),
+        report,
+        method=method,
+        workers=workers,
     )
     if not setting.trainable():
         raise UserError(f"method '{cell.method}' leaves nothing to train on task '{task.name}'")

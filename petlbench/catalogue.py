@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from petlbench.backbones.base import Backbone
 
-PARTS = {"fuse": "fusion", "decode": "decoder"}  # what is lent to a backbone that lacks the ability
-LENT = "+fusion, +decoder: with a part lent for the task, which trains and counts as the task's head"
+PARTS = {"fuse": "fusion", "decode": "decoder", "pair": "order"}  # what is lent to a backbone that lacks the ability
+LENT = "+fusion, +decoder, +order: with a part lent for the task, which trains and counts as the task's head"
 WILDCARDS = set("*?[")
 SHOWN = 6  # sizes of a family
 

@@ -110,6 +110,38 @@ def _add_show(show: argparse.ArgumentParser) -> None:
     show.add_argument("--data-root", type=Path, metavar="DIR", help="where data sets lie (default: PETLBENCH_DATA)")
 
 
+def _add_data(data: argparse.ArgumentParser) -> None:
+    subparsers = data.add_subparsers(metavar="check|show", required=True)
+    check = subparsers.add_parser("check", help="count what is there, open images, compare with the published sizes")
+    check.set_defaults(command=commands.data_check)
+    check.add_argument("names", nargs="+", metavar="TASK:DATASET", help="or a task alone, for its default data set")
+    check.add_argument(
+        "--sample", type=_count, default=16, metavar="N", help="images to open of each part (default: %(default)s)"
+    )
+    check.add_argument("--all", action="store_true", help="open every image")
+    check.add_argument("--json", action="store_true", help="machine-readable")
+    show = subparsers.add_parser("show", help="a contact sheet of samples, as PNG")
+    show.set_defaults(command=commands.data_show)
+    show.add_argument("name", metavar="TASK:DATASET", help="or a task alone, for its default data set")
+    show.add_argument("--split", default="train", metavar="NAME", help="or an official part (default: %(default)s)")
+    show.add_argument("--count", type=_positive, default=16, metavar="N", help="samples (default: %(default)s)")
+    show.add_argument("--seed", type=_count, default=0, metavar="N", help="draws them (default: %(default)s)")
+    show.add_argument("--out", type=Path, metavar="FILE", help="default: pictures/<task>_<dataset>_<split>.png")
+    for parser in (check, show):
+        parser.add_argument("--data-root", type=Path, metavar="DIR", help="where data lies (default: PETLBENCH_DATA)")
+        parser.add_argument("--config", metavar="JSON", help="the data set's options")
+
+
+def _add_score(score: argparse.ArgumentParser) -> None:
+    score.set_defaults(command=commands.score)
+    score.add_argument("results", type=Path)
+    score.add_argument(
+        "--metrics", type=_names, default=["meteor"], metavar="A,B", help="of meteor, spice (default: meteor)"
+    )
+    score.add_argument("--csv", type=Path, metavar="FILE", help="also write it as CSV")
+    score.add_argument("--data-root", type=Path, metavar="DIR", help="where data sets lie (default: PETLBENCH_DATA)")
+
+
 def _add_compare(compare: argparse.ArgumentParser) -> None:
     compare.set_defaults(command=commands.compare)
     compare.add_argument("results", type=Path)
@@ -164,6 +196,9 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     run.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: %(default)s")
     run.add_argument("--jobs", type=_positive, default=1, metavar="N", help="cells at a time (default: %(default)s)")
     run.add_argument("--threads", type=_positive, metavar="N", help="threads of each cell")
+    run.add_argument(
+        "--workers", type=_count, metavar="N", help="threads that make batches meanwhile (default: 4 on CUDA, else 0)"
+    )
     run.add_argument("--limit", type=_positive, metavar="N", help="rows used of each split")
     run.add_argument("--data-root", type=Path, metavar="DIR", help="where data sets lie (default: PETLBENCH_DATA)")
     run.add_argument(
@@ -226,6 +261,12 @@ def _bytes(text: str) -> int:
     return value
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"a whole number is needed, not '{text}'")
+    return int(text)
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"a positive whole number is needed, not '{text}'")
@@ -238,6 +279,8 @@ ADD = {
     "leaderboard": (_add_leaderboard, "the table of one or several results folders"),
     "plot": (_add_plot, "plots of one or several results folders"),
     "show": (_add_show, "contact sheets of predictions: boxes, answers, captions"),
+    "data": (_add_data, "data sets: what of them is there (`data check`), and what it looks like (`data show`)"),
+    "score": (_add_score, "METEOR and SPICE of kept captions, by their Java programs"),
     "compare": (_add_compare, "methods against each other, sample by sample and seed by seed"),
     "profile": (_add_profile, "what methods cost, without training"),
     "check": (_add_check, "hold a method to what every method must do, and to its own claims"),

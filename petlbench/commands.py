@@ -190,6 +190,7 @@ def _run(args: argparse.Namespace) -> int:
             device=args.device,
             jobs=args.jobs,
             threads=args.threads,
+            workers=args.workers,
             data_root=args.data_root,
             timeout=args.timeout or suite.timeout,
             memory_limit=args.memory_limit or suite.memory_limit,
@@ -283,6 +284,43 @@ def show(args: argparse.Namespace) -> int:
     return 0
 
 
+def data_check(args: argparse.Namespace) -> int:
+    """What of data sets is there; 1 when a part that is needed is missing, broken or of another size than published."""
+    from petlbench import inventory, inventory_table
+
+    config = _json_object(args.config, '{"layout": "hub"}')
+    asked = [inventory.opened_source(name, config, args.data_root) for name in dict.fromkeys(args.names)]
+    found = [inventory.take(*subject, sample=None if args.all else args.sample) for subject in asked]
+    if args.json:
+        print(json.dumps([one.as_json() for one in found], indent=1))
+    else:
+        for one in found:
+            _print(inventory_table.render(one))
+    return int(not all(one.ok for one in found))
+
+
+def data_show(args: argparse.Namespace) -> int:
+    """A contact sheet of samples."""
+    from petlbench import contact, inventory
+
+    subject = inventory.opened_source(args.name, _json_object(args.config, '{"layout": "hub"}'), args.data_root)
+    print(contact.show(*subject, split=args.split, count=args.count, seed=args.seed, out=args.out))
+    return 0
+
+
+def score(args: argparse.Namespace) -> int:
+    """METEOR and SPICE of kept captions."""
+    from petlbench import rescoring
+    from petlbench.leaderboard import write_csv
+    from petlbench.records import Store
+
+    frame = rescoring.score(Store.open(args.results, create=False), args.metrics, args.data_root)
+    if args.csv:
+        write_csv(frame, args.csv)
+    _print(rescoring.render(frame))
+    return 0
+
+
 def compare(args: argparse.Namespace) -> int:
     """Two methods, or all pairs."""
     from petlbench import statistics
@@ -324,12 +362,7 @@ def check(args: argparse.Namespace) -> int:
     """Conformance; 1 when the method fails a check."""
     from petlbench import conformance
 
-    try:
-        config = json.loads(args.config) if args.config else {}
-    except ValueError as error:
-        raise UserError(f"--config is not JSON ({error}): give an object such as '{{\"rank\": 4}}'") from error
-    if not isinstance(config, dict):
-        raise UserError("--config must be a JSON object such as '{\"rank\": 4}'")
+    config = _json_object(args.config, '{"rank": 4}')
     reports = conformance.check_all(_subjects(args.method), backbone=args.backbone, tasks=args.tasks, config=config)
     if args.json:
         found = [report.as_json() for report in reports]
@@ -338,6 +371,17 @@ def check(args: argparse.Namespace) -> int:
         for report in reports:
             _print(conformance.render(report))
     return int(not all(report.ok for report in reports))
+
+
+def _json_object(text: str | None, example: str) -> dict[str, Any]:
+    """What --config says, or nothing where it is not given."""
+    try:
+        config = json.loads(text) if text else {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--config is not JSON ({error}): give an object such as '{example}'") from error
+    if not isinstance(config, dict):
+        raise UserError(f"--config must be a JSON object such as '{example}'")
+    return config
 
 
 def _subjects(names: Sequence[str]) -> list[str]:

@@ -16,6 +16,7 @@ from importlib.util import resolve_name
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from petlbench.datasets.reading import content_digest
 from petlbench.errors import UserError
 from petlbench.registry import BACKBONES, DATASETS, METHODS, TASKS
 from petlbench.spec import Cell, Record
@@ -80,7 +81,7 @@ def fingerprints(cell: Cell, data_root: Path | None = None, source: Source | Non
     return {
         **code_fingerprints(cell),
         "data": source.fingerprint(cell.task),
-        "weights": _digest(map(_file_digest, files)),
+        "weights": _digest(map(content_digest, files)),
     }
 
 
@@ -222,19 +223,3 @@ def _is_mute(node: Any) -> bool:
 
 def _digest(lines: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:DIGITS]
-
-
-def _file_digest(path: Path) -> str:
-    """Of the content; the name and the place do not count."""
-    try:
-        status = path.stat()
-        return _content_digest(path.absolute(), status.st_size, status.st_mtime_ns)
-    except OSError as error:
-        raise UserError(f"cannot read weights {path}: {error.strerror or error}; fetch the file again") from error
-
-
-@cache
-def _content_digest(path: Path, size: int, mtime_ns: int) -> str:
-    """Weights of gigabytes are read once per process, unless size or time tell that they have changed."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -84,7 +84,7 @@ class SceneRows:
 
     def scene(self, index: int) -> Scene:
         if index not in self._kept:
-            self._kept[index] = make_scene("shapes", self.split, self.recipe.seed, index)  # type: ignore[arg-type]
+            self._kept[index] = make_scene("shapes", self.split, self.recipe.seed, index)
         return self._kept[index]
 
     def row(self, index: int, rng: np.random.Generator) -> Row:

@@ -222,10 +222,9 @@ def _effective(cell: Cell) -> int:
     """Scalars of the method's own that the loss of one sample can send a gradient to."""
     with torch.random.fork_rng():
         setting, batch = _real(cell)
-        backbone = setting.backbone
-        loss = setting.task.loss(backbone, setting.head, batch)
-        own = parameters.of_method(backbone, setting.head, backbone.host_parameters(), backbone.head_parameters())
-        return parameters.effective(loss, own)
+        loss = setting.task.loss(setting.backbone, setting.head, batch)
+        trainable = setting.trainable()
+        return parameters.effective(loss, [trainable[name] for name in sorted(setting.own())])
 
 
 def saved_mib(cell: Cell) -> tuple[float, float]:

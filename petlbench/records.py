@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import os
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from .collector import collector_paused
 from .errors import Unwritable, UserError
 from .spec import SCHEMA_VERSION, Cell, Record
 
@@ -64,18 +63,6 @@ def make_folder(path: Path) -> None:
         raise Unwritable(
             f"cannot write to folder {path}: {error.strerror or error}; choose another folder or its permissions"
         ) from error
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Records hold no cycles, yet looking for some again and again takes most of the time that loading many does."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class Store:
@@ -134,7 +121,7 @@ class Store:
         Raises Damaged, a UserError, naming the file that is truncated, no record, of another schema version, or not
         called what its cell is, and the remedy.
         """
-        with _collector_paused():
+        with collector_paused():
             return [record for _, record in self.items()]
 
     def get(self, cell: Cell) -> Record | None:
@@ -176,7 +163,7 @@ class Merged:
     def __init__(self, stores: Iterable[Store]) -> None:
         self.stores = list(stores)
         self._homes: dict[str, tuple[Record, Store]] = {}
-        with _collector_paused():
+        with collector_paused():
             for store in self.stores:
                 for key, record in store.items():
                     known = self._homes.get(key)

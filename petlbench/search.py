@@ -55,10 +55,12 @@ class Search:
         checkpoint: Checkpoint,
         report: Report,
         inspect: Callable[[Setting], None] = lambda setting: None,
+        workers: int = 0,
     ) -> None:
         """`inspect` is shown every setting as soon as it is built."""
         self._cell, self._backbone, self._task, self._device = cell, backbone, task, device
         self._clock, self._checkpoint, self._report, self._inspect = clock, checkpoint, report, inspect
+        self._workers = workers
         self._setting: tuple[Setting, Snapshot] | None = None
         self._winner: Winner | None = None
         self.trials: list[Trial] = []
@@ -91,7 +93,13 @@ class Search:
             if self._setting:
                 self._setting[1].restore()
             self._setting = build_setting(
-                self._cell, self._backbone, self._task, self._device, clock=self._clock, report=self._report
+                self._cell,
+                self._backbone,
+                self._task,
+                self._device,
+                clock=self._clock,
+                report=self._report,
+                workers=self._workers,
             )
             self._inspect(self._setting[0])
         return self._setting[0]

@@ -55,6 +55,7 @@ class Recipe(Frozen):
     validations: Positive = Field(1, description="evaluations on validation, evenly spaced; the best is kept for test")
     train_limit: Positive | None = Field(None, description="training rows used; all when null")
     eval_limit: Positive | None = Field(None, description="validation and test rows used; all when null")
+    augment: str = Field("none", description="of training rows, by the task's name for it, such as `transvg` in rec")
     beams: Positive = Field(1, description="beam width of generation; 1 is greedy")
     lr_factors: tuple[float, ...] = Field((1.0,), min_length=1, description="trials: lr times each; best on validation")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
@@ -70,6 +71,7 @@ ADDED = (
     "warmup_from_zero",
     "lr_floor",
     "layer_decay",
+    "augment",
     "method_lr",
     "released",
     "precision",
@@ -227,6 +229,7 @@ class Timing(Frozen):
     optimizer_seconds: float | None = Field(None, description="median of clipping and the optimizer's step")
     jobs: int = Field(1, description="cells that ran at the same time; more than 1 marks contended timings")
     threads: int = 1
+    workers: int = Field(0, description="threads that made batches beside the computing ones")
     resumed: int = Field(0, description="times that the cell was continued from a checkpoint")
 
 

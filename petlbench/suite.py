@@ -101,6 +101,7 @@ def expand(
         for seed, (task, dataset), (body, spec) in product(seeds or suite.seeds, pairs, hosts)
     ]
     _check_distinct(cells, where)
+    _check_cached(cells, where)
     return cells
 
 
@@ -268,10 +269,13 @@ def _check_abilities(pairs: Sequence[Pair], bodies: Sequence[BackboneSpec], wher
 
 def _recipe(suite: Suite, spec: MethodSpec, task: str, backbone: str, limit: int | None, where: str) -> Recipe:
     """The layers of a cell's recipe, weakest first; each is checked alone, so that a message names its place."""
-    method = _configured_method(spec)
+    method, known = _configured_method(spec), ("none", *TASKS.get(task).augmentations)
+    authors = dict(method.default_recipe(backbone.partition(":")[0]))
+    if authors.get("augment") not in known:  # theirs is for another task
+        authors.pop("augment", None)
     layers: dict[str, Mapping[str, Any]] = {
         f"recipe of task {task}": TASKS.get(task).recipe,
-        f"recipe of method {spec.name}": method.default_recipe(backbone.partition(":")[0]),
+        f"recipe of method {spec.name}": authors,
         "recipe": suite.recipe,
         f"task_recipes.{task}": suite.task_recipes.get(task, {}),
         f"methods.{spec.label}.recipe": spec.recipe,
@@ -281,7 +285,18 @@ def _recipe(suite: Suite, spec: MethodSpec, task: str, backbone: str, limit: int
     for name, layer in layers.items():
         validated(Recipe, layer, f"{where}: {name}")
         merged |= layer
-    return Recipe.model_validate(merged)
+    recipe = Recipe.model_validate(merged)
+    if recipe.augment not in known:
+        hint = did_you_mean(recipe.augment, known) or f": it has {', '.join(known)}"
+        raise UserError(f"{where}: task {task} has no augmentation '{recipe.augment}'{hint}")
+    return recipe
+
+
+def _check_cached(cells: Iterable[Cell], where: str) -> None:
+    """Features are kept by image, and augmentation makes every image a new one."""
+    for cell in cells:
+        if cell.recipe.augment != "none" and cell.backbone_config.get("features") == "cached":
+            raise UserError(f"{where}: {cell.label} augments images whose features are cached: take `features: live`")
 
 
 def _check_distinct(cells: Iterable[Cell], where: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from petlbench.backbones.base import LENT, Backbone, Images, Texts
 
 Row = dict[str, Any]  # one row of a data source, in the task's schema
+Augmentation = Callable[[Row, np.random.Generator], Row]
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,13 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         texts = {name: text.to(device) for name, text in self.texts.items()}
-        extras = {name: tensor.to(device) for name, tensor in self.extras.items()}
+        extras = {name: tensor.to(device, non_blocking=True) for name, tensor in self.extras.items()}
         return Batch(self.images.to(device), texts, extras)
+
+    def pinned(self) -> Batch:
+        """In page-locked memory, from which a copy to a GPU does not wait."""
+        texts = {name: text.pinned() for name, text in self.texts.items()}
+        return Batch(self.images.pinned(), texts, {name: tensor.pin_memory() for name, tensor in self.extras.items()})
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class Task(ABC):
     needs: ClassVar[frozenset[str]]  # abilities of a backbone
     features: ClassVar[Features]
     recipe: ClassVar[dict[str, Any]] = {}
+    augmentations: ClassVar[Mapping[str, Augmentation]] = {}  # by name, as a recipe's `augment` gives it
 
     def refuses(self, backbone: type[Backbone], config: Any) -> str | None:
         """Why a backbone of this configuration cannot serve this task, or None."""
@@ -62,6 +69,10 @@ class Task(ABC):
     def head(self, backbone: Backbone) -> nn.Module:
         """The task's own trained parameters; a module without parameters where it needs none."""
         return own_or(nn.Module, backbone, self.name)
+
+    def augmented(self, rows: Sequence[Row], name: str, rng: np.random.Generator) -> Sequence[Row]:
+        """Training rows changed at random, as the recipe says."""
+        return rows if name == "none" else [self.augmentations[name](row, rng) for row in rows]
 
     @abstractmethod
     def collate(self, rows: Sequence[Row], backbone: Backbone, rng: np.random.Generator | None) -> Batch:
@@ -78,6 +89,10 @@ class Task(ABC):
     @abstractmethod
     def score(self, rows: Sequence[Row], predictions: Sequence[Any]) -> Scores:
         """The published metrics of all rows of a split together. Rows come without their images."""
+
+    def submission(self, rows: Sequence[Row], predictions: Sequence[Any]) -> Any:
+        """For rows whose answers are not public: what the evaluation server takes, as JSON values; else None."""
+        return None
 
     def picture(self, row: Row, prediction: Any) -> tuple[Image, str]:
         """A test row with what was predicted for it, for a person: an image and a caption."""

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Set
-from contextlib import nullcontext
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Mapping, Set
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, Image
 from torch import Tensor, nn
 
 from petlbench.backbones.base import Backbone
 from petlbench.checkpoint import State, prefixed, rng_state, set_rng_state
+from petlbench.errors import UserError
 from petlbench.measure.clock import WARMUP, PhaseClock
 from petlbench.measure.energy import energy_counter
 from petlbench.measure.memory import SavedTensors, account
+from petlbench.measure.parameters import of_method
 from petlbench.method import Method
 from petlbench.optimizers import ReleasedAdamW
 from petlbench.precision import computing, described, kernels, scaler
 from petlbench.spec import Memory, Recipe
-from petlbench.task import Batch, Scores, Task
+from petlbench.task import Batch, Row, Scores, Task
 
 Report = Callable[[dict[str, Any]], None]
 KEPT_LOSSES = 50  # points of the loss curve kept in a record
@@ -47,6 +52,11 @@ class Setting:
     clock: PhaseClock
     report: Report = field(default=lambda event: None)
     method: Method | None = None
+    workers: int = 0  # threads that make batches while others are computed on; 0: none
+
+    def prepared(self, batch: Batch) -> Batch:
+        """In memory from which a GPU reads while it computes."""
+        return batch.pinned() if self.device.type == "cuda" else batch
 
     def modules(self) -> nn.ModuleDict:
         """Both trained modules under the names that an adapter file uses."""
@@ -58,9 +68,10 @@ class Setting:
 
     def own(self) -> set[str]:
         """Names of the trainable parameters that are neither a head's nor a host part's: the method's."""
-        elsewhere = {f"backbone.{name}" for name in self.backbone.host_parameters() | self.backbone.head_parameters()}
-        heads = {id(p) for p in self.head.parameters()}
-        return {name for name, p in self.trainable().items() if name not in elsewhere and id(p) not in heads}
+        backbone = self.backbone
+        own = of_method(backbone, self.head, backbone.host_parameters(), backbone.head_parameters())
+        ids = {id(p) for p in own}
+        return {name for name, p in self.trainable().items() if id(p) in ids}
 
 
 @dataclass(frozen=True)
@@ -128,32 +139,63 @@ def rate(recipe: Recipe, step: int) -> float:
 
 
 class Batches:
-    """Endless training batches: each epoch a new permutation, what does not fill a batch carried over."""
+    """Endless training batches from `start` on: each epoch a new permutation, what does not fill a batch carried over.
 
-    def __init__(self, rows: Dataset, setting: Setting) -> None:
+    A batch depends on the seed and its number alone, so that any can be made at any time, by any thread.
+    """
+
+    def __init__(self, rows: Dataset, setting: Setting, start: int = 0) -> None:
         self._rows, self._setting = rows, setting
-        self._rng = np.random.default_rng([setting.seed, 0])
-        self._order: list[int] = []
+        self._epochs: dict[int, np.ndarray] = {}
+        self._made = ahead(self._make, count(start), setting.workers)
 
     def __iter__(self) -> Batches:
         return self
 
     def __next__(self) -> Batch:
+        with self._setting.clock.phase("data"):
+            return next(self._made).to(self._setting.device)
+
+    def close(self) -> None:
+        """Make no more of them."""
+        self._made.close()
+
+    def _make(self, step: int) -> Batch:
         setting, size = self._setting, self._setting.recipe.batch_size
-        with setting.clock.phase("data"):
-            while len(self._order) < size:
-                self._order += self._rng.permutation(len(self._rows)).tolist()
-            chosen, self._order = self._order[:size], self._order[size:]
-            rows = [self._rows[i] for i in chosen]
-            return setting.task.collate(rows, setting.backbone, self._rng).to(setting.device)
+        rng = np.random.default_rng([setting.seed, 1, step])
+        rows = [self._rows[self._place(i)] for i in range(step * size, (step + 1) * size)]
+        drawn = setting.task.augmented(rows, setting.recipe.augment, rng)
+        return setting.prepared(setting.task.collate(drawn, setting.backbone, rng))
 
-    def state(self) -> dict[str, Any]:
-        """What the batches to come depend on, as JSON values."""
-        return {"rng": self._rng.bit_generator.state, "order": self._order}
+    def _place(self, i: int) -> int:
+        """The row that comes as the `i`-th of all epochs."""
+        epoch, within = divmod(i, len(self._rows))
+        if epoch not in self._epochs:  # two threads may both draw it: they draw the same
+            order = np.random.default_rng([self._setting.seed, 0, epoch]).permutation(len(self._rows))
+            self._epochs = {number: o for number, o in self._epochs.items() if number >= epoch - 1} | {epoch: order}
+        return int(self._epochs[epoch][within])
 
-    def restore(self, state: dict[str, Any]) -> None:
-        self._rng.bit_generator.state = state["rng"]
-        self._order = list(state["order"])
+
+def ahead(make: Callable[[int], Batch], numbers: Iterable[int], workers: int) -> Generator[Batch, None, None]:
+    """`make` of each number, in their order, by `workers` threads that stay a batch each ahead.
+
+    Decoding and resizing images run outside of Python's lock, so threads are enough. An error of `make` is raised where
+    its batch is due. Without workers, each batch is made when it is due.
+    """
+    if not workers:
+        yield from map(make, numbers)
+        return
+    pool = ThreadPoolExecutor(workers)
+    try:
+        waiting: deque[Future[Batch]] = deque()
+        for number in numbers:
+            waiting.append(pool.submit(make, number))
+            if len(waiting) > workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:  # without waiting: the collector may be what ends this, in a thread that a worker waits for
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 class Course:
@@ -165,6 +207,7 @@ class Course:
         self.parameters = setting.trainable()
         self.optimizer = optimizer(self.parameters, setting.recipe, lr, setting.backbone, setting.own())
         self.scaler = scaler(setting.recipe, setting.device)
+        self.train = train
         self.batches = Batches(train, setting)
         self.step = 0
         self.losses: list[tuple[int, float]] = []
@@ -197,7 +240,6 @@ class Course:
         rest = {
             "step": self.step,
             "losses": self.losses,
-            "batches": self.batches.state(),
             "scaler": self.scaler.state_dict(),
             "memory": self.memory.model_dump() if self.memory else None,
             "joules": self.joules,
@@ -219,8 +261,8 @@ class Course:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         set_rng_state(state.under("rng"), self.setting.device)
         self.step = rest["step"]
+        self.batches = Batches(self.train, self.setting, self.step)
         self.losses = [(int(step), float(loss)) for step, loss in rest["losses"]]
-        self.batches.restore(rest["batches"])
         self.scaler.load_state_dict(rest["scaler"])
         self.memory = Memory(**rest["memory"]) if rest["memory"] else None
         self.joules = (float(rest["joules"][0]), int(rest["joules"][1]))
@@ -258,11 +300,12 @@ def fit(
         course.restore(resume)
     setting.clock.warm_up()
     marks = {round(recipe.steps * (i + 1) / recipe.validations) for i in range(recipe.validations)}
-    while course.step < recipe.steps:
-        train_step(course)
-        if course.step in marks:
-            _validate(course, validation)
-        keep(course)
+    with closing(course.batches):
+        while course.step < recipe.steps:
+            train_step(course)
+            if course.step in marks:
+                _validate(course, validation)
+            keep(course)
     assert course.best is not None  # the last step is always a mark
     best = course.best
     joules, counted = course.joules
@@ -334,7 +377,9 @@ def _validate(course: Course, validation: Dataset) -> None:
     with setting.clock.phase("validation"):
         scores, _ = evaluate(setting, validation)
         course.modules.train()
-    score = scores.metrics[setting.task.main_metric]
+    score = scores.metrics.get(setting.task.main_metric)
+    if score is None:
+        raise UserError("the validation split has no public answers to select on: choose another part")
     setting.report({"phase": "validation", "step": course.step, "steps": setting.recipe.steps, "score": score})
     if course.best is None or score > course.best.score:
         # On the CPU: a second copy on a GPU would pass for what training takes.
@@ -353,18 +398,30 @@ def _thinned(losses: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
     return tuple(losses[stride - 1 :: stride]) + (() if len(losses) % stride == 0 else (losses[-1],))
 
 
+def without_images(rows: Dataset) -> list[Row]:
+    """All rows as plain data."""
+    pictures = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
+    plain: list[Row] = rows.remove_columns(pictures).to_list()
+    return plain
+
+
 @torch.no_grad()
 def evaluate(setting: Setting, rows: Dataset) -> tuple[Scores, list[Any]]:
     """Scores and predictions on all `rows`, in evaluation mode; in their order."""
     task, size = setting.task, setting.recipe.eval_batch_size
     setting.modules().eval()
     predictions: list[Any] = []
-    for start in range(0, len(rows), size):
+
+    def make(start: int) -> Batch:
         chosen = [rows[i] for i in range(start, min(start + size, len(rows)))]
-        batch = task.collate(chosen, setting.backbone, None).to(setting.device)
+        return setting.prepared(task.collate(chosen, setting.backbone, None))
+
+    starts = range(0, len(rows), size)
+    for made in ahead(make, starts, setting.workers):
+        batch = made.to(setting.device)
         with computing(setting.recipe, setting.device):
             predictions += task.predict(setting.backbone, setting.head, batch, beams=setting.recipe.beams)
-    return task.score(rows.remove_columns("image").to_list(), predictions), predictions
+    return task.score(without_images(rows), predictions), predictions
 
 
 @torch.no_grad()

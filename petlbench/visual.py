@@ -19,11 +19,14 @@ PADDING = 8
 MIN_CELL_PIXELS = 160
 
 
-def draw_boxes(image: Image, boxes: list[tuple[Box, str, str]], scale: int = 1) -> Image:
+def draw_boxes(
+    image: Image, boxes: list[tuple[Box, str, str]], scale: int = 1, outline_pixels: int | None = None
+) -> Image:
     """A copy of `image`, RGB, enlarged `scale` times, with an outlined, labelled rectangle for each of `boxes`.
 
     A box is ((x, y, width, height) in pixels of `image`, label, colour name); an empty label draws none. What reaches
-    outside is clipped; a box that is not finite or has no area, such as an untrained model's, keeps its label only.
+    outside is clipped; a box that is not finite or has no area, such as an untrained model's, keeps its label only. The
+    outlines are as many pixels wide as the image is enlarged times, unless told otherwise.
     """
     from PIL import Image as Images
     from PIL import ImageDraw
@@ -34,7 +37,7 @@ def draw_boxes(image: Image, boxes: list[tuple[Box, str, str]], scale: int = 1) 
     corners = [_corners(box, scale, canvas.size) for box, _, _ in boxes]
     for found, (_, _, colour) in zip(corners, boxes, strict=True):
         if found:
-            draw.rectangle(found, outline=colour, width=max(1, scale))
+            draw.rectangle(found, outline=colour, width=max(1, scale) if outline_pixels is None else outline_pixels)
     # Labels come last, so that no outline crosses one.
     for found, (_, label, colour) in zip(corners, boxes, strict=True):
         if label:
@@ -68,6 +71,37 @@ def contact_sheet(images: list[Image], captions: list[str], columns: int) -> Ima
                 draw.text((left, top + picture + 2 + number * LINE_PIXELS), line, "black", font())
         top += picture + text + 2 * PADDING
     return sheet
+
+
+def fitted(image: Image, side: int) -> tuple[Image, tuple[float, float]]:
+    """`image`, RGB, with neither side longer than `side` pixels, and the scale (across, down) that a box takes with it.
+
+    Small ones become whole multiples of their size, so that pixels stay square.
+    """
+    from PIL import Image as Images
+
+    longest = max(image.size)
+    scale = side / longest if longest > side else max(1, side // longest)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    if size == image.size:
+        return _on_white(image), (1.0, 1.0)
+    # Scaled before it is copied in other modes where that works, for a large picture takes hundreds of megabytes.
+    plain = image if image.mode in ("L", "RGB", "RGBA") else _on_white(image)
+    smaller = plain.resize(size, Images.Resampling.BOX if scale < 1 else Images.Resampling.NEAREST)
+    return _on_white(smaller), (size[0] / image.width, size[1] / image.height)
+
+
+def beside(images: list[Image]) -> Image:
+    """Images side by side on white, at least one."""
+    from PIL import Image as Images
+
+    width = sum(image.width for image in images) + PADDING * (len(images) - 1)
+    canvas = Images.new("RGB", (width, max(image.height for image in images)), "white")
+    left = 0
+    for image in images:
+        canvas.paste(image, (left, 0))
+        left += image.width + PADDING
+    return canvas
 
 
 def wrap(text: str, width: int) -> list[str]:

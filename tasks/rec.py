@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,11 +11,13 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from petlbench.augmentation import transvg, transvg_released
 from petlbench.backbones.base import Backbone, Tokens
+from petlbench.backbones.heads import Grounder
 from petlbench.backbones.sites import IMAGE
 from petlbench.datasets import schemas
-from petlbench.metrics.boxes import acc_at, iou_xywh
-from petlbench.task import Batch, Row, Scores, Task, enlarged, own_or
+from petlbench.metrics.boxes import acc_at, iou_xywh, mean_iou
+from petlbench.task import Augmentation, Batch, Row, Scores, Task, enlarged, own_or
 from petlbench.visual import draw_boxes
 
 
@@ -58,6 +60,12 @@ def generalised_iou(a: Tensor, b: Tensor) -> Tensor:
     return inner / area - (hull - area) / hull
 
 
+def within_canvas(boxes: Tensor) -> Tensor:
+    """(…, 4) cx, cy, w, h, cut to the unit square."""
+    first, last = corners(boxes).clamp(0, 1).split(2, dim=-1)
+    return torch.cat([(first + last) / 2, last - first], dim=-1)
+
+
 def pointing_loss(head: PointingHead, tokens: Tokens, boxes: Tensor) -> Tensor:
     """Cross-entropy of pointing at the visual token nearest to the centre of each box (B, 4)."""
     visual = tokens.of_type(IMAGE)
@@ -66,7 +74,11 @@ def pointing_loss(head: PointingHead, tokens: Tokens, boxes: Tensor) -> Tensor:
 
 
 class ReferringExpressions(Task):
-    """TransVG's setting: L1 and GIoU losses, both of weight one, on a single box; Acc@0.5.
+    """TransVG's setting: L1 and GIoU losses, both of weight one, on a single box; Acc@0.5 and mean IoU.
+
+    As in TransVG's evaluation, what a Grounder predicts, whose canvas is the unit square, is cut to the canvas before
+    it is scored, padding included; the target is not. The pointing head's boxes are scored as they are: the canvas
+    depends on the backbone there, and with `tiny` on the other images of the batch.
 
     `pointing` is the weight of a further loss, which only pre-training uses: from scratch, the box losses alone stay
     for thousands of steps where every box is predicted in the middle of the image.
@@ -77,6 +89,10 @@ class ReferringExpressions(Task):
     main_metric: ClassVar[str] = "acc_50"
     needs: ClassVar[frozenset[str]] = frozenset({"fuse", "ground"})
     features = schemas.REC
+    augmentations: ClassVar[Mapping[str, Augmentation]] = {
+        "transvg": transvg,
+        "transvg_released": transvg_released,
+    }
 
     def __init__(self, pointing: float = 0.0) -> None:
         self.pointing = pointing
@@ -85,7 +101,9 @@ class ReferringExpressions(Task):
         return own_or(lambda: PointingHead(backbone.width), backbone, self.name)
 
     def collate(self, rows: Sequence[Row], backbone: Backbone, rng: np.random.Generator | None) -> Batch:
-        images = backbone.images([row["image"] for row in rows])
+        pictures = [row["image"] for row in rows]
+        placements = [row["placement"] for row in rows if "placement" in row]
+        images = backbone.images_placed(pictures, placements) if placements else backbone.images(pictures)
         text = backbone.texts([row["expression"] for row in rows], max_length=64)
         x, y, width, height = torch.tensor([row["box"] for row in rows], dtype=torch.float32).unbind(-1)
         boxes = images.place(torch.stack([x + width / 2, y + height / 2, width, height], dim=-1))
@@ -107,15 +125,27 @@ class ReferringExpressions(Task):
 
     def predict(self, backbone: Backbone, head: nn.Module, batch: Batch, *, beams: int = 1) -> list[list[float]]:
         """Boxes (x, y, width, height) in pixels of the stored image."""
-        found = batch.images.unplace(head(self._fused(backbone, batch)))
-        centre, size = found.split(2, dim=-1)
+        found = head(self._fused(backbone, batch))
+        found = within_canvas(found) if isinstance(head, Grounder) else found
+        centre, size = batch.images.unplace(found).split(2, dim=-1)
         boxes: list[list[float]] = torch.cat([centre - size / 2, size], dim=-1).tolist()
         return boxes
 
     def score(self, rows: Sequence[Row], predictions: Sequence[Any]) -> Scores:
+        """Over all rows and, where they are from several subsets, over each: `acc_50/testA`.
+
+        What is no number is a miss, with an overlap of 0.
+        """
         boxes = np.array([row["box"] for row in rows], dtype=np.float64)
-        ious = iou_xywh(np.array(predictions, dtype=np.float64), boxes)
-        metrics = {"acc_50": acc_at(ious, 0.5), "mean_iou": float(ious.mean())}
+        found = np.array(predictions, dtype=np.float64)
+        ious = np.zeros(len(rows))
+        finite = np.isfinite(found).all(axis=-1)
+        ious[finite] = iou_xywh(found[finite], boxes[finite])
+        metrics = _overlaps(ious)
+        subsets = np.array([row.get("subset", "") for row in rows])
+        names = sorted(set(subsets.tolist()) - {""})
+        for name in names if len(names) > 1 else ():
+            metrics |= {f"{metric}/{name}": value for metric, value in _overlaps(ious[subsets == name]).items()}
         samples = {"acc_50": (ious >= 0.5).astype(float).tolist(), "mean_iou": ious.tolist()}
         return Scores(metrics, samples, [row["sample_id"] for row in rows])
 
@@ -127,3 +157,7 @@ class ReferringExpressions(Task):
         drawn = draw_boxes(image, [(tuple(box), "", colour) for box, colour in boxes])
         overlap = iou_xywh(np.array([prediction], dtype=np.float64), np.array([row["box"]], dtype=np.float64))[0]
         return drawn, f"{row['expression']} (IoU {overlap:.2f})"
+
+
+def _overlaps(ious: np.ndarray) -> dict[str, float]:
+    return {"acc_50": acc_at(ious, 0.5), "mean_iou": mean_iou(ious)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from petlbench.backbones.base import Backbone, Tokens
 from petlbench.datasets import schemas
+from petlbench.errors import UserError
 from petlbench.generation import generated_texts
 from petlbench.losses import token_losses
 from petlbench.metrics.vqa import vqa_accuracy
@@ -22,7 +23,10 @@ MAX_ANSWER = 10  # tokens, special ones included
 
 
 class VisualQuestionAnswering(Task):
-    """VL-T5's setting: one answer is drawn with probability proportional to its soft score, which weighs its loss."""
+    """VL-T5's setting: one answer is drawn with probability proportional to its soft score, which weighs its loss.
+
+    Rows whose answers are not public have an empty list of them: they can be predicted, not trained or scored on.
+    """
 
     name: ClassVar[str] = "vqa"
     default_dataset: ClassVar[str] = "digits"
@@ -35,6 +39,9 @@ class VisualQuestionAnswering(Task):
         texts = {"question": backbone.texts([row["question"] for row in rows], max_length=64)}
         if rng is None:
             return Batch(images, texts)
+        hidden = next((row["sample_id"] for row in rows if not row["answers"]), None)
+        if hidden is not None:
+            raise UserError(f"question {hidden} has no public answers to train on: train on another part")
         drawn = [_draw(row["answers"], rng) for row in rows]
         texts["answer"] = backbone.texts([answer for answer, _ in drawn], max_length=MAX_ANSWER)
         weights = torch.tensor([weight for _, weight in drawn], dtype=torch.float32)
@@ -55,15 +62,34 @@ class VisualQuestionAnswering(Task):
         return generated_texts(backbone, memory, task=self.name, max_length=MAX_ANSWER, beams=1)
 
     def score(self, rows: Sequence[Row], predictions: Sequence[Any]) -> Scores:
-        scores = [vqa_accuracy(p, row["answers"]) for p, row in zip(predictions, rows, strict=True)]
-        metrics = {"vqa_accuracy": float(np.mean(scores))}
-        for kind in sorted({row["answer_type"] for row in rows}):
-            of_kind = [s for s, row in zip(scores, rows, strict=True) if row["answer_type"] == kind]
-            metrics[f"vqa_accuracy/{kind}"] = float(np.mean(of_kind))
-        return Scores(metrics, {"vqa_accuracy": scores}, [row["sample_id"] for row in rows])
+        """`vqa_accuracy`, overall and by answer type, over the rows that have answers; no metric where none has.
+
+        Where each has a single answer there is `exact_match` too: equality as written, as GQA's evaluation counts.
+        """
+        known = [(row, guess) for row, guess in zip(rows, predictions, strict=True) if row["answers"]]
+        if not known:
+            return Scores({}, {}, [row["sample_id"] for row in rows])
+        samples = {"vqa_accuracy": [vqa_accuracy(guess, row["answers"]) for row, guess in known]}
+        if all(len(row["answers"]) == 1 for row, _ in known):
+            samples["exact_match"] = [float(guess == row["answers"][0]) for row, guess in known]
+        metrics = {name: float(np.mean(scores)) for name, scores in samples.items()}
+        by_kind = defaultdict(list)
+        for (row, _), score in zip(known, samples["vqa_accuracy"], strict=True):
+            by_kind[row["answer_type"]].append(score)
+        metrics |= {f"vqa_accuracy/{kind}": float(np.mean(scores)) for kind, scores in sorted(by_kind.items())}
+        return Scores(metrics, samples, [row["sample_id"] for row, _ in known])
+
+    def submission(self, rows: Sequence[Row], predictions: Sequence[Any]) -> Any:
+        """The official result format, where no row has answers; identifiers that are numbers as numbers."""
+        if any(row["answers"] for row in rows):
+            return None
+        names = [row["sample_id"] for row in rows]
+        ids = [int(name) if name.isascii() and name.isdecimal() else name for name in names]
+        return [{"question_id": name, "answer": guess} for name, guess in zip(ids, predictions, strict=True)]
 
     def picture(self, row: Row, prediction: Any) -> tuple[Image, str]:
-        return enlarged(row["image"]), f"{row['question']}: {prediction} (true: {row['answers'][0]})"
+        truth = f" (true: {row['answers'][0]})" if row["answers"] else ""
+        return enlarged(row["image"]), f"{row['question']}: {prediction}{truth}"
 
 
 def _draw(answers: Sequence[str], rng: np.random.Generator) -> tuple[str, float]:

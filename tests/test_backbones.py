@@ -42,7 +42,13 @@ SERVED = [(family, task) for family in FAMILIES for task in TASKS.names() if ser
 
 def cell_of(family: str, task: str, method: str = "full") -> Cell:
     return Cell(
-        method=method, task=task, dataset="digits", dataset_config=SCENES, backbone=family, recipe=RECIPE, seed=3
+        method=method,
+        task=task,
+        dataset=TASKS.get(task).default_dataset,
+        dataset_config=SCENES,
+        backbone=family,
+        recipe=RECIPE,
+        seed=3,
     )
 
 
@@ -53,9 +59,9 @@ def data_of(task: str) -> Data:
 
 
 def test_which_family_serves_what() -> None:
-    everything = {"rec", "vqa", "captioning", "retrieval"}
+    everything = {"rec", "vqa", "pairs", "captioning", "retrieval"}
     found = {family: {task for name, task in SERVED if name == family} for family in FAMILIES}
-    less = {"transvg:tiny": everything - {"retrieval"}, "clip:coca-tiny": everything - {"rec"}}
+    less = {"transvg:tiny": everything - {"retrieval", "pairs"}, "clip:coca-tiny": everything - {"rec"}}
     assert found == dict.fromkeys(FAMILIES, everything) | less
 
 

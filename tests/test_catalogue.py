@@ -84,7 +84,8 @@ def test_the_matrix_says_what_is_lent_and_why_a_task_is_refused() -> None:
     assert found["clip"]["vqa"] == Service(("fusion", "decoder"))
     assert found["clip"]["retrieval"] == Service()
     assert found["beit3"]["captioning"] == Service(("decoder",))
-    assert found["vl_bart"].keys() == {"rec", "vqa", "captioning", "retrieval"}
+    assert (found["beit3"]["pairs"], found["vl_bart"]["pairs"]) == (Service(("decoder", "order")), Service())
+    assert found["vl_bart"].keys() == {"rec", "vqa", "pairs", "captioning", "retrieval"}
     refused = found["transvg"]["retrieval"]
     assert refused.reason and refused.reason.startswith("it cannot embed (") and str(refused) == "no"
     assert found["clip:coca-tiny"]["captioning"] == Service()  # a size that serves other tasks has a row of its own
@@ -102,6 +103,7 @@ def test_a_third_partys_family_is_described_and_one_that_is_broken_disturbs_nobo
         stacks={"tower": {"layers": 3, "width": 8}},
         tasks={
             "captioning": Service(reason="it cannot decode (it has no words)"),
+            "pairs": Service(reason="it cannot decode (it has no words)"),
             "rec": Service(reason="it cannot ground (it sees no places)"),
             "retrieval": Service(),
             "vqa": Service(reason="it cannot decode (it has no words)"),
@@ -116,19 +118,20 @@ def test_a_third_partys_family_is_described_and_one_that_is_broken_disturbs_nobo
 def test_the_listing_as_people_and_programs_read_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["list", "backbones", "t*"]) == 0
     shown = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert "tiny petlbench 1.09M vision 3 x 96, encoder 3 x 96, decoder 2 x 96 captioning, rec, retrieval, vqa" in shown
+    tasks = "captioning, pairs (+order), rec, retrieval, vqa"
+    assert f"tiny petlbench 1.09M vision 3 x 96, encoder 3 x 96, decoder 2 x 96 {tasks}" in shown
     (transvg,) = [line for line in shown if line.startswith("transvg ")]
     assert "150M vision 6 x 256, text 12 x 768, fusion 6 x 256 r50 (default)," in transvg
     assert transvg.endswith("captioning (+decoder), rec, vqa (+decoder)")
-    assert any(line.startswith("+fusion, +decoder: with a part lent") for line in shown)
+    assert any(line.startswith("+fusion, +decoder, +order: with a part lent") for line in shown)
     assert cli.main(["list", "backbones", "t*", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows["tiny"]["target"] == "petlbench.backbones.tiny:Tiny"
     assert rows["transvg"]["tasks"]["vqa"] == {"lent": ["decoder"], "reason": None}
     assert cli.main(["list", "backbones", "s*", "--matrix"]) == 0
     shown = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert "backbone captioning rec retrieval vqa" in shown
-    assert "stranger no no yes no" in shown
+    assert "backbone captioning pairs rec retrieval vqa" in shown
+    assert "stranger no no no yes no" in shown
     assert "stranger, rec: it cannot ground (it sees no places)" in shown
     assert any(line.startswith("shattered cannot be described: backbone 'shattered'") for line in shown)
     assert cli.main(["list", "backbones", "s*", "--check"]) == 1

@@ -185,6 +185,7 @@ def test_a_run_leaves_records_table_and_plots(launcher: Launcher, capsys: pytest
         "timeout": None,
         "memory_limit": None,
         "checkpoint_seconds": 60.0,
+        "workers": None,
     }
     assert done(CELLS[0]) == Store(Path("runs/smoke")).get(CELLS[0]) and known(CELLS[0]) == fingerprints(CELLS[0])
     out = Path("runs/smoke")

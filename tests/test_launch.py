@@ -92,6 +92,7 @@ def test_records_come_back_in_the_order_of_the_cells_with_their_events(store: St
         "jobs": 2,
         "data_root": Path.cwd() / "data",
         "checkpoint_seconds": 5.0,
+        "workers": None,
         "fingerprints": None,
     }
     assert sorted(e["cell"] for e in diary.events) == sorted(c.id for c in cells(3))

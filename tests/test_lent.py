@@ -27,7 +27,7 @@ from petlbench.training import Setting, load_state
 from tests.backbone_factory import draw, randomise, small_tiny
 
 CPU = torch.device("cpu")
-TASKS_LENT_FOR = ("captioning", "rec", "vqa")
+TASKS_LENT_FOR = ("captioning", "pairs", "rec", "vqa")
 
 
 class Dual(Backbone):
@@ -121,6 +121,8 @@ def parts(lengths: tuple[int, int] = (5, 6), batch: int = 2, seed: int = 0) -> t
         ({"fuse", "ground"}, ["fusion"], {"embed", "ground", "fuse"}),
         ({"decode"}, ["decoder"], {"embed", "ground", "decode"}),
         ({"fuse", "decode"}, ["fusion", "decoder"], {"embed", "ground", "fuse", "decode"}),
+        ({"pair"}, ["order"], {"embed", "ground", "pair"}),
+        ({"fuse", "pair"}, ["fusion", "order"], {"embed", "ground", "fuse", "pair"}),
     ],
 )
 def test_what_is_lacking_is_lent_and_nothing_else(needs: set[str], lent: list[str], served: set[str]) -> None:
@@ -148,7 +150,8 @@ def test_everything_else_is_the_backbone_s_own() -> None:
 @pytest.mark.parametrize("task", TASKS_LENT_FOR)
 def test_a_dual_encoder_trains_and_predicts_on_every_task_that_it_was_not_born_for(task: str) -> None:
     here = setting(dual(), task)
-    rows = [ROW[task] | {"image": new_image("RGB", (40, 32)), "sample_id": str(i)} for i in range(2)]
+    images = {"image": new_image("RGB", (40, 32)), "image_2": new_image("RGB", (40, 32), "red")}
+    rows = [ROW[task] | images | {"sample_id": str(i)} for i in range(2)]
     batch = here.task.collate(rows, here.backbone, np.random.default_rng(0))
     batch.extras.update({k: v.double() for k, v in batch.extras.items() if v.is_floating_point()})
     here.task.loss(here.backbone, here.head, batch).backward()
@@ -164,6 +167,7 @@ def test_a_dual_encoder_trains_and_predicts_on_every_task_that_it_was_not_born_f
 ROW: dict[str, dict[str, Any]] = {
     "vqa": {"question": "what is red?", "answers": ["circle"] * 10},
     "captioning": {"captions": ["a red circle", "the small square"]},
+    "pairs": {"question": "both are red", "answers": ["true"], "answer_type": "true/false"},
     "rec": {"expression": "the red circle", "box": [2.0, 3.0, 10.0, 12.0]},
 }
 
@@ -367,3 +371,42 @@ def test_the_pass_says_task_types_and_step() -> None:
     assert [one.task for one in seen] == ["rec", "vqa", "vqa"]
     assert [one.step for one in seen] == [0, 0, 1]
     assert seen[0].segments == ((TEXT, 5), (IMAGE, 6)) and seen[1].segments == ((TEXT, 1),)
+
+
+# The order of two images
+
+
+def image_pair(backbone: Backbone) -> Images:
+    """Two samples of two images each: the first ones, then the second ones."""
+    return backbone.images([new_image("RGB", (40, 32), colour) for colour in ("red", "blue", "white", "green")])
+
+
+def test_the_order_is_added_to_the_tokens_of_each_image() -> None:
+    found = extended({"pair"})
+    images, order = image_pair(found), found.get_parameter("lent.order.image.weight")
+    both = found.embed_image(images)
+    first, second = found.embed_pair(images)
+    assert first.states.shape == (2, *both.states.shape[1:]) and first.segments == second.segments == both.segments
+    torch.testing.assert_close(first.states, both.states[:2] + order[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(second.states, both.states[2:] + order[1], rtol=0, atol=1e-12)
+    assert torch.equal(second.positions, both.positions[2:]) and torch.equal(second.mask, both.mask[2:])
+
+
+def test_it_is_the_order_that_tells_two_images_apart() -> None:
+    found, (text, _) = extended({"fuse", "pair"}), parts()
+    images, swapped = image_pair(found), image_pair(found)
+    swapped = Images(*(t.roll(2, 0) for t in (swapped.pixels, swapped.mask, swapped.scale, swapped.offset)))
+
+    def of_text(given: Images) -> Tensor:
+        return found.fuse(text, *found.embed_pair(given), task="pairs").of_type(TEXT).mean()
+
+    assert float((of_text(images) - of_text(swapped)).detach().abs().max()) > 1e-3
+    nn.init.zeros_(found.get_parameter("lent.order.image.weight"))
+    torch.testing.assert_close(of_text(images), of_text(swapped), rtol=0, atol=1e-12)
+
+
+def test_a_lent_order_counts_as_the_task_s_head_and_is_small() -> None:
+    here = setting(small_tiny(), "pairs")
+    assert here.backbone.head_parameters() == {"lent.order.image.weight"}
+    assert counted(here).head == 2 * here.backbone.width
+    assert float(here.backbone.get_parameter("lent.order.image.weight").detach().abs().max()) < 0.2

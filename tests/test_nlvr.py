@@ -33,7 +33,7 @@ def an_image(root: Path, part: str) -> Path:
     return sorted(root.glob(f"{part}/images/*/*.png"))[0]
 
 
-@pytest.mark.parametrize("task", sorted(BY_TASK))
+@pytest.mark.parametrize("task", sorted(NLVR.tasks))
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_every_task_and_split_has_rows_of_its_schema_with_images_that_decode(task: str, split: str) -> None:
     rows = source().load(task, split)
@@ -232,4 +232,4 @@ def test_an_image_of_another_size_is_a_fault_where_boxes_count_in_pixels(tmp_pat
     assert images.fault(path) is None
     assert images.fault(path, (400, 100)) == "200 x 50 pixels, not 400 x 100"
     path.write_bytes(b"not an image")
-    assert images.fault(path) == "cannot identify image file 'file'"
+    assert images.fault(path) == "cannot identify image file it"

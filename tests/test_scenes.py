@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from petlbench.datasets import scenes
+from petlbench.datasets import scenes, table_cache
 from petlbench.datasets.base import Split
 from petlbench.datasets.scene_language import VOCABULARY, captions, expressions, questions
 from petlbench.datasets.scene_world import (
@@ -277,7 +277,7 @@ def test_a_full_disk_leaves_nothing_half_written(cache: Path, monkeypatch: pytes
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(scenes.os, "fsync", full)
+    monkeypatch.setattr(table_cache.os, "fsync", full)
     assert len(Shapes(SMALL).load("vqa", "validation")) == 8
     assert not [path for path in cache.rglob("*") if path.is_file()]
 

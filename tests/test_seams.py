@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from petlbench.methods.lora import LoRA
+from petlbench.methods.lst import LST
+from petlbench.methods.m2ist import M2IST
+from petlbench.methods.prompt import Prompt
 from petlbench.methods.selective import BitFit, Full
 from petlbench.methods.vl_adapter import VLAdapter
+from PIL import Image
+from PIL.Image import Image as Picture
 from torch import Tensor, nn
 
 from petlbench import assembly
 from petlbench.assembly import build_backbone, build_setting, misfits
-from petlbench.backbones.base import Backbone, Tokens
+from petlbench.backbones.base import Backbone, Images, Texts, Tokens
+from petlbench.backbones.lent import lend
 from petlbench.backbones.sites import inserted
 from petlbench.backbones.transvg import TransVG
 from petlbench.method import Method
 from petlbench.optimizers import ReleasedAdamW
-from petlbench.registry import TASKS
+from petlbench.registry import BACKBONES, TASKS
 from petlbench.spec import Cell, Recipe
 from petlbench.training import optimizer, rate
 from tests.backbone_factory import draw, small_tiny
@@ -131,3 +138,52 @@ def test_a_pair_that_does_not_fit_is_found_before_anything_runs(monkeypatch: pyt
     before = signal.getsignal(signal.SIGALRM)
     assert misfits([CELL], VLAdapter) == misfits([CELL], Broken) == misfits([CELL], Endless) == {}
     assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def vl_bart() -> Backbone:
+    kind: type[Backbone] = BACKBONES.get("vl_bart")
+    torch.manual_seed(0)
+    made: Backbone = kind(kind.configured("vl_bart:tiny", {})).eval()  # type: ignore[call-arg]
+    return made
+
+
+PICTURES = [Image.new("RGB", (40, 30), colour) for colour in ("red", "blue")]
+
+
+@pytest.mark.parametrize("method", [LoRA, M2IST, Prompt, LST])
+def test_a_wrapper_keeps_its_backbone_s_own_order_of_two_images(method: type[Method]) -> None:
+    host = vl_bart()
+    images = host.images(PICTURES)
+    own = [tokens.states for tokens in host.embed_pair(images)]
+    adapted = method().adapt(host).eval()
+    assert lend(adapted, frozenset({"fuse", "decode", "pair"})) is adapted, "nothing is lent to it"
+    assert all(torch.equal(a.states, b) for a, b in zip(adapted.embed_pair(images), own, strict=True))
+
+
+class Careless(Backbone):
+    """A wrapper that claims all its backbone can, and hands on only what it knows of."""
+
+    def __init__(self, inner: Backbone) -> None:
+        super().__init__()
+        self.inner, self.abilities, self.width = inner, inner.abilities, inner.width
+
+    def host_parameters(self) -> set[str]:
+        return set()
+
+    def images(self, images: Sequence[Picture]) -> Images:
+        return self.inner.images(images)
+
+    def embed_image(self, images: Images, *, task: str | None = None) -> Tokens:
+        return self.inner.embed_image(images, task=task)
+
+    def embed_text(self, texts: Texts, *, task: str | None = None) -> Tokens:
+        return self.inner.embed_text(texts, task=task)
+
+    def fuse(self, *parts: Tokens, task: str) -> Tokens:
+        return self.inner.fuse(*parts, task=task)
+
+
+def test_a_wrapper_that_does_not_hand_two_images_on_is_told_so_rather_than_given_two_first_ones() -> None:
+    wrapper = lend(Careless(vl_bart()), frozenset({"fuse", "pair"}))
+    with pytest.raises(NotImplementedError, match="Careless does not tell two images apart"):
+        wrapper.embed_pair(wrapper.images(PICTURES))

@@ -54,6 +54,7 @@ class Ranked(Plain):
 class Boxes(Plain):
     default_dataset = "photos"
     recipe: ClassVar[dict[str, Any]] = {"lr": 2e-3, "batch_size": 7}
+    augmentations: ClassVar[dict[str, Any]] = {"turned": None}
 
     def refuses(self, backbone: type, config: BackboneConfig) -> str | None:
         return "it cannot ground" if backbone is Blind else None
@@ -195,6 +196,33 @@ def test_recipe_layers_from_weakest_to_strongest() -> None:
     assert recipes["plain", "captions"].lr == 1e-3  # the default
     assert recipes["ranked", "boxes"].batch_size == 7
     assert {(r.steps, r.train_limit, r.eval_limit) for r in recipes.values()} == {(11, 9, 9)}
+
+
+def test_an_augmentation_must_be_one_of_the_tasks() -> None:
+    (cell,) = expand(suite(task_recipes={"boxes": {"augment": "turned"}}), methods=["plain"], tasks=["boxes"])
+    assert cell.recipe.augment == "turned"
+    said = "task boxes has no augmentation 'turn': did you mean 'turned'?"
+    with pytest.raises(UserError, match=re.escape(said)):
+        expand(suite(recipe={"augment": "turn"}), methods=["plain"], tasks=["boxes"])
+
+
+def test_a_methods_own_augmentation_goes_to_the_tasks_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Plain, "recipe", {"augment": "turned"})
+    monkeypatch.setattr(Captions, "augmentations", {})
+    cells = expand(suite(), methods=["plain"])
+    assert {cell.task: cell.recipe.augment for cell in cells} == {"boxes": "turned", "captions": "none"}
+
+
+def test_augmented_images_are_not_looked_up_among_cached_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Cached(BackboneConfig):
+        features: str = "live"
+
+    monkeypatch.setattr(Body, "Config", Cached)
+    with pytest.raises(UserError, match="augments images whose features are cached: take `features: live`"):
+        expand(
+            suite(backbones=[{"name": "body", "config": {"features": "cached"}}], recipe={"augment": "turned"}),
+            tasks=["boxes"],
+        )
 
 
 def test_the_suites_learning_rate_beats_the_methods_own() -> None:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from petlbench.backbones.base import BackboneConfig, Texts
 from petlbench.backbones.sites import IMAGE, TEXT
 from petlbench.backbones.tiny import Tiny, TinyConfig
+from petlbench.errors import UserError
 from petlbench.task import Batch, Row, Task
 from tests.backbone_factory import Bare, draw, randomise, small_tiny
 from tests.golden import FOLDER
@@ -43,6 +44,7 @@ def rows() -> list[Row]:
             "expression": texts[i],
             "question": texts[i],
             "box": [3.0 * i, 2.5, width / 3, height / 2],
+            "subset": "",
             "answers": answers[i],
             "answer_type": "number" if i == 2 else "other",
             "captions": [f"{texts[i]} {word}" for word in ("above", "here and there", "below a line")][: i + 1],
@@ -174,6 +176,49 @@ def test_box_losses_are_transvgs() -> None:
     assert float(task.loss(backbone, Fixed(predicted), batch)) == pytest.approx(total, abs=1e-9)
 
 
+def test_boxes_without_an_area_have_a_finite_loss() -> None:
+    """As the release's cuts leave them."""
+    task, backbone = ReferringExpressions(), small_tiny()
+    data = [row | {"box": [3.0, 2.0, 0.0, height]} for row, height in zip(rows(), (5.0, 0.0, 4.0, 0.0), strict=True)]
+    head = randomise(task.head(backbone))
+    loss = task.loss(backbone, head, double(task.collate(data, backbone, None)))
+    loss.backward()
+    assert bool(loss.isfinite()) and all(bool(p.grad.isfinite().all()) for p in head.parameters())
+
+
+def scored(*subsets: str) -> dict[str, float]:
+    """The metrics of rows of these subsets, whose overlaps are 1, 0.5, 0.25, 1, 0.5, ..."""
+    data = [{"box": [0.0, 0.0, 4.0, 4.0], "sample_id": str(i), "subset": name} for i, name in enumerate(subsets)]
+    return ReferringExpressions().score(data, [[0, 0, 4, (4, 2, 1)[i % 3]] for i in range(len(data))]).metrics
+
+
+def test_subsets_are_scored_apart_where_there_are_several() -> None:
+    assert scored("testA", "testB", "testA", "testB") == pytest.approx(
+        {
+            "acc_50": 0.75,
+            "mean_iou": 2.75 / 4,
+            "acc_50/testA": 0.5,
+            "mean_iou/testA": 1.25 / 2,
+            "acc_50/testB": 1.0,
+            "mean_iou/testB": 1.5 / 2,
+        }
+    )
+    for alone in (("", "", ""), ("testA", "testA", "testA"), ("testA", "", "testA")):
+        assert scored(*alone) == pytest.approx({"acc_50": 2 / 3, "mean_iou": 1.75 / 3})
+    assert scored("testA", "", "testB").keys() == scored("testA", "testB").keys()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_a_prediction_that_is_no_number_is_a_miss(wrong: float) -> None:
+    data = [row | {"box": [0.0, 0.0, 4.0, 4.0]} for row in rows()]
+    right = [0.0, 0.0, 4.0, 4.0]
+    broken = [[wrong, 0.0, 4.0, 4.0], [0.0, 0.0, wrong, wrong], [wrong] * 4]
+    scores = ReferringExpressions().score(data, [right, *broken])
+    assert scores.metrics == {"acc_50": 0.25, "mean_iou": 0.25}
+    assert scores.samples == {"acc_50": [1, 0, 0, 0], "mean_iou": [1, 0, 0, 0]}
+
+
 def test_pointing_ignores_text_and_padding() -> None:
     task, backbone = ReferringExpressions(), small_tiny()
     head = randomise(task.head(backbone))
@@ -263,6 +308,42 @@ def test_vqa_draws_by_soft_score_and_weighs_by_it() -> None:
         return task.loss(backbone, nn.Module(), weighted).item()
 
     assert loss(1, 0.5) == pytest.approx((loss(2, 0) + 0.5 * loss(0, 2)) / 2, abs=1e-9)
+
+
+def test_questions_without_public_answers_are_predicted_and_handed_in_but_not_scored() -> None:
+    task, backbone, data = VisualQuestionAnswering(), small_tiny(), rows()
+    hidden = [row | {"answers": [], "answer_type": "", "sample_id": str(7 + i)} for i, row in enumerate(data)]
+    with torch.no_grad():
+        predictions = task.predict(backbone, nn.Module(), double(task.collate(hidden, backbone, None)))
+    scores = task.score(without_images(hidden), predictions)
+    assert (scores.metrics, scores.samples, scores.sample_ids) == ({}, {}, ["7", "8", "9", "10"])
+    handed_in = json.loads(json.dumps(task.submission(without_images(hidden), predictions)))
+    assert handed_in == [{"question_id": 7 + i, "answer": answer} for i, answer in enumerate(predictions)]
+    assert task.submission(without_images(data), predictions) is None
+    assert task.submission(without_images([*hidden[:3], data[3]]), predictions) is None
+    assert [entry["question_id"] for entry in task.submission([hidden[0] | {"sample_id": "q²"}], ["a"])] == ["q²"]
+    assert task.picture(hidden[0], "red")[1] == "red circle: red"
+    assert task.picture(data[0], "blue")[1] == "red circle: blue (true: red)"
+
+
+def test_training_on_a_question_without_public_answers_is_refused() -> None:
+    task, data = VisualQuestionAnswering(), rows()
+    data[2]["answers"] = []
+    with pytest.raises(UserError, match="question s2 has no public answers to train on"):
+        task.collate(data, small_tiny(), np.random.default_rng(0))
+
+
+def test_answers_are_scored_overall_by_type_and_exactly_where_there_is_one() -> None:
+    task, data = VisualQuestionAnswering(), without_images(rows())
+    some = task.score([*data[:3], data[3] | {"answers": []}], ["Red", "no", "two", "right"])
+    assert some.metrics == pytest.approx({"vqa_accuracy": 1, "vqa_accuracy/number": 1, "vqa_accuracy/other": 1})
+    assert some.sample_ids == ["s0", "s1", "s2"] and len(some.samples["vqa_accuracy"]) == 3
+    single = [row | {"answers": row["answers"][:1]} for row in data]
+    found = task.score(single, ["Red", "yes", "blue", "left"])
+    assert found.samples == {"vqa_accuracy": [1, 1, 0, 1], "exact_match": [0, 1, 0, 1]}
+    assert found.metrics == pytest.approx(
+        {"vqa_accuracy": 3 / 4, "exact_match": 1 / 2, "vqa_accuracy/number": 0, "vqa_accuracy/other": 1}
+    )
 
 
 def test_captioning_averages_over_real_tokens_only() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,7 +17,7 @@ from petlbench.datasets import schemas
 from petlbench.measure.clock import PhaseClock
 from petlbench.spec import Recipe
 from petlbench.task import Batch, Row, Scores, Task
-from petlbench.training import Batches, Diverged, Setting, evaluate, fit, load_state, optimizer, rate
+from petlbench.training import Batches, Diverged, Setting, ahead, evaluate, fit, load_state, optimizer, rate
 from tests.backbone_factory import posing
 
 
@@ -56,9 +57,9 @@ class Line(Task):
         return Scores({"fit": score}, {"fit": errors}, [str(row["x"]) for row in rows])
 
 
-def rows(count: int = 10) -> Dataset:
-    x = np.linspace(-1, 1, count, dtype=np.float32)
-    return Dataset.from_dict({"x": x, "image": [None] * count})
+def rows(number: int = 10) -> Dataset:
+    x = np.linspace(-1, 1, number, dtype=np.float32)
+    return Dataset.from_dict({"x": x, "image": [None] * number})
 
 
 def setting(recipe: Recipe, seed: int = 0) -> Setting:
@@ -106,6 +107,43 @@ def test_every_row_comes_once_an_epoch_in_an_order_that_the_seed_alone_decides()
 def test_fewer_rows_than_a_batch_still_fill_it() -> None:
     here = setting(recipe(batch_size=4))
     assert len(next(Batches(rows(3), here)).extras["x"]) == 4
+
+
+def test_a_batch_depends_on_the_seed_and_its_number_alone() -> None:
+    here = setting(recipe(batch_size=4))
+    batches = Batches(rows(10), here)
+    made = [next(batches).extras["x"] for _ in range(7)]
+    later = Batches(rows(10), here, start=5)
+    assert torch.equal(next(later).extras["x"], made[5]) and torch.equal(next(later).extras["x"], made[6])
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_change_no_batch_and_no_prediction(workers: int) -> None:
+    alone, helped = setting(recipe()), setting(recipe())
+    helped.workers = workers
+    first, second = (fit(here, rows(), rows(5), lr=0.1) for here in (alone, helped))
+    assert first.losses == second.losses and first.validation == second.validation
+    assert evaluate(alone, rows(300)) == evaluate(helped, rows(300))
+
+
+def test_workers_stay_a_batch_each_ahead_and_no_more() -> None:
+    made: list[int] = []
+    batches = ahead(lambda number: made.append(number) or number, count(), 3)  # type: ignore[arg-type,func-returns-value,return-value]
+    assert [next(batches), next(batches)] == [0, 1]
+    assert set(made) <= {0, 1, 2, 3, 4} and {0, 1} <= set(made)
+    batches.close()  # type: ignore[attr-defined]
+
+
+def test_what_a_worker_stumbles_over_is_raised_where_its_batch_is_due() -> None:
+    def make(number: int) -> Batch:
+        if number == 2:
+            raise ValueError("torn")
+        return number  # type: ignore[return-value]
+
+    batches = ahead(make, range(9), 4)
+    assert [next(batches), next(batches)] == [0, 1]
+    with pytest.raises(ValueError, match="torn"):
+        next(batches)
 
 
 def test_a_loss_that_is_not_finite_ends_the_trial() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from petlbench.tasks.rec import corners
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -21,11 +22,14 @@ from transformers.models.detr.modeling_detr import DetrEncoderLayer
 from petlbench.backbones.base import Tokens, plain_tokens
 from petlbench.backbones.bert import from_bert
 from petlbench.backbones.detr import FrozenBatchNorm2d, from_detr, sine_positions
+from petlbench.backbones.grids import Placement
+from petlbench.backbones.heads import Grounder
 from petlbench.backbones.sites import IMAGE, TEXT, Pass
 from petlbench.errors import UserError
 from petlbench.measure.memory import saved_bytes
+from petlbench.metrics.boxes import iou_cxcywh
 from petlbench.registry import TASKS
-from petlbench.task import Task
+from petlbench.task import Batch, Task
 from tests.backbone_factory import draw, randomise
 from tests.golden import FOLDER
 
@@ -71,6 +75,67 @@ def test_an_image_lies_in_the_middle_of_its_canvas() -> None:
         corner, other = box[None].split(2, dim=-1)
         placed = images.place(torch.cat([(corner + other) / 2, other - corner], dim=-1).float())
         torch.testing.assert_close(placed[0].double(), expected[4:], rtol=0, atol=1e-6)
+
+
+def test_an_image_lies_where_its_placement_says_and_its_box_with_it() -> None:
+    """On the canvas a white target on black is framed to a pixel, by its half-bright edges."""
+    backbone, generator = tiny(image_size=160), np.random.default_rng(0)
+    for _ in range(60):
+        size = generator.integers(40, 400, 2)
+        corner = (size * generator.uniform(0, 0.6, 2)).astype(int).tolist()
+        extent = (size * generator.uniform(0.2, 0.4, 2)).astype(int).tolist()
+        picture = Image.new("RGB", (int(size[0]), int(size[1])))
+        picture.paste((255, 255, 255), (*corner, corner[0] + extent[0], corner[1] + extent[1]))
+        placement = Placement(int(generator.integers(14, 21)) / 20, *generator.uniform(0, 1, 2))
+        images = backbone.images_placed([picture], [placement])
+        box = torch.tensor([[c + e / 2 for c, e in zip(corner, extent, strict=True)] + extent])
+        placed = images.place(box)
+        torch.testing.assert_close(images.unplace(placed), box, rtol=0, atol=1e-3)
+        shown = images.mask[0].nonzero()
+        height, width = (np.ptp(shown, axis=0) + 1).tolist()
+        assert max(height, width) == round(160 * placement.long_side)
+        middle = (size / 2 * images.scale[0].numpy() + images.offset[0].numpy()) * 160
+        np.testing.assert_allclose(middle, shown.flip(1).double().mean(0) + 0.5, atol=0.5)
+        bright = (images.pixels[0, 0] * 0.229 + 0.485) * images.mask[0] > 0.5
+        rows, columns = np.nonzero(bright.numpy())
+        found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        assert not images.pixels[0, :, ~images.mask[0]].any()
+        np.testing.assert_allclose(found, corners(placed * 160)[0], atol=1.01)
+
+
+def test_predictions_are_scored_as_transvg_scores_them_in_the_padded_square() -> None:
+    """With boxes that reach beyond the canvas, and beyond the image into its padding."""
+    values, task, generator = golden("rec_utils"), TASKS.get("rec")(), np.random.default_rng(0)
+    sizes = [(640, 480), (333, 500), (64, 64), (500, 100), (90, 100), (640, 640)]
+    backbone = tiny().double()
+    predicted, target = values["pred_cxcywh"], values["gt_cxcywh"]
+    drawn = [torch.from_numpy(generator.uniform(low, high, (60, 4))) for low, high in ((0, 1), (0.1, 0.9))]
+    predicted, target = torch.cat([predicted, drawn[0]]), torch.cat([target, drawn[1]])
+    pictures = [Image.new("RGB", sizes[i % 6]) for i in range(len(predicted))]
+    images = backbone.images(pictures).to_dtype(torch.float64)
+    stored = images.unplace(target)
+    boxes = torch.cat([stored[:, :2] - stored[:, 2:] / 2, stored[:, 2:]], dim=-1).tolist()
+    batch = Batch(images, {"expression": backbone.texts(["a dog"] * len(predicted), 9)})
+    found = task.predict(backbone, Guess(predicted), batch)
+    scores = task.score([{"box": box, "sample_id": ""} for box in boxes], found)
+    ious = iou_cxcywh(predicted.numpy(), target.numpy())
+    np.testing.assert_allclose(scores.samples["mean_iou"], ious, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(scores.samples["mean_iou"][:6], values["iou"], rtol=0, atol=1e-6)
+    assert np.mean(scores.samples["acc_50"][:6]) == pytest.approx(float(values["acc_at_05"]))
+    assert scores.metrics["mean_iou"] == pytest.approx(ious.mean(), abs=1e-6)
+    unclamped = iou_cxcywh(predicted.numpy(), target.numpy(), clamp=False)
+    assert np.abs(ious - unclamped).max() > 0.05
+
+
+class Guess(Grounder):
+    """A head of the published kind that gives the same boxes whatever it sees."""
+
+    def __init__(self, boxes: Tensor) -> None:
+        super().__init__()
+        self.boxes = boxes
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        return self.boxes
 
 
 def tiny(**options: Any) -> TransVG:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any, ClassVar, Self
 
 import torch
@@ -13,7 +14,8 @@ from PIL.Image import Image
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from petlbench.backbones.sites import TEXT, Pass, Segments, Stack, inserted
+from petlbench.backbones.grids import Placement
+from petlbench.backbones.sites import TEXT, Pass, Segments, Stack, inserted, mean_of_real
 from petlbench.backbones.text import Codec
 from petlbench.errors import UserError
 from petlbench.registry import did_you_mean
@@ -40,8 +42,7 @@ class Tokens:
 
     def mean(self) -> Tensor:
         """(B, d): the mean over real tokens."""
-        weight = self.mask.unsqueeze(-1).to(self.states.dtype)
-        return (self.states * weight).sum(1) / weight.sum(1).clamp_min(1)
+        return mean_of_real(self.states, self.mask)
 
     def rows(self, index: Tensor) -> Self:
         """Of every tensor the rows at `index` (B',), whatever a subclass adds."""
@@ -82,6 +83,13 @@ def join(parts: Sequence[Tokens]) -> Tokens:
     return Tokens(states, mask, types, positions, tuple(segment for part in parts for segment in part.segments))
 
 
+def halves(tokens: Tokens) -> tuple[Tokens, Tokens]:
+    """Tokens of 2B images -> those of the first and of the second images, B rows each."""
+    rows = torch.arange(len(tokens.states), device=tokens.states.device)
+    first, second = rows.chunk(2)
+    return tokens.rows(first), tokens.rows(second)
+
+
 @dataclass(frozen=True)
 class Images:
     """Pixels (B, 3, H, W) on a padded canvas, the mask (B, H, W) of real ones, and where each image lies.
@@ -97,7 +105,10 @@ class Images:
     features: Tensor | None = None
 
     def to(self, device: torch.device) -> Images:
-        return self._each(lambda tensor: tensor.to(device))
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Images:
+        return self._each(lambda tensor: tensor.pin_memory())
 
     def to_dtype(self, dtype: torch.dtype) -> Images:
         """Real numbers in another precision."""
@@ -125,7 +136,10 @@ class Texts:
     mask: Tensor
 
     def to(self, device: torch.device) -> Texts:
-        return Texts(self.ids.to(device), self.mask.to(device))
+        return Texts(self.ids.to(device, non_blocking=True), self.mask.to(device, non_blocking=True))
+
+    def pinned(self) -> Texts:
+        return Texts(self.ids.pin_memory(), self.mask.pin_memory())
 
 
 class BackboneConfig(BaseModel):
@@ -134,15 +148,16 @@ class BackboneConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-LENT = frozenset({"fuse", "decode"})  # abilities that trained parts can lend to any backbone, see `lent.py`
+_ENCODING = Lock()  # the libraries' tokenizers keep what they are asked for, and workers may ask at the same time
+LENT = frozenset({"fuse", "decode", "pair"})  # abilities that trained parts can lend to any backbone, see `lent.py`
 
 
 class Backbone(nn.Module, ABC):
     """A vision-language model described once, by its stacks; a task asks for what it needs of `abilities`.
 
     Abilities: `embed` (an image or a text alone, to be compared), `fuse` (a joint pass over both), `ground` (image
-    tokens know their place), `decode` (text from states). What of LENT a family lacks is lent to it; `refusals` says
-    why the rest cannot be.
+    tokens know their place), `decode` (text from states), `pair` (a joint pass over a text and two images, with the
+    first told from the second). What of LENT a family lacks is lent to it; `refusals` says why the rest cannot be.
     """
 
     Config: ClassVar[type[BackboneConfig]] = BackboneConfig
@@ -276,9 +291,17 @@ class Backbone(nn.Module, ABC):
     def images(self, images: Sequence[Image]) -> Images:
         """The backbone's own preprocessing, batched."""
 
+    def images_placed(self, images: Sequence[Image], placements: Sequence[Placement]) -> Images:
+        """The same, with sizes and places on the canvas as `placements` say, one for each image.
+
+        A backbone that does not lay images on a larger canvas sizes and places them as ever.
+        """
+        return self.images(images)
+
     def texts(self, texts: Sequence[str], max_length: int) -> Texts:
         """Tokenised with special tokens, truncated to `max_length`, padded to the longest."""
-        return Texts(*self.codec.encode(texts, min(max_length, self.max_text)))
+        with _ENCODING:
+            return Texts(*self.codec.encode(texts, min(max_length, self.max_text)))
 
     def text_of(self, ids: Sequence[int]) -> str:
         """The text of generated ids, special tokens dropped."""
@@ -290,6 +313,16 @@ class Backbone(nn.Module, ABC):
 
         `task` is what modules in a tower may ask of the pass, as in `fuse`.
         """
+
+    def embed_pair(self, images: Images, *, task: str | None = None) -> tuple[Tokens, Tokens]:
+        """Image tokens, as `embed_image` gives them, of two images per sample, the first told from the second.
+
+        `images`: 2B, first images, then second ones in the same order; a row of both results is one sample, and `fuse`
+        takes them as two parts. A family that can `pair` says here how; any other is lent its order in `lent.py`. A
+        wrapper asks the backbone inside, as `Extended` does: it never makes a pair of two `embed_image`, which would
+        give every image the place of the first.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not tell two images apart")
 
     @abstractmethod
     def embed_text(self, texts: Texts, *, task: str | None = None) -> Tokens:

@@ -169,7 +169,7 @@ class Clip(Backbone):
         self.own_heads["retrieval"] = ClipAligner(image.reader, text.reader, model.logit_scale)
         self.logit_bias = model.logit_bias
         if "decode" in self.abilities:
-            self.stacks["decoder"], self.own_heads["captioning+vqa"] = caption_decoder(model.text_decoder)
+            self.stacks["decoder"], self.own_heads["captioning+vqa+pairs"] = caption_decoder(model.text_decoder)
         self.width, self.marked, self.drop = image.width, image.marked, image.drop
         self.pooling, self.causal = text.pooling, text.causal
         self.tower_eos, self.tower_pad = text.eos_id, text.pad_id
@@ -271,5 +271,5 @@ class Clip(Backbone):
         context = decoding_pass(ids, memory, task=task, bias=causal(ids, 0, dtype), memory_bias=across)
         x, _ = self.stack("text").run(self.text_stem.words(ids), context)
         x, _ = self.stack("decoder").run(x, context)
-        words = self.own_heads["captioning+vqa"]
+        words = self.own_heads["captioning+vqa+pairs"]
         return words(x[:, -new:]), cache

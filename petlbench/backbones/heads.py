@@ -30,7 +30,7 @@ class Aligner(nn.Module, ABC):
 
 
 class Grounder(nn.Module, ABC):
-    """Finds the one box that fused tokens speak of."""
+    """Finds the one box that fused tokens speak of, on a canvas that is the unit square."""
 
     @abstractmethod
     def forward(self, tokens: Tokens) -> Tensor:

@@ -1,12 +1,14 @@
 """What a backbone lacks for a task, lent by trained parts that count as the task's head.
 
-A dual encoder has no joint pass, and an encoder no decoder. Both are lent small and fresh, after the method has
-adapted the backbone, so that no method goes into them: what is compared stays the backbone's adaptation.
+A dual encoder has no joint pass, an encoder no decoder, and most families cannot tell two images apart. All that is
+lent small and fresh, after the method has adapted the backbone, so that no method goes into it: what is compared stays
+the backbone's adaptation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from PIL.Image import Image
@@ -16,7 +18,8 @@ from transformers import BartConfig
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.models.bart.modeling_bart import BartDecoderLayer, BartEncoderLayer, BartLearnedPositionalEmbedding
 
-from petlbench.backbones.base import Backbone, Images, Texts, Tokens, decoding_pass, join
+from petlbench.backbones.base import Backbone, Images, Texts, Tokens, decoding_pass, halves, join
+from petlbench.backbones.grids import Placement
 from petlbench.backbones.language import bart_config, causal, initialise_bart
 from petlbench.backbones.sites import IMAGE, TEXT, Stack
 from petlbench.backbones.transformers_parts import bart_decoder_layer, bart_encoder_layer
@@ -24,7 +27,7 @@ from petlbench.backbones.vision import additive
 
 LAYERS = 2
 HEAD_WIDTH = 64  # at least, as far as the backbone is so wide
-ABILITIES = {"fusion": "fuse", "decoder": "decode"}  # what each part adds
+ABILITIES = {"fusion": "fuse", "decoder": "decode", "order": "pair"}  # what each part adds
 LONGEST = 128  # tokens that can be decoded
 DROPOUT = 0.1
 
@@ -37,6 +40,8 @@ def lend(backbone: Backbone, needs: frozenset[str]) -> Backbone:
         parts["fusion"] = Fusion(backbone.text_width, backbone.width)
     if "decode" in lacking:
         parts["decoder"] = Decoder(backbone.word_table().shape[1], backbone.width)
+    if "pair" in lacking:
+        parts["order"] = Order(backbone.width)
     return Extended(backbone, parts) if parts else backbone
 
 
@@ -106,6 +111,19 @@ class Decoder(nn.Module):
         return F.linear(self.leave(states), table)
 
 
+class Order(nn.Module):
+    """One vector (width) for the tokens of each of two images, added to them, as VL-T5's E_img is."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.image = nn.Embedding(2, width)
+        self.apply(initialise_bart)
+
+    def forward(self, pair: Sequence[Tokens]) -> tuple[Tokens, Tokens]:
+        first, second = (replace(one, states=one.states + at) for one, at in zip(pair, self.image.weight, strict=True))
+        return first, second
+
+
 class Extended(Backbone):
     """A backbone, adapted or not, with lent parts; everything else is its own."""
 
@@ -148,11 +166,20 @@ class Extended(Backbone):
     def images(self, images: Sequence[Image]) -> Images:
         return self.inner.images(images)
 
+    def images_placed(self, images: Sequence[Image], placements: Sequence[Placement]) -> Images:
+        return self.inner.images_placed(images, placements)
+
     def texts(self, texts: Sequence[str], max_length: int) -> Texts:
         return self.inner.texts(texts, max_length)
 
     def embed_image(self, images: Images, *, task: str | None = None) -> Tokens:
         return self.inner.embed_image(images, task=task)
+
+    def embed_pair(self, images: Images, *, task: str | None = None) -> tuple[Tokens, Tokens]:
+        if "order" not in self.lent:
+            return self.inner.embed_pair(images, task=task)
+        told: tuple[Tokens, Tokens] = self.lent["order"](halves(self.inner.embed_image(images, task=task)))
+        return told
 
     def embed_text(self, texts: Texts, *, task: str | None = None) -> Tokens:
         return self.inner.embed_text(texts, task=task)

@@ -28,7 +28,7 @@ from petlbench.backbones.detr import (
     resnet,
     sine_positions,
 )
-from petlbench.backbones.grids import cell_centres
+from petlbench.backbones.grids import Placement, cell_centres
 from petlbench.backbones.heads import Grounder
 from petlbench.backbones.library_models import DeferredCodec, model_files, place_of, quiet, readable, tokenizer_files
 from petlbench.backbones.sites import IMAGE, TEXT, Pass
@@ -153,7 +153,8 @@ class TransVG(Backbone):
     }
     abilities = frozenset({"fuse", "ground"})
     refusals: ClassVar[Mapping[str, str]] = {
-        "embed": "image and text meet in its fusion encoder alone: it has no space to compare them in one by one"
+        "embed": "image and text meet in its fusion encoder alone: it has no space to compare them in one by one",
+        "pair": "its fusion encoder has a learned place for every token, and none for those of a second image",
     }
 
     def __init__(self, config: TransVGConfig) -> None:
@@ -215,22 +216,26 @@ class TransVG(Backbone):
 
     def images(self, images: Sequence[Image]) -> Images:
         """Long side to `image_size`, in the middle of a square canvas that is zero after normalisation."""
-        size = self.config.image_size
-        pixels = torch.zeros(len(images), 3, size, size)
-        mask = torch.zeros(len(images), size, size, dtype=torch.bool)
+        return self.images_placed(images, [Placement()] * len(images))
+
+    def images_placed(self, images: Sequence[Image], placements: Sequence[Placement]) -> Images:
+        """The same, with sizes and places on the canvas as `placements` say; the one resampling of every image."""
+        side = self.config.image_size
+        pixels = torch.zeros(len(images), 3, side, side)
+        mask = torch.zeros(len(images), side, side, dtype=torch.bool)
         scale, offset = torch.zeros(len(images), 2), torch.zeros(len(images), 2)
         mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
-        for i, image in enumerate(images):
-            ratio = size / max(image.size)
+        for i, (image, placement) in enumerate(zip(images, placements, strict=True)):
+            ratio = placement.ratio(image.size, side)
             width, height = (max(1, round(length * ratio)) for length in image.size)
+            left, top = placement.corner((width, height), side)
             rgb = image.convert("RGB")
             rgb = rgb if rgb.size == (width, height) else rgb.resize((width, height), Resampling.BILINEAR)
             values = torch.from_numpy(np.asarray(rgb, dtype=np.float32)).permute(2, 0, 1) / 255
-            left, top = (size - width) // 2, (size - height) // 2
             pixels[i, :, top : top + height, left : left + width] = (values - mean) / std
             mask[i, top : top + height, left : left + width] = True
-            scale[i] = ratio / size  # of both axes, as the original has it: rounding moves a box by half a pixel
-            offset[i] = torch.tensor([left, top]) / size
+            scale[i] = ratio / side  # of both axes, as the original has it: rounding moves a box by half a pixel
+            offset[i] = torch.tensor([left, top]) / side
         return Images(pixels, mask, scale, offset)
 
     def image_input(self, images: Images, task: str | None = None) -> tuple[Tokens, Pass]:

@@ -147,7 +147,7 @@ class VisualBlock(nn.Module):
 class GridVision(EncoderDecoder):
     """An encoder-decoder that reads images as grid features; subclasses say which language model."""
 
-    abilities = frozenset({"embed", "fuse", "decode", "ground"})
+    abilities = frozenset({"embed", "fuse", "decode", "ground", "pair"})
     starts_from_pad: ClassVar[bool] = False  # decoding does, else from the end token
     config: GridTextConfig
 
@@ -184,8 +184,17 @@ class GridVision(EncoderDecoder):
         return self.grid.images(images)
 
     def embed_image(self, images: Images, *, task: str | None = None) -> Tokens:
-        features = self.grid(images)
-        states = self.visual(features.unsqueeze(1), self.token_embedding.weight)
+        states = self.visual(self.grid(images).unsqueeze(1), self.token_embedding.weight)
+        return self._placed(states)
+
+    def embed_pair(self, images: Images, *, task: str | None = None) -> tuple[Tokens, Tokens]:
+        """VL-T5's: E_img tells the two apart."""
+        grids = torch.stack(self.grid(images).chunk(2), dim=1)
+        first, second = self.visual(grids, self.token_embedding.weight).chunk(2, dim=1)
+        return self._placed(first), self._placed(second)
+
+    def _placed(self, states: Tensor) -> Tokens:
+        """Tokens of one image, from `states` (B, cells * cells, width)."""
         mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
         places = centres(self.grid.grid, self.config.cells).to(states)
         return plain_tokens(states, mask, IMAGE, positions=places.expand(len(states), -1, -1))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
-Split = Literal["train", "validation", "test"]
+Split = str  # one of SPLITS, or an official part's own name
+SPLITS = ("train", "validation", "test")
 
 
 class SourceConfig(BaseModel):
@@ -26,6 +28,8 @@ class Source(ABC):
 
     Config: ClassVar[type[SourceConfig]] = SourceConfig
     tasks: ClassVar[frozenset[str]]
+    origin: ClassVar[str] = ""  # where its files can be had, in a few words
+    sizes: Mapping[str, Mapping[str, Mapping[str, int]]] = {}  # published: by task, official part, and what
 
     def __init__(self, config: SourceConfig, root: Path | None = None) -> None:
         self.config = config
@@ -37,6 +41,18 @@ class Source(ABC):
 
         Raises UserError, in one line, when files are missing, truncated or not what they should be.
         """
+
+    def load_part(self, task: str, part: str) -> Dataset:
+        """All rows of an official part, also where the split of that name is only some of them."""
+        return self.load(task, part)
+
+    def stream(self, task: str, split: Split) -> IterableDataset:
+        """The rows of `load`, one after the other."""
+        return self.load(task, split).to_iterable_dataset()
+
+    def parts(self, task: str) -> tuple[str, ...]:
+        """The official parts, which `load` takes as well; none where train, validation and test are all there is."""
+        return ()
 
     def check(self) -> None:  # noqa: B027 -- a source that needs no files has nothing to check
         """Raise UserError when the source cannot be used at all, before anything runs. Cheap."""

@@ -235,7 +235,7 @@ def _rec_rows(examples: Iterable[Example]) -> list[Row]:
     for image, group in _by_image(examples):
         for number, (expression, box) in enumerate(_expressions(group[0])):
             sample_id = f"{image['image_id']}-{number}"
-            rows.append({"sample_id": sample_id, **image, "expression": expression, "box": box})
+            rows.append({"sample_id": sample_id, **image, "expression": expression, "box": box, "subset": ""})
     return rows
 
 

@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
-import tempfile
 from functools import cache, lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from PIL import Image
 from pydantic import Field
 
 from ..errors import UserError
-from . import base, scene_language, scene_world
+from . import base, scene_language, scene_world, table_cache
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -29,8 +26,7 @@ GENERATOR_VERSION = 1  # to be raised with any change to what is generated beyon
 DIGEST_SCENES = 64
 EXPRESSIONS_PER_SCENE = 2
 QUESTIONS_PER_SCENE = 2
-# Pictures are compressed already, and checksums cover pages but not statistics.
-PARQUET = {"write_page_checksum": True, "write_statistics": False, "use_dictionary": False, "compression": "none"}
+PARQUET = {"use_dictionary": False, "compression": "none"}  # pictures are compressed already
 
 
 class ScenesConfig(base.SourceConfig):
@@ -83,12 +79,14 @@ class Scenes(base.Source):
     def _scenes(self, split: base.Split, limit: int | None) -> pa.Table:
         """The scenes of a split, or the first `limit`, from the cache, or generated; no cache only costs time."""
         path, count = base.cache_dir() / "scenes" / self.digest[:16] / f"{split}.parquet", self.config.count(split)
-        table = _read(path, count)
+        table = table_cache.read(path)
+        if table is not None and (table.num_rows != count or not table.schema.equals(_scene_schema())):
+            table = None
         if table is None and limit is not None and limit < count:
             return generate(self.domain, self.config, split, limit)  # a few are made faster than all are kept
         if table is None:
             table = generate(self.domain, self.config, split, count)
-            _write(table, path)
+            table_cache.write(table, path, **PARQUET)
         return table
 
 
@@ -182,37 +180,8 @@ def _rows(task: str, scenes: pa.Table, features: Features) -> pa.Table:
         columns |= {name: pc.list_flatten(scenes[name]) for name in own}
         nth = [str(i) for texts in scenes[own[0]].to_pylist() for i in range(len(texts))]
         columns["sample_id"] = pc.binary_join_element_wise(columns["image_id"], task, pa.array(nth), "-")
+        columns["subset"] = pa.array([""] * len(nth))
     if task == "vqa":
         answers = columns["answer"].combine_chunks()
         columns["answers"] = pa.ListArray.from_arrays(list(range(len(answers) + 1)), answers)
     return pa.table({name: columns[name] for name in features}).cast(features.arrow_schema)
-
-
-def _read(path: Path, count: int) -> pa.Table | None:
-    """A cached split, or None when it is missing, truncated or damaged (pages carry checksums)."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path, page_checksum_verification=True, partitioning=None)
-    except (OSError, pa.ArrowException):
-        return None
-    return table if table.num_rows == count and table.schema.equals(_scene_schema()) else None
-
-
-def _write(table: pa.Table, path: Path) -> None:
-    """Put a split into the cache, whole or not at all; processes that race write the same content."""
-    import pyarrow.parquet as pq
-
-    partial: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
-            partial = Path(file.name)
-            pq.write_table(table, file, **PARQUET)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:  # the cache is a convenience: read-only or full disks must not stop a run
-        if partial:
-            partial.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ REC = Features(
         "image": Image(),
         "expression": Value("string"),
         "box": List(Value("float32"), length=4),  # x, y, width, height in pixels of the stored image
+        "subset": Value("string"),  # the official part it is from, where a split has several: scored apart too
     }
 )
 VQA = Features(
@@ -19,10 +20,13 @@ VQA = Features(
         "image_id": Value("string"),
         "image": Image(),
         "question": Value("string"),
-        "answers": List(Value("string")),  # all annotators' answers, ten in VQAv2; one stands for unanimity
+        "answers": List(
+            Value("string")
+        ),  # all annotators' answers, ten in VQAv2; one stands for unanimity; none: hidden
         "answer_type": Value("string"),
     }
 )
+PAIRS = Features({**VQA, "image_2": Image()})  # `image` is the first, the left one; `image_id` names the two together
 CAPTIONING = Features(
     {
         "sample_id": Value("string"),
@@ -33,4 +37,4 @@ CAPTIONING = Features(
 )
 RETRIEVAL = CAPTIONING
 
-BY_TASK = {"rec": REC, "vqa": VQA, "captioning": CAPTIONING, "retrieval": RETRIEVAL}
+BY_TASK = {"rec": REC, "vqa": VQA, "pairs": PAIRS, "captioning": CAPTIONING, "retrieval": RETRIEVAL}

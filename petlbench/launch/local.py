@@ -40,6 +40,7 @@ def run_cells(
     timeout: float | None = None,
     memory_limit: int | None = None,
     checkpoint_seconds: float = 60.0,
+    workers: int | None = None,
     done: Callable[[Cell], Record | None] = lambda cell: None,
     fingerprints: Callable[[Cell], Mapping[str, str]] | None = None,
     progress: Progress | None = None,
@@ -48,12 +49,13 @@ def run_cells(
     """Run `cells`, at most `jobs` at a time, and return their records in the same order.
 
     `target` (`module:function`) runs one cell in its own process and saves its record:
-    `(cell, store_root, *, device, threads, jobs, data_root, checkpoint_seconds, fingerprints, report) -> Record`.
+    `(cell, store_root, *, device, threads, jobs, data_root, checkpoint_seconds, workers, fingerprints, report)` gives
+    a Record.
     A process that dies or raises leaves a record too: `failed`, with the reason; so does one that takes longer than
     `timeout` seconds (`timeout`) or, with its descendants, more than `memory_limit` bytes of resident memory (`oom`;
     default: an equal share of 90 % of what this machine can give). What a cell prints goes to its log, whose last lines
-    go into the record when it did not end well. `threads` per cell defaults to an equal share of the cores; `progress`
-    to bars or lines on stdout.
+    go into the record when it did not end well. `threads` per cell defaults to an equal share of the cores, `workers`
+    to what `run_cell` says, `progress` to bars or lines on stdout.
 
     Another run may work on the same store: each cell is run by one of them. `done` is asked once a cell is claimed, and
     a record that it returns is taken instead of running the cell again. `fingerprints` are those of the
@@ -73,6 +75,7 @@ def run_cells(
         "jobs": jobs,
         "data_root": data_root.absolute() if data_root else None,
         "checkpoint_seconds": checkpoint_seconds,
+        "workers": workers,
     }
     limits = Limits(timeout, memory_limit or fair_share(jobs))
     if idle(store.claims):  # then nobody writes what only cells write, and half a file is of no use to anyone

@@ -121,7 +121,7 @@ class PhaseClock:
             if name in self._in_step:
                 self._steps[name].append(self._in_step[name])
 
-    def timing(self, jobs: int = 1, threads: int = 1) -> Timing:
+    def timing(self, jobs: int = 1, threads: int = 1, workers: int = 0) -> Timing:
         """Seconds up to now. The total is read off the clock; that the phases add up to it is a check on them.
 
         After a resume, the time between the last checkpoint and the kill is in neither.
@@ -136,6 +136,7 @@ class PhaseClock:
             **medians,
             jobs=jobs,
             threads=threads,
+            workers=workers,
             resumed=self._resumed,
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import torch
 from datasets import Dataset
 
@@ -18,7 +20,8 @@ from petlbench.training import Batches, Setting
 
 def first_batch(train_rows: Dataset, setting: Setting) -> Batch:
     """The batch that training starts with."""
-    return next(Batches(train_rows, setting))
+    with closing(Batches(train_rows, setting)) as batches:
+        return next(batches)
 
 
 def canonical_saved_bytes(setting: Setting, batch: Batch) -> int:

@@ -118,7 +118,7 @@ def _read(results: Store | Merged, pool: Sequence[Group]) -> tuple[dict[int, Ids
     matrices: dict[int, np.ndarray] = {}
     notes = []
     for index, row in enumerate(pool):
-        if not row.ok:
+        if not row.scores:  # none ended ok, or the answers of the test part are not public
             continue
         try:
             ids[index], matrices[index] = score_matrix(results, row.ok)

@@ -1,0 +1,272 @@
+"""Data sets that lie on disk as their authors publish them: found, read once, checked, and kept as tables.
+
+A source is a declaration: its splits, its readers (one for each layout that is in use), its published sizes. A reader
+turns the annotations of one official part into rows. What is here is the same for all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+from petlbench.datasets import images, table_cache
+from petlbench.datasets.base import SPLITS, Source, SourceConfig, Split, cache_dir, data_root
+from petlbench.datasets.reader import Choice, Part, Reader, Skips
+from petlbench.errors import UserError
+from petlbench.fingerprint import closure
+from petlbench.registry import did_you_mean
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset, IterableDataset
+
+HELD_OUT = 20  # one image in this many, where a validation split has to be taken from the training part
+SKIPS = b"skipped"
+
+
+class FilesConfig(SourceConfig):
+    """Options that every data set of files has."""
+
+    layout: str | None = Field(None, description="which of its layouts to read, where several lie below the data root")
+    hub: str | None = Field(None, description="a copy in Parquet files: OWNER/NAME[@REVISION] on the hub, or a folder")
+    columns: dict[str, str] = Field({}, description="of a copy in Parquet: our name of a column, and its name there")
+    skip_broken: bool = Field(False, description="leave out images that are missing or do not decode, and say so")
+
+
+class FileSource(Source):
+    """A data set of files. Subclasses declare; see the attributes.
+
+    Rows stand in the order of the files. A limit takes rows from all over a split, the same ones every time.
+    """
+
+    Config: ClassVar[type[SourceConfig]] = FilesConfig
+    config: FilesConfig
+    name: ClassVar[str]
+    readers: ClassVar[tuple[type[Reader], ...]]  # in the order in which they are tried
+    image_bases: ClassVar[tuple[str, ...]] = ()  # folders below the root that the images' names start from
+
+    @abstractmethod
+    def choice(self, task: str, split: str) -> Choice:
+        """What one of train, validation and test is made of."""
+
+    @cached_property
+    def reader(self) -> Reader:
+        """The one whose files are there. Raises UserError that says what was looked for, and where it can be had."""
+        kinds = {kind.layout: kind for kind in self.readers}
+        chosen = self.config.layout
+        if chosen is not None and chosen not in kinds:
+            raise UserError(f"{self.name} has no layout '{chosen}'{_hint(chosen, kinds)}")
+        root = self.root or data_root()
+        if root is not None and not root.is_dir():
+            raise UserError(f"the data root {root} does not exist: mend --data-root or PETLBENCH_DATA")
+        if chosen is None and self.config.hub is not None and "parquet" in kinds:
+            chosen = "parquet"
+        tried = list(kinds.values()) if chosen is None else [kinds[chosen]]
+        for kind in tried:
+            if found := kind.find(self, root):
+                return found
+        sought = "; or ".join(kind.places(self) for kind in tried)
+        where = f"below {root}" if root else "(pass --data-root DIR or set PETLBENCH_DATA)"
+        raise UserError(f"{self.name} is not there: looked {where} for {sought}; {self.origin}")
+
+    def parts(self, task: str) -> tuple[str, ...]:
+        return self.reader.parts(task)
+
+    def check(self) -> None:
+        reader = self.reader
+        for task in sorted(self.tasks):
+            for split in SPLITS:
+                self._known(task, self.choice(task, split).parts, reader)
+
+    def load(self, task: str, split: Split, limit: int | None = None) -> Dataset:
+        return self._opening(task, self._present(task, split, self._choice(task, split)), limit)
+
+    def load_part(self, task: str, part: str) -> Dataset:
+        self._known(task, [part], self.reader)
+        return self._opening(task, self._present(task, part, Choice((part,))), None)
+
+    def _opening(self, task: str, table: pa.Table, limit: int | None) -> Dataset:
+        from datasets import Dataset, Image
+
+        from petlbench.datasets.schemas import BY_TASK
+
+        features = BY_TASK[task].copy()
+        for name in _pictures(task):
+            features[name] = Image(decode=False)
+        table = _thinned(table, limit).select(list(features)).cast(features.arrow_schema)
+        return images.lazily(Dataset(table), self.reader.opened)
+
+    def stream(self, task: str, split: Split) -> IterableDataset:
+        rows = self.load(task, split).with_format(None)
+        return rows.to_iterable_dataset().map(lambda row: images.opened_row(row, _pictures(task), self.reader.opened))
+
+    def notes(self) -> tuple[str, ...]:
+        return tuple(self._notes)
+
+    def fingerprint(self, task: str) -> str:
+        digest = hashlib.sha256(f"{task} {self.config.model_dump_json()}".encode())
+        for split in SPLITS:
+            choice = self._choice(task, split)
+            for part in choice.parts:
+                digest.update(self._key(task, part).encode())
+            table = self.rows(task, split, choice)
+            digest.update("\n".join(sorted(map(os.path.basename, self._faults(task, table)))).encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def _notes(self) -> dict[str, None]:
+        return {}
+
+    def _known(self, task: str, parts: Iterable[str], reader: Reader) -> None:
+        there = reader.parts(task)
+        for part in parts:
+            if part not in there:
+                hint = _hint(part, there)
+                raise UserError(f"{self.name} ({reader.layout}) has no part '{part}'{hint}; {self.origin}")
+
+    def _choice(self, task: str, split: Split) -> Choice:
+        if task not in self.tasks:
+            raise UserError(f"{self.name} has no task {task!r}: choose one of {', '.join(sorted(self.tasks))}")
+        if split in SPLITS:
+            choice = self.choice(task, split)
+        elif split in self.reader.parts(task):
+            choice = Choice((split,))
+        else:
+            names = dict.fromkeys([*SPLITS, *self.reader.parts(task)])
+            raise UserError(f"{self.name} has no split '{split}'{_hint(split, names)}")
+        self._known(task, choice.parts, self.reader)
+        return choice
+
+    def _key(self, task: str, part: str) -> str:
+        """Digest of all that the rows of a part depend on: the files' content, the code that reads them, options."""
+        code = [digest for _, digest in closure(type(self).__module__)]
+        files = [self.reader.digest(path) for path in self.reader.files(task, part)]
+        said = [self.name, self.reader.layout, task, part, self.config.model_dump(mode="json"), code, files]
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+    def part(self, task: str, part: str) -> Part:
+        """Read, or taken from the cache."""
+        path = cache_dir() / "tables" / f"{self._key(task, part)[:32]}.parquet"
+        table = table_cache.read(path)
+        if table is not None and SKIPS in (table.schema.metadata or {}):
+            found = json.loads(table.schema.metadata[SKIPS])
+            return Part(table.replace_schema_metadata(), Skips({reason: tuple(told) for reason, told in found.items()}))
+        made = self.reader.read(task, part)
+        table_cache.write(made.table.replace_schema_metadata({SKIPS: json.dumps(made.skips.found)}), path)
+        return made
+
+    def rows(self, task: str, split: Split, choice: Choice) -> pa.Table:
+        """The rows of a split, each `image` as a struct of the place where it is, present or not."""
+        import pyarrow as pa
+
+        parts = {name: self.part(task, name) for name in choice.parts}
+        for name, part in parts.items():
+            self._notes.update(dict.fromkeys(part.skips.notes(f"{self.name} {name}")))
+        table = _of_images(pa.concat_tables([part.table for part in parts.values()]), choice.images)
+        if not table.num_rows:
+            raise UserError(f"{self.name} has no usable row for {task}, {split}: get the files again")
+        for name in _pictures(task):
+            table = table.set_column(table.column_names.index(name), name, self._placed(table[name]))
+        return table
+
+    def _placed(self, names: pa.ChunkedArray) -> pa.Array:
+        import pyarrow as pa
+
+        coded = names.combine_chunks().dictionary_encode()
+        places = pa.array(self.reader.located(coded.dictionary.to_pylist()), pa.string()).take(coded.indices)
+        return pa.StructArray.from_arrays([pa.nulls(len(places), pa.binary()), places], ["bytes", "path"])
+
+    def _faults(self, task: str, table: pa.Table) -> dict[str, str]:
+        """The images of the table that cannot be used, with the reason; only where asked for, each is decoded."""
+        places = [place for name in _pictures(task) for place in _paths(table, name).unique().to_pylist()]
+        faults = self.reader.absent(places)
+        if self.config.skip_broken:
+            faults |= _undecodable(self.reader, [place for place in places if place not in faults])
+        return faults
+
+    def _present(self, task: str, split: Split, choice: Choice) -> pa.Table:
+        """The rows whose images are there."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        table = self.rows(task, split, choice)
+        faults = self._faults(task, table)
+        if not faults:
+            return table
+        first, reason = next(iter(faults.items()))
+        told = f"{len(faults)} images of {self.name}, {split}, are missing or do not decode, first {first} ({reason})"
+        if not self.config.skip_broken:
+            raise UserError(f"{told}: get them again or set dataset_configs: {{{self.name}: {{skip_broken: true}}}}")
+        for name in _pictures(task):
+            table = table.filter(pc.invert(pc.is_in(_paths(table, name), pa.array(list(faults)))))
+        if not table.num_rows:
+            raise UserError(f"{told}: none is left, get the images again")
+        self._notes[f"skipped: {told}"] = None
+        return table
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    return f"{did_you_mean(name, known) or ':'} there are {', '.join(known) or 'none'}"
+
+
+def _pictures(task: str) -> list[str]:
+    """The columns of a task's schema that hold images."""
+    from datasets import Image
+
+    from petlbench.datasets.schemas import BY_TASK
+
+    return [name for name, feature in BY_TASK[task].items() if isinstance(feature, Image)]
+
+
+def _paths(table: pa.Table, name: str) -> pa.Array:
+    return table[name].combine_chunks().field("path")
+
+
+def _of_images(table: pa.Table, which: str) -> pa.Table:
+    """The rows whose image is held out, or is not. A hash of the image decides: no image is on both sides."""
+    import pyarrow as pa
+
+    if which == "all":
+        return table
+    coded = table["image_id"].combine_chunks().dictionary_encode()
+    held = pa.array([held_out(image_id) == (which == "held out") for image_id in coded.dictionary.to_pylist()])
+    return table.filter(held.take(coded.indices))
+
+
+def held_out(image_id: str) -> bool:
+    """Whether an image of a training part is for validation; the same on every machine and version."""
+    return int(hashlib.sha256(image_id.encode()).hexdigest()[:8], 16) % HELD_OUT == 0
+
+
+def _thinned(table: pa.Table, limit: int | None) -> pa.Table:
+    """At most `limit` rows, drawn from all over the table by a fixed seed, in their order."""
+    import numpy as np
+
+    if limit is None or limit >= table.num_rows:
+        return table
+    return table.take(np.sort(np.random.default_rng(0).permutation(table.num_rows)[:limit]))
+
+
+def _undecodable(reader: Reader, places: Sequence[str]) -> dict[str, str]:
+    """Those that do not decode in full, with the reason. Kept in the cache until one of the files changes."""
+    import pyarrow as pa
+
+    said = "\n".join(f"{place} {reader.stamp(place)}" for place in places)
+    path = cache_dir() / "images" / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.parquet"
+    known = table_cache.read(path)
+    if known is not None:
+        return dict(zip(known["place"].to_pylist(), known["reason"].to_pylist(), strict=True))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding runs outside of Python's lock
+        reasons = list(pool.map(reader.fault, places))
+    faults = {place: reason for place, reason in zip(places, reasons, strict=True) if reason}
+    table_cache.write(pa.table({"place": list(faults), "reason": list(faults.values())}), path)
+    return faults

@@ -1,0 +1,58 @@
+"""Annotation files, read whole and fast: JSON into validated columns, or an error of one line that names the file."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from petlbench.collector import collector_paused
+from petlbench.errors import UserError
+
+T = TypeVar("T")
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file. Raises UserError that names it."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}; get the file again") from None
+
+
+def read_json(path: Path, adapter: TypeAdapter[T]) -> T:
+    """The file as `adapter` describes it: typed dicts of the keys that are used, so that nothing else is kept.
+
+    Raises UserError with the file, the place in it and what is wrong, for a file that cannot be read, is truncated, is
+    no JSON or holds something else.
+    """
+    data = read_bytes(path)
+    try:
+        with collector_paused():
+            return adapter.validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    said = " ".join(first["msg"].split())
+    raise UserError(f"{path} is truncated or malformed ({': '.join(filter(None, [place, said]))}): get the file again")
+
+
+def content_digest(path: Path) -> str:
+    """SHA-256 of the content in hex, computed once per process unless size or time tell that the file has changed.
+
+    Raises UserError for a file that cannot be read.
+    """
+    try:
+        status = path.stat()
+        return _content_digest(path.absolute(), status.st_size, status.st_mtime_ns)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}; get the file again") from None
+
+
+@cache
+def _content_digest(path: Path, size: int, mtime_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,43 @@
+"""Tables on disk that can be made again at any time: kept whole or not at all, and no error when they cannot be."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# Checksums cover pages but not statistics.
+SOUND: dict[str, Any] = {"write_page_checksum": True, "write_statistics": False}
+
+
+def read(path: Path) -> pa.Table | None:
+    """The table, or None when it is missing, truncated or damaged (pages carry checksums)."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(path, page_checksum_verification=True, partitioning=None)
+    except (OSError, pa.ArrowException):
+        return None
+
+
+def write(table: pa.Table, path: Path, **options: Any) -> None:
+    """Keep a table; processes that race write the same content. `options` of pyarrow's `write_table`."""
+    import pyarrow.parquet as pq
+
+    partial: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
+            partial = Path(file.name)
+            pq.write_table(table, file, **SOUND, **options)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:  # the cache is a convenience: read-only or full disks must not stop a run
+        if partial:
+            partial.unlink(missing_ok=True)

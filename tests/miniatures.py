@@ -1,0 +1,30 @@
+"""What the tests of data sets share: pictures, and one epoch of training on a miniature in its official layout."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from petlbench.runner import run_cell
+from petlbench.spec import Cell, Recipe, Record
+
+BATCH = 4
+
+
+def picture(path: Path, size: tuple[int, int] = (64, 48), seed: int = 0) -> Path:
+    """A picture of noise in large squares, in the format that its name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST).save(path)
+    return path
+
+
+def one_epoch(task: str, dataset: str, root: Path, out: Path, *, rows: int, **cell: Any) -> Record:
+    """The record of a cell that trains on `rows` rows once, on `tiny` unless told otherwise, and is tested."""
+    recipe = Recipe(steps=math.ceil(rows / BATCH), batch_size=BATCH, eval_batch_size=2 * BATCH)
+    made = Cell(**{"method": "lora", "backbone": "tiny", "recipe": recipe, **cell}, task=task, dataset=dataset)
+    return run_cell(made, out, device="cpu", threads=1, data_root=root)
