@@ -130,8 +130,8 @@ def test_what_cannot_be_used_is_left_out_and_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda d: d["annotations"][3].update(id=104000), "has the annotation id 104000 twice"),
-        (lambda d: d["images"][3].update(id=101), "has the image id 101 twice"),
+        (lambda d: d["annotations"][3].update(id=104000), "has annotation id 104000 twice"),
+        (lambda d: d["images"][3].update(id=101), "has image id 101 twice"),
         (lambda d: d["annotations"][3].update(image_id=7), "the annotation 101000 of the image 7, which it does not"),
         (lambda d: d["images"][3].update(file_name="../../etc/passwd"), "names the image '../../etc/passwd'"),
         (lambda d: d["images"][3].update(file_name=".."), "names the image 'val2017/..'"),

@@ -128,7 +128,10 @@ def test_a_missing_image_is_an_error_or_a_counted_skip(root: Path) -> None:
     (root / "pictures/test/b.png").unlink()
     with pytest.raises(UserError, match=r"1 images of listed, test, .*b\.png \(missing\): .*skip_broken"):
         listed(root).load("rec", "test")
+    with pytest.raises(UserError, match="skip_broken"):
+        listed(root).check()
     source = listed(root, skip_broken=True)
+    source.check()
     assert ids(source.load("rec", "test")) == ["test/a.png", "test/c.png"]
     assert any("b.png (missing)" in note for note in source.notes())
 

@@ -125,7 +125,7 @@ DAMAGE: dict[str, tuple[Callable[[str], str], str]] = {
     "a list": (lambda text: "[]", r"malformed \(Input should be an object\)"),
     "no image": (lambda text: text.replace('"imageId"', '"image"'), r"malformed \(2000.imageId: Field required\)"),
     "image a number": (lambda text: text.replace('"imageId": "200"', '"imageId": 200'), r"2000.imageId: Input"),
-    "twice": (lambda text: text.replace('"2001": {', '"2000": {'), r"has the question id '2000' twice"),
+    "twice": (lambda text: text.replace('"2001": {', '"2000": {'), r"has question id 2000 twice"),
     "hostile": (lambda text: text.replace('"imageId": "200"', '"imageId": "../../etc/passwd"'), r"do not trust it"),
 }
 

@@ -124,7 +124,7 @@ DAMAGE: dict[str, tuple[Callable[[str], str], str]] = {
         lambda text: text.replace('"sentence"', '"directory": "../../etc", "sentence"', 1),
         r"dev.json names the image 'dev/../../etc'.*do not trust it",
     ),
-    "twice": (lambda text: text.replace("dev-0-0-1", "dev-0-0-0"), r"dev.json has the identifier 'dev-0-0-0' twice"),
+    "twice": (lambda text: text.replace("dev-0-0-1", "dev-0-0-0"), r"dev.json has identifier dev-0-0-0 twice"),
 }
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from petlbench.datasets import images
 from petlbench.datasets.reader import Part, Skips
-from petlbench.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,19 +54,3 @@ def captioned(image_ids: Sequence[int | str], names: Sequence[str], texts: Seque
 def below_folder(names: Sequence[str], path: Path) -> list[str]:
     """The images' names that `path` gives, each checked as by `images.relative`."""
     return [images.relative(name, path) for name in names]
-
-
-def refuse_repeats(identifiers: Sequence[Hashable], what: str, path: Path) -> None:
-    """Raise UserError that names the first identifier that `path` gives twice."""
-    if len(set(identifiers)) == len(identifiers):
-        return
-    seen: set[Hashable] = set()
-    for identifier in identifiers:
-        if identifier in seen:
-            raise UserError(f"{path} has the {what} {identifier!r} twice: get the file again")
-        seen.add(identifier)
-
-
-def found_below(root: Path, folders: Sequence[str], name: str) -> Path | None:
-    """The first of the folders' files of this name."""
-    return next((path for folder in folders if (path := root / folder / name).is_file()), None)

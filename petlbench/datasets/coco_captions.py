@@ -11,12 +11,12 @@ from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from petlbench.collector import collector_paused
-from petlbench.datasets.caption_rows import TASKS, below_folder, captioned, found_below, published, refuse_repeats
+from petlbench.datasets.caption_rows import TASKS, below_folder, captioned, published
 from petlbench.datasets.coco_files import COCO_BASES
 from petlbench.datasets.files import FilesConfig, FileSource
 from petlbench.datasets.hub import HubParquet
 from petlbench.datasets.reader import Choice, Part, Reader
-from petlbench.datasets.reading import read_json
+from petlbench.datasets.reading import found_below, read_json, refuse_repeats
 from petlbench.errors import UserError
 
 if TYPE_CHECKING:

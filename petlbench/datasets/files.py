@@ -81,16 +81,17 @@ class FileSource(Source):
         return self.reader.parts(task)
 
     def check(self) -> None:
-        reader = self.reader
-        for task in sorted(self.tasks):
-            for split in SPLITS:
-                self._known(task, self.choice(task, split).parts, reader)
+        """That every part is there, and its images: annotations are read for that, once, and kept in the cache."""
+        task = min(self.tasks)  # the others are about the same images
+        choices = {split: self._choice(task, split) for split in SPLITS}
+        for split, choice in choices.items():
+            self._present(task, split, choice)
 
     def load(self, task: str, split: Split, limit: int | None = None) -> Dataset:
         return self._opening(task, self._present(task, split, self._choice(task, split)), limit)
 
     def load_part(self, task: str, part: str) -> Dataset:
-        self._known(task, [part], self.reader)
+        self._known(task, [part])
         return self._opening(task, self._present(task, part, Choice((part,))), None)
 
     def _opening(self, task: str, table: pa.Table, limit: int | None) -> Dataset:
@@ -125,12 +126,12 @@ class FileSource(Source):
     def _notes(self) -> dict[str, None]:
         return {}
 
-    def _known(self, task: str, parts: Iterable[str], reader: Reader) -> None:
-        there = reader.parts(task)
+    def _known(self, task: str, parts: Iterable[str]) -> None:
+        there = self.reader.parts(task)
         for part in parts:
             if part not in there:
                 hint = _hint(part, there)
-                raise UserError(f"{self.name} ({reader.layout}) has no part '{part}'{hint}; {self.origin}")
+                raise UserError(f"{self.name} ({self.reader.layout}) has no part '{part}'{hint}; {self.origin}")
 
     def _choice(self, task: str, split: Split) -> Choice:
         if task not in self.tasks:
@@ -142,7 +143,7 @@ class FileSource(Source):
         else:
             names = dict.fromkeys([*SPLITS, *self.reader.parts(task)])
             raise UserError(f"{self.name} has no split '{split}'{_hint(split, names)}")
-        self._known(task, choice.parts, self.reader)
+        self._known(task, choice.parts)
         return choice
 
     def _key(self, task: str, part: str) -> str:

@@ -16,11 +16,10 @@ from typing_extensions import TypedDict
 
 from petlbench.datasets import images
 from petlbench.datasets.base import SourceConfig
-from petlbench.datasets.caption_rows import found_below, refuse_repeats
 from petlbench.datasets.files import FilesConfig, FileSource
 from petlbench.datasets.hub import HubParquet
 from petlbench.datasets.reader import Choice, Part, Reader, Skips
-from petlbench.datasets.reading import read_json
+from petlbench.datasets.reading import found_below, read_json, refuse_repeats
 
 PARTS = ("train_balanced", "val_balanced", "testdev_balanced", "test_balanced", "challenge_balanced")
 FOLDERS = ("", "gqa", "questions", "gqa/questions", "questions1.2", "gqa/questions1.2", "GQA", "GQA/questions")

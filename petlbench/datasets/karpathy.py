@@ -16,12 +16,12 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from petlbench.collector import collector_paused
-from petlbench.datasets.caption_rows import TASKS, below_folder, captioned, found_below, published, refuse_repeats
+from petlbench.datasets.caption_rows import TASKS, below_folder, captioned, published
 from petlbench.datasets.coco_files import COCO_BASES, COCO_IMAGES, placed
 from petlbench.datasets.files import FileSource
 from petlbench.datasets.hub import HubParquet
 from petlbench.datasets.reader import Choice, Part, Reader
-from petlbench.datasets.reading import content_digest, read_json
+from petlbench.datasets.reading import content_digest, found_below, read_json, refuse_repeats
 from petlbench.errors import UserError
 from petlbench.registry import did_you_mean
 

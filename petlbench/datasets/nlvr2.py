@@ -16,10 +16,9 @@ from typing_extensions import TypedDict
 
 from petlbench.collector import collector_paused
 from petlbench.datasets import images
-from petlbench.datasets.caption_rows import found_below, refuse_repeats
 from petlbench.datasets.files import FileSource
 from petlbench.datasets.reader import Choice, Part, Reader, Skips
-from petlbench.datasets.reading import read_bytes
+from petlbench.datasets.reading import found_below, read_bytes, refuse_repeats
 from petlbench.errors import UserError
 
 PARTS = ("train", "dev", "test1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Hashable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
@@ -38,6 +39,22 @@ def read_json(path: Path, adapter: TypeAdapter[T]) -> T:
     place = ".".join(map(str, first["loc"]))
     said = " ".join(first["msg"].split())
     raise UserError(f"{path} is truncated or malformed ({': '.join(filter(None, [place, said]))}): get the file again")
+
+
+def refuse_repeats(identifiers: Sequence[Hashable], what: str, path: Path) -> None:
+    """Raise UserError that names the first identifier that `path` gives twice."""
+    if len(set(identifiers)) == len(identifiers):
+        return
+    seen: set[Hashable] = set()
+    for identifier in identifiers:
+        if identifier in seen:
+            raise UserError(f"{path} has {what} {identifier} twice: get the file again")
+        seen.add(identifier)
+
+
+def found_below(root: Path, folders: Iterable[str], name: str) -> Path | None:
+    """The first of the folders' files of this name."""
+    return next((path for folder in folders if (path := root / folder / name).is_file()), None)
 
 
 def content_digest(path: Path) -> str:

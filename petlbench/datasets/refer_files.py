@@ -18,7 +18,7 @@ from petlbench.datasets.files import FileSource
 from petlbench.datasets.images import relative
 from petlbench.datasets.pickles import load_pickle, taken_apart, text_column
 from petlbench.datasets.reader import Part, Reader
-from petlbench.datasets.reading import content_digest, read_json
+from petlbench.datasets.reading import content_digest, read_json, refuse_repeats
 from petlbench.datasets.refer_rows import FAULTS, box_faults, boxed, rec_table, usable
 from petlbench.errors import UserError
 
@@ -143,9 +143,7 @@ class ReferFiles(Reader):
     def _demand_ids(self, sentence_ids: pa.Array, expressions: pa.Array) -> None:
         if sentence_ids.filter(expressions.is_valid()).null_count:
             raise UserError(f"{self.references} has a sentence without sent_id: get the file again")
-        twice = first_repeated(sentence_ids.drop_null())
-        if twice is not None:
-            raise UserError(f"{self.references} has sent_id {twice} twice: get the file again")
+        refuse_repeats(sentence_ids.drop_null().to_pylist(), "sent_id", self.references)
 
 
 class _Annotations:
@@ -168,9 +166,7 @@ class _Annotations:
             self.extents = np.array(sizes, np.float64).reshape(-1, 2)
         self.names = pa.array([relative(placed(one["file_name"]), path) for one in pictures], pa.string())
         for kind, ids in (("annotation", self.ids), ("image", self.picture_ids)):
-            twice = first_repeated(ids)
-            if twice is not None:
-                raise UserError(f"{path} has {kind} {twice} twice: get the file again")
+            refuse_repeats(ids.to_pylist(), kind, path)
 
     def rows(self, ids: pa.Array, asker: Path) -> np.ndarray[Any, Any]:
         """Where the annotations with these ids stand."""
@@ -197,13 +193,3 @@ def belongs(said: str, part: str) -> bool:
     if part in ("train", "val"):
         return said == part
     return "test" in said if part == "test" else part[-1] in said
-
-
-def first_repeated(ids: pa.Array) -> Any:
-    """A value that occurs twice, or None."""
-    import pyarrow.compute as pc
-
-    if len(pc.unique(ids)) == len(ids):
-        return None
-    counted = ids.value_counts()
-    return counted.field("values").filter(pc.greater(counted.field("counts"), 1))[0].as_py()

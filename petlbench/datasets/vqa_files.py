@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from petlbench.datasets.reader import Skips
-from petlbench.datasets.reading import read_json
+from petlbench.datasets.reading import read_json, refuse_repeats
 from petlbench.errors import UserError
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def read_questions(path: Path, part: str) -> pa.Table:
         raise UserError(f"{path} holds the questions of {said}, not of {part}: get the file again")
     rows = found["questions"]
     ids = np.array([row["question_id"] for row in rows], np.int64)
-    refuse_repeated(ids, "question_id", path)
+    refuse_repeats(ids.tolist(), "question_id", path)
     image_ids = pa.array([row["image_id"] for row in rows], pa.int64())
     asked = pa.array([row["question"] for row in rows], pa.string())
     return pa.table({"question_id": ids, "image_id": image_ids, "question": asked})
@@ -101,7 +101,7 @@ def read_annotations(path: Path) -> pa.Table:
 
     rows = read_json(path, ANNOTATIONS)["annotations"]
     ids = np.array([row["question_id"] for row in rows], np.int64)
-    refuse_repeated(ids, "question_id", path)
+    refuse_repeats(ids.tolist(), "question_id", path)
     answers = pa.array([row["answers"] for row in rows], pa.list_(pa.string()))
     types = pa.array([row["answer_type"] for row in rows], pa.string())
     return pa.table({"question_id": ids, "answers": answers, "answer_type": types})
@@ -146,7 +146,7 @@ def usable(rows: pa.Table, skips: Skips, *, trained: bool = True) -> pa.Table:
 def karpathy_splits(path: Path) -> dict[int, str]:
     """`train`, `val` or `test` by image id; `restval` trains. Raises UserError where an image is listed twice."""
     listed = read_json(path, KARPATHY)["images"]
-    refuse_repeated(np.array([image["cocoid"] for image in listed], np.int64), "cocoid", path)
+    refuse_repeats([image["cocoid"] for image in listed], "cocoid", path)
     return {image["cocoid"]: "train" if image["split"] == "restval" else image["split"] for image in listed}
 
 
@@ -160,14 +160,6 @@ def of_karpathy(rows: pa.Table, splits: dict[int, str], skips: Skips) -> dict[st
     split = pa.array(names, pa.string()).take(coded.indices)
     _without(rows, pc.is_null(split), "image not in dataset_coco.json", skips)
     return {name: rows.filter(pc.equal(split, name)) for name in ("train", "val", "test")}
-
-
-def refuse_repeated(ids: np.ndarray, what: str, path: Path) -> None:
-    """Raise UserError with the first of `ids`, [n], that occurs twice."""
-    ordered = np.sort(ids)
-    twice = ordered[1:][ordered[1:] == ordered[:-1]]
-    if len(twice):
-        raise UserError(f"{path} has {what} {twice[0]} twice: get the file again")
 
 
 def _refuse_lacking(ids: np.ndarray, others: np.ndarray, path: Path, other: Path) -> None:

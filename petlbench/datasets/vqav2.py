@@ -18,7 +18,7 @@ from petlbench.datasets.coco_files import COCO_BASES, COCO_IMAGES, image_name
 from petlbench.datasets.files import FilesConfig, FileSource
 from petlbench.datasets.hub import HubParquet
 from petlbench.datasets.reader import Choice, Part, Reader, Skips
-from petlbench.datasets.reading import content_digest
+from petlbench.datasets.reading import content_digest, found_below, refuse_repeats
 from petlbench.datasets.vqa_files import ANSWERED
 from petlbench.errors import UserError
 
@@ -57,12 +57,12 @@ class OfficialFiles(Reader):
     def __init__(self, source: FileSource, root: Path) -> None:
         super().__init__(source, root)
         names = [KARPATHY_FILE, *map(_questions, (*ANSWERED, *HIDDEN)), *map(_annotations, ANSWERED)]
-        self._found = {name: path for name in names if (path := _first(root, name))}
+        self._found = {name: path for name in names if (path := found_below(root, FOLDERS, name))}
         self._read: dict[tuple[str, ...], Part] = {}  # by part and the content of its files
 
     @classmethod
     def find(cls, source: FileSource, root: Path | None) -> Self | None:
-        if root is None or not any(_first(root, _questions(part)) for part in (*ANSWERED, *HIDDEN)):
+        if root is None or not any(found_below(root, FOLDERS, _questions(part)) for part in (*ANSWERED, *HIDDEN)):
             return None
         return cls(source, root)
 
@@ -117,8 +117,8 @@ class OfficialFiles(Reader):
             divided = vqa_files.of_karpathy(rows, splits, skips["karpathy_train"])
             for name, split in KARPATHY_PARTS.items():
                 tables[name].append(_rows(vqa_files.usable(divided[split], skips[name]), official))
-        ids = pa.chunked_array(seen, pa.int64()).to_numpy()
-        vqa_files.refuse_repeated(ids, "question_id", self._file(_questions("val2014")))
+        ids = pa.chunked_array(seen, pa.int64()).to_pylist()
+        refuse_repeats(ids, "question_id", self._file(_questions("val2014")))
         return {name: Part(pa.concat_tables(tables[name]), skips[name]) for name in KARPATHY_PARTS}
 
 
@@ -194,11 +194,6 @@ def _names(part: str) -> list[str]:
     official = ANSWERED if part in KARPATHY_PARTS else (part,)
     own = [name(one) for one in official for name in (_questions, _annotations)]
     return [KARPATHY_FILE, *own] if part in KARPATHY_PARTS else own
-
-
-def _first(root: Path, name: str) -> Path | None:
-    """Where the file lies below the root."""
-    return next((path for folder in FOLDERS if (path := root / folder / name).is_file()), None)
 
 
 def _rows(found: pa.Table, folder: str) -> pa.Table:
