@@ -269,13 +269,10 @@ def _check_abilities(pairs: Sequence[Pair], bodies: Sequence[BackboneSpec], wher
 
 def _recipe(suite: Suite, spec: MethodSpec, task: str, backbone: str, limit: int | None, where: str) -> Recipe:
     """The layers of a cell's recipe, weakest first; each is checked alone, so that a message names its place."""
-    method, known = _configured_method(spec), ("none", *TASKS.get(task).augmentations)
-    authors = dict(method.default_recipe(backbone.partition(":")[0]))
-    if authors.get("augment") not in known:  # theirs is for another task
-        authors.pop("augment", None)
+    known = _augmentations(task)
     layers: dict[str, Mapping[str, Any]] = {
         f"recipe of task {task}": TASKS.get(task).recipe,
-        f"recipe of method {spec.name}": authors,
+        f"recipe of method {spec.name}": authors_recipe(_configured_method(spec), backbone, task),
         "recipe": suite.recipe,
         f"task_recipes.{task}": suite.task_recipes.get(task, {}),
         f"methods.{spec.label}.recipe": spec.recipe,
@@ -289,6 +286,18 @@ def _recipe(suite: Suite, spec: MethodSpec, task: str, backbone: str, limit: int
     if recipe.augment not in known:
         hint = did_you_mean(recipe.augment, known) or f": it has {', '.join(known)}"
         raise UserError(f"{where}: task {task} has no augmentation '{recipe.augment}'{hint}")
+    return recipe
+
+
+def _augmentations(task: str) -> tuple[str, ...]:
+    return "none", *TASKS.get(task).augmentations
+
+
+def authors_recipe(method: Any, backbone: str, task: str) -> dict[str, Any]:
+    """The method's own recipe on a backbone, less an augmentation that is for another task."""
+    recipe = dict(method.default_recipe(backbone.partition(":")[0]))
+    if recipe.get("augment") not in _augmentations(task):
+        recipe.pop("augment", None)
     return recipe
 
 

@@ -24,6 +24,7 @@ from petlbench.errors import UserError
 from petlbench.method import Method
 from petlbench.registry import DATASETS, METHODS, TASKS
 from petlbench.spec import Cell, Recipe
+from petlbench.suite import authors_recipe
 from petlbench.task import Batch, Row
 from petlbench.training import Setting
 
@@ -72,7 +73,7 @@ def cell_of(name: str, kind: type[Method], config: dict[str, Any], task: str, ba
         dataset_config={key: value for key, value in SCENES.items() if key in fields},
         backbone=backbone,
         backbone_config=method.host_options(family),
-        recipe=Recipe(**{**method.default_recipe(family), **RECIPE, **LIMITS}),
+        recipe=Recipe(**{**authors_recipe(method, backbone, task), **RECIPE, **LIMITS}),
     )
 
 
