@@ -8,8 +8,9 @@ import numpy as np
 
 from petlbench.errors import UserError
 from petlbench.records import Store
-from petlbench.registry import DATASETS, TASKS
+from petlbench.registry import TASKS
 from petlbench.spec import Record
+from petlbench.tested import tested_rows
 from petlbench.visual import contact_sheet
 
 COLUMNS = 4
@@ -30,11 +31,8 @@ def show(store: Store, out_dir: Path, *, count: int = 16, data_root: Path | None
 
 
 def _sheet(record: Record, store: Store, out_dir: Path, count: int, data_root: Path | None) -> Path:
-    cell, samples = record.cell, store.samples(record) or {}
-    kind, task = DATASETS.get(cell.dataset), TASKS.get(cell.task)()
-    rows = kind(kind.Config(**cell.dataset_config), data_root).load(cell.task, "test", cell.recipe.eval_limit)
-    if list(rows["sample_id"]) != samples.get("sample_ids"):
-        raise UserError(f"{cell.label} was tested on other rows than data set '{cell.dataset}' has now: run it again")
+    cell, task = record.cell, TASKS.get(record.cell.task)()
+    rows, samples = tested_rows(record, store, data_root)
     chosen = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int).tolist()
     pictures = [task.picture(rows[i], samples["predictions"][i]) for i in chosen]
     path = out_dir / f"{cell.id}.png"

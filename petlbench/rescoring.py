@@ -12,8 +12,8 @@ import pandas as pd
 from petlbench.errors import UserError
 from petlbench.metrics import java_captions
 from petlbench.records import Store
-from petlbench.registry import DATASETS
 from petlbench.spec import MethodSpec, Record
+from petlbench.tested import tested_rows
 from petlbench.units import score_text
 
 if TYPE_CHECKING:
@@ -38,11 +38,8 @@ def score(store: Store, metrics: Sequence[str], data_root: Path | None = None) -
 
 
 def _row(record: Record, store: Store, metrics: Sequence[str], data_root: Path | None) -> dict[str, object]:
-    cell, samples = record.cell, store.samples(record) or {}
-    kind = DATASETS.get(cell.dataset)
-    rows = kind(kind.Config(**cell.dataset_config), data_root).load(cell.task, "test", cell.recipe.eval_limit)
-    if list(rows["sample_id"]) != samples.get("sample_ids"):
-        raise UserError(f"{cell.label} was tested on other rows than data set '{cell.dataset}' has now: run it again")
+    cell = record.cell
+    rows, samples = tested_rows(record, store, data_root)
     captions = samples.get("predictions")
     if not isinstance(captions, list) or len(captions) != len(rows):
         raise UserError(f"{cell.label} kept no caption for each of its {len(rows)} test rows: run it again")
