@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from petlbench.datasets.base import SPLITS, Source, data_root
-from petlbench.datasets.files import FileSource
+from petlbench.datasets.base import SPLITS, Source
+from petlbench.datasets.files import FileSource, existing_root
 from petlbench.datasets.reader import Choice, Skips
 from petlbench.errors import UserError
 from petlbench.registry import DATASETS, TASKS, one_line
@@ -94,9 +94,7 @@ def opened_source(name: str, config: Mapping[str, Any], root: Path | None) -> tu
     kind = DATASETS.get(dataset)
     if task not in kind.tasks:
         raise UserError(f"data set '{dataset}' does not serve task '{task}', only {', '.join(sorted(kind.tasks))}")
-    place = root or data_root()
-    if place is not None and not place.is_dir():
-        raise UserError(f"the data root {place} does not exist: mend --data-root or PETLBENCH_DATA")
+    existing_root(root)
     source = kind(validated(kind.Config, config, f"--config for {dataset}"), root)
     if isinstance(source, FileSource) and source.config.layout not in {None, *(r.layout for r in source.readers)}:
         assert source.reader  # which raises, naming the layouts that there are
@@ -213,7 +211,7 @@ def _of_rows(task: str, source: Source, opener: _Opener) -> Iterator[Entry]:
     for name in dict.fromkeys([*parts, *SPLITS]):
         said: dict[str, Any] = {"needed": name in SPLITS, "published": source.sizes.get(task, {}).get(name, {})}
         try:
-            rows = source.load(task, name)
+            rows = source.load_part(task, name) if name in parts else source.load(task, name)
         except UserError as error:
             yield Entry(name, error=str(error), **said)
             continue

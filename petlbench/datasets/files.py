@@ -13,6 +13,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
@@ -30,6 +31,14 @@ if TYPE_CHECKING:
 
 HELD_OUT = 20  # one image in this many, where a validation split has to be taken from the training part
 SKIPS = b"skipped"
+
+
+def existing_root(given: Path | None) -> Path | None:
+    """The data root that was given, or else the environment's, if any. Raises UserError for one that does not exist."""
+    root = given or data_root()
+    if root is not None and not root.is_dir():
+        raise UserError(f"the data root {root} does not exist: mend --data-root or PETLBENCH_DATA")
+    return root
 
 
 class FilesConfig(SourceConfig):
@@ -64,9 +73,7 @@ class FileSource(Source):
         chosen = self.config.layout
         if chosen is not None and chosen not in kinds:
             raise UserError(f"{self.name} has no layout '{chosen}'{_hint(chosen, kinds)}")
-        root = self.root or data_root()
-        if root is not None and not root.is_dir():
-            raise UserError(f"the data root {root} does not exist: mend --data-root or PETLBENCH_DATA")
+        root = existing_root(self.root)
         if chosen is None and self.config.hub is not None and "parquet" in kinds:
             chosen = "parquet"
         tried = list(kinds.values()) if chosen is None else [kinds[chosen]]
