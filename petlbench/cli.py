@@ -7,7 +7,7 @@ import atexit
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Exit status: 0 done, 1 something failed, 2 a mistake of the user's, 130 interrupted."""
     try:
         try:
-            args = _parser().parse_args(_checked(sys.argv[1:] if argv is None else argv))
+            args = _parsed(_checked(sys.argv[1:] if argv is None else argv))
             status: int = args.command(args)
         finally:
             sys.stdout.flush()  # so that a closed pipe shows here and not at exit
@@ -67,7 +67,30 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}: `{self.prog} --help` shows the usage")
 
 
+def _parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """What is asked. A verb's own parser takes options also before positionals, which one with sub-parsers cannot."""
+    found = _verb(argv)
+    if found is None:  # `--help`, `--version`, or a mistake, which that parser tells of
+        return _parser().parse_args(argv)
+    words, add = found
+    parser = _Parser(prog=" ".join(["petlbench", *words]))
+    add(parser)
+    args, rest = parser.parse_known_intermixed_args(argv[len(words) :])
+    if rest:
+        _Parser(prog="petlbench").error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
+
+
+def _verb(argv: Sequence[str]) -> tuple[Sequence[str], Callable[[argparse.ArgumentParser], None]] | None:
+    """The words that name a verb, and what adds its arguments; None where `argv` does not begin with a whole one."""
+    if argv and argv[0] == "data":
+        found = ADD_DATA.get(argv[1]) if len(argv) > 1 else None
+        return (argv[:2], found[0]) if found else None
+    return (argv[:1], ADD[argv[0]][0]) if argv and argv[0] in ADD else None
+
+
 def _parser() -> argparse.ArgumentParser:
+    """The parser of everything: it knows what there is, and shows it."""
     parser = _Parser(prog="petlbench", description="Parameter-efficient transfer learning, measured fairly.")
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(metavar="|".join(COMMANDS), required=True)
@@ -111,8 +134,12 @@ def _add_show(show: argparse.ArgumentParser) -> None:
 
 
 def _add_data(data: argparse.ArgumentParser) -> None:
-    subparsers = data.add_subparsers(metavar="check|show", required=True)
-    check = subparsers.add_parser("check", help="count what is there, open images, compare with the published sizes")
+    subparsers = data.add_subparsers(metavar="|".join(ADD_DATA), required=True)
+    for name, (add, text) in ADD_DATA.items():
+        add(subparsers.add_parser(name, help=text))
+
+
+def _add_data_check(check: argparse.ArgumentParser) -> None:
     check.set_defaults(command=commands.data_check)
     check.add_argument("names", nargs="+", metavar="TASK:DATASET", help="or a task alone, for its default data set")
     check.add_argument(
@@ -120,16 +147,22 @@ def _add_data(data: argparse.ArgumentParser) -> None:
     )
     check.add_argument("--all", action="store_true", help="open every image")
     check.add_argument("--json", action="store_true", help="machine-readable")
-    show = subparsers.add_parser("show", help="a contact sheet of samples, as PNG")
+    _add_data_options(check)
+
+
+def _add_data_show(show: argparse.ArgumentParser) -> None:
     show.set_defaults(command=commands.data_show)
     show.add_argument("name", metavar="TASK:DATASET", help="or a task alone, for its default data set")
     show.add_argument("--split", default="train", metavar="NAME", help="or an official part (default: %(default)s)")
     show.add_argument("--count", type=_positive, default=16, metavar="N", help="samples (default: %(default)s)")
     show.add_argument("--seed", type=_count, default=0, metavar="N", help="draws them (default: %(default)s)")
     show.add_argument("--out", type=Path, metavar="FILE", help="default: pictures/<task>_<dataset>_<split>.png")
-    for parser in (check, show):
-        parser.add_argument("--data-root", type=Path, metavar="DIR", help="where data lies (default: PETLBENCH_DATA)")
-        parser.add_argument("--config", metavar="JSON", help="the data set's options")
+    _add_data_options(show)
+
+
+def _add_data_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data-root", type=Path, metavar="DIR", help="where data lies (default: PETLBENCH_DATA)")
+    parser.add_argument("--config", metavar="JSON", help="the data set's options")
 
 
 def _add_score(score: argparse.ArgumentParser) -> None:
@@ -187,7 +220,7 @@ def _add_repair(repair: argparse.ArgumentParser) -> None:
 
 def _add_run(run: argparse.ArgumentParser) -> None:
     run.set_defaults(command=commands.run)
-    run.add_argument("suite", nargs="?", default="quick", help="packaged suite or YAML file (default: %(default)s)")
+    run.add_argument("suite", nargs="?", default="quick", help="packaged suite or YAML file (default: quick)")
     run.add_argument("--methods", type=_names, metavar="A,B", help="only these: names, name:variant, wildcards")
     run.add_argument("--tasks", type=_names, metavar="A,B", help="only these: names, task:dataset, wildcards")
     run.add_argument("--backbone", metavar="NAME", help="only this one, or one that the suite lacks")
@@ -273,6 +306,10 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+ADD_DATA = {
+    "check": (_add_data_check, "count what is there, open images, compare with the published sizes"),
+    "show": (_add_data_show, "a contact sheet of samples, as PNG"),
+}
 ADD = {
     "list": (_add_list, "what is installed, built-in or plugged in; what has been run"),
     "run": (_add_run, "run a suite; cells that are done are not run again"),
