@@ -99,7 +99,7 @@ def _records(results: Path, pattern: str) -> list[dict[str, Any]]:
     for record in Store.open(results, create=False).load():
         if fnmatchcase(record.cell.method, pattern) or fnmatchcase(record.cell.label, pattern):
             parts = stale_parts(record)
-            state = f"stale ({', '.join(parts)})" if parts else str(state_of(record, {}))
+            state = f"stale ({', '.join(parts)})" if parts else str(state_of(record.cell, record, {}))
             score = record.metrics.get(record.main_metric)
             shown = f"{record.main_metric} {score:.3f}" if score is not None else record.outcome
             rows.append({"name": record.cell.label, "score": shown, "state": state})
@@ -166,11 +166,11 @@ def _run(args: argparse.Namespace) -> int:
     def done(cell: Cell) -> Record | None:
         """The record that spares the cell, also when another run on this folder has left it meanwhile."""
         record = store.get(cell)
-        state = state_of(record, now[cell.id]).name
+        state = state_of(cell, record, now[cell.id]).name
         fresh = record is not None and record.started > begun and state == "failed"
         return record if state in settled or fresh else None
 
-    states = {cell.id: state_of(store.get(cell), now[cell.id]) for cell in cells}
+    states = {cell.id: state_of(cell, store.get(cell), now[cell.id]) for cell in cells}
     pending = [cell for cell in cells if states[cell.id].name not in settled]
     _announce(suite.name, len(pending), states.values(), out)
     if args.dry_run:
@@ -336,6 +336,8 @@ def compare(args: argparse.Namespace) -> int:
         write_csv(frame, args.csv)
     else:
         print(frame.to_string(index=False))
+        for (task, dataset, backbone), notes in frame.attrs.get("notes", {}).items():
+            print("\n".join(f"{task}:{dataset} on {backbone}: {note}" for note in notes))
     return 0
 
 

@@ -14,7 +14,7 @@ from petlbench.records import Merged, Store, write_atomic
 from petlbench.spec import Inference, Memory, Record, Timing
 from petlbench.statistics import mean_std
 from petlbench.statistics.analysis import analyse
-from petlbench.statistics.grouping import SETTING, Group, Stale, fresh, groups, label, pools
+from petlbench.statistics.grouping import SETTING, Group, Stale, fresh, groups, label, older_notes, pools
 from petlbench.tables import render
 
 __all__ = ["COLUMNS", "SETTING", "label", "render", "table", "write_csv"]
@@ -52,6 +52,9 @@ def table(results: Store | Merged | Iterable[Record], *, stale: Stale = fresh) -
     (1 + the rows that are significantly better) and `pareto` look only at rows of the setting that differ in nothing
     but the method and are equally fresh or stale. `score_low` and `score_high` are the 95 % interval over seeds and
     test samples. Interval and rank need `results` to be a Store or Merged, and are missing for bare records.
+
+    Records of an earlier schema version are rows too, marked as stale and, in the notes, as OLDER; they have no
+    interval and no rank, count in nobody else's, and are on no front.
 
     `attrs` holds, by row index, `runs` (seeds run), `stale` (parts changed), `tied` (a set: rows that share their rank)
     and, by setting, `machines` and `notes` (what a reader must know).
@@ -196,4 +199,6 @@ def _notes(rows: Sequence[Group], more: Notes) -> Notes:
         found[row.setting].update(more.get(row.setting, ()))
         for record in row.records:
             found[row.setting].update(record.notes)
+    for setting, note in older_notes(rows).items():
+        found[setting].add(note)
     return {setting: sorted(notes) for setting, notes in found.items()}

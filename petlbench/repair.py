@@ -9,8 +9,9 @@ from itertools import count
 from pathlib import Path
 
 from .errors import UserError
-from .records import FOLDERS, Damaged, Store, read_record
+from .records import FOLDERS, Damaged, Rank, Store, rank_of, read_record
 from .spec import Record
+from .upgrade import may_name
 
 SET_ASIDE = "set-aside"
 LEFTOVER_SECONDS = 3600  # no write takes that long: an older temporary file belongs to a process that was killed
@@ -18,6 +19,9 @@ LEFTOVER_SECONDS = 3600  # no write takes that long: an older temporary file bel
 
 def repair(store: Store) -> list[str]:
     """Make `store` readable: one record per cell, each whole, in a file called what its cell is, with its samples.
+
+    A file that has a name which its cell had under an earlier rule keeps it. A record of an earlier schema version
+    makes way for nothing but a later record of its cell; it need not have its samples.
 
     What is not so moves to `set-aside/`, in the same sub-folder under the same name (numbered where that is taken),
     with its samples and adapter unless another record uses them. Temporary files that a killed process left behind
@@ -62,42 +66,44 @@ class Repair:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.lines: list[str] = []
-        self.ids: dict[Path, str] = {}  # of the cells whose records are kept, by file
+        self.names: dict[Path, str] = {}  # what the files of kept records should be called, less the suffix
 
     def run(self) -> list[str]:
         rejected, used = self._sort_out()
-        used |= {f"{key}.safetensors" for key in self.ids.values()}
+        used |= {f"{name}.safetensors" for name in self.names.values()}
         for path, reason in rejected.items():
             self._set_aside(path, reason, used)
         self._rename(used)
         return self.lines
 
     def _sort_out(self) -> tuple[dict[Path, str], set[str]]:
-        """Fill `ids`; the other files, each with the reason, and the names of the kept records' samples files."""
+        """Fill `names`; the other files, each with the reason, and the names of the kept records' samples files."""
         rejected: dict[Path, str] = {}
         records: dict[Path, Record] = {}
-        best: dict[str, tuple[tuple[str, bool], Path]] = {}
+        best: dict[str, tuple[Rank, Path]] = {}
         for path in self.store.paths():
             try:
                 record = read_record(path)
-                self.store.samples(record)
+                if not record.older:
+                    self.store.samples(record)
             except Damaged as error:
                 subject = "it" if error.path == path else f"its samples file {error.path.name}"
                 rejected[path] = f"{subject} {error.reason}"
                 continue
             key = record.cell.id
-            ranked = ((record.started, path.stem == key), path)
+            ranked = (rank_of(record, key, path), path)
             if key in best:
                 _, earlier = min(ranked, best[key])
                 rejected[earlier] = f"the cell {key} has a later record"
             best[key] = max(ranked, best.get(key, ranked))
             records[path] = record
-        self.ids = {path: key for key, (_, path) in best.items()}
-        return rejected, {Path(records[path].samples or "").name for path in self.ids}
+        for key, (_, path) in best.items():
+            self.names[path] = path.stem if may_name(path.stem, records[path].cell) else key
+        return rejected, {Path(records[path].samples or "").name for path in self.names}
 
     def _rename(self, used: set[str]) -> None:
         """Give kept records the names of their cells; a name that another kept record holds may become free first."""
-        wrong = {path: path.with_name(f"{key}.json") for path, key in self.ids.items() if path.stem != key}
+        wrong = {path: path.with_name(f"{name}.json") for path, name in self.names.items() if path.stem != name}
         while wrong:
             path = next((path for path, target in wrong.items() if not os.path.lexists(target)), None)
             if path is None:  # files that hold each other's records

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from .units import parse_bytes
 
 SCHEMA_VERSION = 2
+OLDER = "older, unverified"  # how a record of an earlier schema version is marked wherever it is shown
 
 Positive = Annotated[int, Field(gt=0)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
@@ -66,21 +67,6 @@ class Recipe(Frozen):
     compile: bool = Field(False, description="layers run through torch.compile; needs a C++ compiler")
 
 
-# Recipes of older records lack these; a cell without them is the same as one that has their defaults.
-ADDED = (
-    "warmup_from_zero",
-    "lr_floor",
-    "layer_decay",
-    "augment",
-    "method_lr",
-    "released",
-    "precision",
-    "attention",
-    "gradient_checkpointing",
-    "compile",
-)
-
-
 class MethodSpec(Frozen):
     """A method by registry name, the name of its variant (free text, shown in tables) and its configuration."""
 
@@ -117,19 +103,32 @@ class Cell(Frozen):
 
     @property
     def digest(self) -> str:
-        """Eight hex digits of SHA-256 over the cell's canonical JSON, without the defaults of ADDED."""
-        data = self.model_dump(mode="json")
-        for name in ADDED:
-            if data["recipe"][name] == Recipe.model_fields[name].default:
-                del data["recipe"][name]
-        text = json.dumps(data, sort_keys=True)
+        """Eight hex digits of SHA-256 over the cell's canonical JSON, without what has its default value.
+
+        The rule is for the fields of the cell and of its recipe, so a field that is added with a default changes no
+        digest. A default that changes leaves the digest too, though not the cell: `differences` then tells the two
+        apart, as a record holds its whole cell.
+        """
+        text = json.dumps(self.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+    @property
+    def stem(self) -> str:
+        """The readable part of `id`, safe in a file name; cells that differ in a configuration or recipe share it."""
+        parts = [self.task, self.dataset, self.method, *([self.variant] if self.variant else []), self.backbone]
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join([*parts, f"s{self.seed}"]))
 
     @property
     def id(self) -> str:
         """A file-name-safe, readable, unique name."""
-        parts = [self.task, self.dataset, self.method, *([self.variant] if self.variant else []), self.backbone]
-        return re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join([*parts, f"s{self.seed}"])) + f"_{self.digest}"
+        return f"{self.stem}_{self.digest}"
+
+    def differences(self, other: Cell) -> tuple[str, ...]:
+        """The parts in which `other` is another cell, as JSON holds them: `cell`, `recipe`, or none."""
+        ours, theirs = self.model_dump(mode="json"), other.model_dump(mode="json")
+        recipes = ours.pop("recipe"), theirs.pop("recipe")
+        parts = {"cell": ours != theirs, "recipe": recipes[0] != recipes[1]}
+        return tuple(name for name, differs in parts.items() if differs)
 
     @property
     def label(self) -> str:
@@ -301,3 +300,8 @@ class Record(Frozen):
     )
     notes: tuple[str, ...] = Field((), description="what a reader of the row must know, such as skipped images")
     environment: dict[str, Any] = {}
+
+    @property
+    def older(self) -> bool:
+        """Of an earlier schema version: shown, but nothing in it can be checked against what is asked for today."""
+        return self.schema_version < SCHEMA_VERSION

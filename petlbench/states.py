@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from petlbench.errors import UserError
 from petlbench.fingerprint import changed, code_fingerprints, fingerprints
-from petlbench.spec import Cell, Record
+from petlbench.spec import OLDER, Cell, Record
 
 if TYPE_CHECKING:
     from petlbench.datasets.base import Source
@@ -26,11 +26,16 @@ class State:
         return f"{self.name} ({self.detail})" if self.detail else self.name
 
 
-def state_of(record: Record | None, now: Mapping[str, str]) -> State:
-    """The state of the cell that `record` belongs to, `now` being the fingerprints it would get today."""
+def state_of(cell: Cell, record: Record | None, now: Mapping[str, str]) -> State:
+    """The state of `cell`, given the record that is kept of it and `now`, the fingerprints that it would get today.
+
+    A record of an earlier schema version is stale, and so is one that holds another cell, as a default has changed.
+    """
     if record is None:
         return State("pending")
-    if parts := changed(record, now):
+    if record.older:
+        return State("stale", OLDER)
+    if parts := (*cell.differences(record.cell), *changed(record, now)):
         return State("stale", ", ".join(parts))
     return State("done") if record.outcome == "ok" else State("failed", record.outcome)
 
@@ -52,8 +57,11 @@ def fingerprints_of(cells: Iterable[Cell], data_root: Path | None) -> dict[str, 
 def stale_parts(record: Record) -> tuple[str, ...]:
     """Parts of the code behind `record` that have changed since; all of it where it is not installed any more.
 
-    Data and weights are looked at by `petlbench run` alone: a table must not need them.
+    Data and weights are looked at by `petlbench run` alone: a table must not need them. Of a record of an earlier
+    schema version nothing can be said but that it is one.
     """
+    if record.older:
+        return (OLDER,)
     try:
         return changed(record, code_fingerprints(record.cell))
     except UserError:

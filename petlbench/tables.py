@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from petlbench.spec import OLDER
 from petlbench.statistics.grouping import SETTING, label
 from petlbench.units import human_bytes, human_count, human_seconds, score_text
 
@@ -51,7 +52,7 @@ def _caption(frame: pd.DataFrame) -> list[str]:
     lines += [EFFECTIVE] if (frame["effective_params"] < frame["trainable_params"]).any() else []
     lines += [INTERVAL] if frame["score_low"].notna().any() else []
     lines += [RANK] if frame["rank"].notna().any() else []
-    lines += [STALE] if frame["stale"].any() else []
+    lines += [STALE] if any(parts != (OLDER,) for parts in frame.attrs.get("stale", {}).values()) else []
     return [*lines[:-1], f"{lines[-1]}; {CONTENDED}"] if frame["contended"].any() else lines
 
 

@@ -80,18 +80,6 @@ def rewrite(path: Path, **changes: object) -> None:
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
-@pytest.mark.parametrize("extra", [{}, {"step_flops": 3}])
-def test_a_record_of_an_older_schema_is_named_with_its_version_and_the_remedy(
-    store: Store, extra: dict[str, int]
-) -> None:
-    saved = store.save(make_record())
-    path = store.records / f"{saved.cell.id}.json"
-    rewrite(path, schema_version=1, **extra)
-    for read in (store.load, lambda: store.get(saved.cell)):
-        with pytest.raises(UserError, match=r"schema version 1, older than 2; `petlbench repair .*or rerun into a new"):
-            read()
-
-
 def test_a_record_that_does_not_say_its_schema_is_refused(store: Store) -> None:
     saved = store.save(make_record())
     rewrite(store.records / f"{saved.cell.id}.json", schema_version=None)

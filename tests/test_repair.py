@@ -43,10 +43,6 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-40])
 
 
-def make_old(path: Path) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 1}))
-
-
 def make_new(path: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 99}))
 
@@ -64,7 +60,6 @@ def make_folder(path: Path) -> None:
     ("spoil", "reason"),
     [
         (truncate, "truncated"),
-        (make_old, "schema version 1, older"),
         (make_new, "schema version 99, newer"),
         (make_foreign, "not a record"),
         (make_folder, "is a folder"),

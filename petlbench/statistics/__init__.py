@@ -11,7 +11,7 @@ import numpy as np
 from petlbench.records import Merged, Store
 from petlbench.statistics.analysis import LEVEL, analyse
 from petlbench.statistics.comparison import compare
-from petlbench.statistics.grouping import SETTING, Stale, fresh, groups, label
+from petlbench.statistics.grouping import SETTING, Stale, fresh, groups, label, older_notes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,7 +37,7 @@ def pairs(results: Store | Merged, *, stale: Stale = fresh) -> pd.DataFrame:
     `mean_a` and `mean_b` are over seeds and test samples; `low` and `high` are the ends of the 95 % interval of the
     difference a - b, by Student's t as is `p` (degrees of freedom: bootstrap.Covariances); `p_holm` is `p` adjusted
     over the pairs of the setting, and `significant` where it is below 0.05. `stale` is as in `leaderboard.table`.
-    `attrs["notes"]` says, by setting, which rows have no pairs, and why.
+    `attrs["notes"]` says, by setting, which rows have no pairs, and why: those of an earlier schema version never do.
     """
     import pandas as pd
 
@@ -45,6 +45,8 @@ def pairs(results: Store | Merged, *, stale: Stale = fresh) -> pd.DataFrame:
     names = np.array([label(row) for row in rows], dtype=object)
     columns: dict[str, list[np.ndarray]] = {name: [] for name in PAIR_COLUMNS}
     notes: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for setting, note in older_notes(rows).items():
+        notes[setting].append(note)
     for indices, found in analyse(results, rows):
         first = rows[indices[0]]
         notes[first.setting] += found.notes

@@ -11,7 +11,7 @@ import numpy as np
 
 from petlbench.errors import UserError
 from petlbench.records import Merged, Store
-from petlbench.spec import Record
+from petlbench.spec import OLDER, Record
 from petlbench.statistics.bootstrap import covariances
 from petlbench.statistics.grouping import SETTING, label
 from petlbench.statistics.sample_scores import score_matrix
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 BySeed = dict[int, Record]
+Row = dict[str, str | float]
 
 
 def compare(store: Store | Merged, a: str, b: str, confidence: float = 0.95) -> pd.DataFrame:
@@ -28,9 +29,10 @@ def compare(store: Store | Merged, a: str, b: str, confidence: float = 0.95) -> 
 
     Columns: task, dataset, backbone, seeds (how many both ended ok on), metric, mean_a, mean_b, difference (a - b),
     its interval low to high and p, both by Student's t, over seeds and test samples (over samples alone where there is
-    one seed; see bootstrap.covariances). p is for this one question: `pairs` corrects for many. Raises UserError for an
-    unknown method, when no pair of `ok` records exists, or when a pair differs in its samples, or in its code or data
-    beyond the method's own.
+    one seed; see bootstrap.covariances). p is for this one question: `pairs` corrects for many. Records of an earlier
+    schema version count only where a method has no others: such a row's means are those that were reported, its metric
+    is marked as OLDER, and it has neither interval nor p. Raises UserError for an unknown method, when no pair of `ok`
+    records exists, or when a pair differs in its samples, or in its code or data beyond the method's own.
     """
     import pandas as pd
 
@@ -45,28 +47,42 @@ def compare(store: Store | Merged, a: str, b: str, confidence: float = 0.95) -> 
     rows = []
     for key, seeds in common.items():
         left, right = ([side[key][number] for number in seeds] for side in (ours, theirs))
-        _check_fingerprints(left, right)
-        # One matrix for both, so that their samples are checked against each other and brought into one order.
-        _, scores = score_matrix(store, [*left, *right])
-        halves = [scores[: len(seeds)], scores[len(seeds) :]]
-        error, freedom = (values[0, 1] for values in covariances(halves, [seeds, seeds]).of_differences)
-        margin = float(error * quantiles(freedom, confidence))
-        mean_a, mean_b = (float(half.mean()) for half in halves)
-        difference = mean_a - mean_b
-        rows.append(
-            {
-                **dict(zip(SETTING, key, strict=True)),
-                "seeds": len(seeds),
-                "metric": left[0].main_metric,
-                "mean_a": mean_a,
-                "mean_b": mean_b,
-                "difference": difference,
-                "low": difference - margin,
-                "high": difference + margin,
-                "p": float(p_values(np.array(difference), error, freedom)),
-            }
-        )
+        older = any(record.older for record in (*left, *right))
+        paired = _reported(left, right) if older else _paired(store, left, right, confidence)
+        rows.append({**dict(zip(SETTING, key, strict=True)), "seeds": len(seeds), **paired})
     return pd.DataFrame(rows)
+
+
+def _paired(store: Store | Merged, left: Sequence[Record], right: Sequence[Record], confidence: float) -> Row:
+    """What is said of two methods with the same seeds, from their scores sample by sample."""
+    _check_fingerprints(left, right)
+    seeds = [record.cell.seed for record in left]
+    # One matrix for both, so that their samples are checked against each other and brought into one order.
+    _, scores = score_matrix(store, [*left, *right])
+    halves = [scores[: len(seeds)], scores[len(seeds) :]]
+    error, freedom = (values[0, 1] for values in covariances(halves, [seeds, seeds]).of_differences)
+    margin = float(error * quantiles(freedom, confidence))
+    mean_a, mean_b = (float(half.mean()) for half in halves)
+    difference = mean_a - mean_b
+    return {
+        "metric": left[0].main_metric,
+        "mean_a": mean_a,
+        "mean_b": mean_b,
+        "difference": difference,
+        "low": difference - margin,
+        "high": difference + margin,
+        "p": float(p_values(np.array(difference), error, freedom)),
+    }
+
+
+def _reported(left: Sequence[Record], right: Sequence[Record]) -> Row:
+    """The same columns where a record is older: its samples and code cannot be held against another's."""
+    mean_a, mean_b = (
+        float(np.mean([record.metrics.get(record.main_metric, np.nan) for record in side])) for side in (left, right)
+    )
+    metrics = dict.fromkeys(record.main_metric for record in (*left, *right))
+    means = {"mean_a": mean_a, "mean_b": mean_b, "difference": mean_a - mean_b}
+    return {"metric": f"{' / '.join(metrics)} ({OLDER})", **means, **dict.fromkeys(("low", "high", "p"), float("nan"))}
 
 
 def _by_setting(records: Sequence[Record], name: str) -> dict[tuple[str, str, str], BySeed]:
@@ -81,11 +97,13 @@ def _by_setting(records: Sequence[Record], name: str) -> dict[tuple[str, str, st
         raise UserError(f"no records of method {name}; {hint}recorded: {', '.join(known) or 'nothing'}")
     found: dict[tuple[str, str, str], BySeed] = defaultdict(dict)
     recipes: dict[tuple[str, str, str], str] = {}
-    for record in records:
+    for record in sorted(records, key=lambda record: record.older):
         cell = record.cell
         if label(record.cell) != wanted or record.outcome != "ok":
             continue
         key = (cell.task, cell.dataset, cell.backbone)
+        if record.older and not all(known.older for known in found[key].values()):
+            continue
         digest = cell.model_copy(update={"seed": 0}).digest
         if recipes.setdefault(key, digest) != digest:
             raise UserError(f"{cell.label} was run with several recipes or configurations; keep one per folder")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from petlbench.spec import Record
+from petlbench.spec import OLDER, Record
 
 SETTING = ["task", "dataset", "backbone"]
 Stale = Callable[[Record], Sequence[str]]
@@ -37,6 +37,11 @@ class Group:
         return [record for record in self.records if record.outcome == "ok"]
 
     @property
+    def older(self) -> bool:
+        """Of an earlier schema version: shown as stale, and compared with nothing."""
+        return self.stale == (OLDER,)
+
+    @property
     def metric(self) -> str:
         return next((record.main_metric for record in [*self.ok, *self.records] if record.main_metric), "")
 
@@ -62,12 +67,14 @@ def groups(records: Iterable[Record], stale: Stale = fresh) -> list[Group]:
 
     Of two records of one cell the one that started later counts. Groups of one setting that share method and variant
     get distinct names: a `#` and a digest behind the variant, except for the only fresh one. `stale` names the parts
-    of the code and data that have changed since a record was made.
+    of the code and data that have changed since a record was made; it is not asked of records of an earlier schema
+    version, which are stale as OLDER, whatever has changed.
     """
     found: dict[tuple[Any, ...], dict[int, Record]] = {}
     for (cell_key, seed), (record, digest) in _newest(records).items():
         fingerprints = tuple(sorted(record.fingerprints.items()))
-        found.setdefault((cell_key, digest, tuple(stale(record)), fingerprints), {})[seed] = record
+        parts = (OLDER,) if record.older else tuple(stale(record))
+        found.setdefault((cell_key, digest, parts, fingerprints), {})[seed] = record
     named: dict[tuple[Any, ...], list[Group]] = defaultdict(list)
     for (_, digest, parts, fingerprints), by_seed in found.items():
         members = tuple(record for _, record in sorted(by_seed.items()))
@@ -79,11 +86,21 @@ def groups(records: Iterable[Record], stale: Stale = fresh) -> list[Group]:
 
 
 def pools(rows: Sequence[Group]) -> list[list[int]]:
-    """Indices of the rows that can be compared with each other, pool by pool."""
+    """Indices of the rows that can be compared with each other, pool by pool; older rows are in none."""
     found: dict[tuple[Hashable, ...], list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
-        found[row.pool].append(index)
+        if not row.older:
+            found[row.pool].append(index)
     return list(found.values())
+
+
+def older_notes(rows: Iterable[Group]) -> dict[tuple[str, str, str], str]:
+    """By setting, a note on the rows of an earlier schema version, which are shown and take no part in statistics."""
+    found: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for row in rows:
+        if row.older:
+            found[row.setting].append(label(row))
+    return {setting: f"{OLDER}, so not ranked: {', '.join(sorted(names))}" for setting, names in found.items()}
 
 
 def _newest(records: Iterable[Record]) -> dict[tuple[str, int], tuple[Record, str]]:
