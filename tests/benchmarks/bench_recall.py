@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 
-IMAGES, WIDTH = 5000, 512
+from . import sized
+
+IMAGES, WIDTH = sized(5000, 50), 512
 
 
 def _embeddings(images: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -33,7 +35,7 @@ def _embeddings(images: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _scored(images: np.ndarray, captions: np.ndarray, owners: np.ndarray) -> float:
-    from tasks.retrieval import Retrieval
+    from petlbench.tasks.retrieval import Retrieval
 
     starts = np.searchsorted(owners, np.arange(len(images)))
     predictions = list(zip(images, np.split(captions, starts[1:]), strict=True))
@@ -50,7 +52,7 @@ def _sorted(images: np.ndarray, captions: np.ndarray, owners: np.ndarray) -> flo
 
 
 def _measured(function: Callable[..., float], images: int, connection: Any) -> None:
-    import tasks.retrieval  # noqa: F401 - its import is no part of the measure
+    import petlbench.tasks.retrieval  # noqa: F401 - its import is no part of the measure
 
     arrays = _embeddings(images)
     start = time.perf_counter()

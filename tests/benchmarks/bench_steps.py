@@ -12,9 +12,9 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from petlbench.registry import METHODS
 from petlbench.training import WARMUP, Course, train_step
 
-from . import overhead
+from . import overhead, sized
 
-ROUNDS = 20
+ROUNDS = sized(20, 1)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -27,7 +27,10 @@ from petlbench.registry import TASKS
 from petlbench.spec import Cell
 from petlbench.training import Setting, fit, optimizer, rate
 
+from . import holds, sized
+
 LIMIT = 1.05  # of the ratio
+STEPS = sized(150, 12)
 VALIDATION_ROWS = 2  # validation ends the run, and is not timed
 
 
@@ -54,21 +57,21 @@ def by_hand(setting: Setting, rows: Dataset) -> Iterator[None]:
     """A plain loop, a step at a time: no clock, no report, no accounting."""
     backbone, head, task, recipe = setting.backbone, setting.head, setting.task, setting.recipe
     parameters = setting.trainable()
-    optim = optimizer(parameters, recipe, recipe.lr)
-    rng = np.random.default_rng([setting.seed, 0])
+    optim = optimizer(parameters, recipe, recipe.lr, backbone, setting.own())
     for step in range(recipe.steps):
-        order = rng.permutation(len(rows)).tolist()  # the rows are one batch
+        order = np.random.default_rng([setting.seed, 0, step]).permutation(len(rows)).tolist()  # the rows are one batch
+        rng = np.random.default_rng([setting.seed, 1, step])
         batch = task.collate([rows[i] for i in order], backbone, rng).to(setting.device)
         task.loss(backbone, head, batch).backward()
         nn.utils.clip_grad_norm_(parameters.values(), recipe.clip_norm)
         for group in optim.param_groups:
-            group["lr"] = recipe.lr * rate(recipe, step)
+            group["lr"] = recipe.lr * group["scale"] * rate(recipe, step)
         optim.step()
         optim.zero_grad(set_to_none=True)
         yield
 
 
-def measure(method: str = "lora", steps: int = 150, batch_size: int = 8) -> Overhead:
+def measure(method: str = "lora", steps: int = STEPS, batch_size: int = 8) -> Overhead:
     """Both loops, a step of the one and a step of the other in turns, without the first ones, which warm caches.
 
     A step of the training loop is all that it does between two reports.
@@ -100,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print both medians and the ratio; exit status 1 where the ratio is above LIMIT."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--method", default="lora")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args(argv)
@@ -110,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"by hand        {1000 * found.hand_seconds:.2f} ms a step")
     print(f"ratio          {found.ratio:.3f} (limit {LIMIT})")
     print(f"phases / total {found.phases_share:.4f}")
-    return int(found.ratio > LIMIT)
+    return int(not holds(LIMIT, found.ratio))
 
 
 if __name__ == "__main__":
