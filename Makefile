@@ -5,6 +5,8 @@ DEVICE  ?= auto
 SUITE   ?= quick
 OUT     ?= runs/$(notdir $(basename $(SUITE)))
 JOBS    ?= 1
+WORKERS ?= 2
+TOY     ?=
 PYTEST_ARGS ?=
 SOURCES := petlbench methods tasks tests
 
@@ -25,17 +27,19 @@ endif
 
 help: ## this text
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
-	@echo "variables: SUITE=$(SUITE) OUT=$(OUT) DEVICE=$(DEVICE) JOBS=$(JOBS) PYTHON=$(PYTHON) INSTALL=$(INSTALL)"
+	@echo "variables: SUITE=$(SUITE) OUT=$(OUT) DEVICE=$(DEVICE) JOBS=$(JOBS) WORKERS=$(WORKERS) PYTHON=$(PYTHON) INSTALL=$(INSTALL)"
 
 bench: $(READY) ## run SUITE into OUT and print the leaderboard; run again to continue
 	$(RUN) -m petlbench run $(SUITE) --out $(OUT) --device $(DEVICE) --jobs $(JOBS)
 
+# WORKERS processes (0: this one alone), each of one thread, as is what it starts.
 test: $(READY) ## the fast tests; PYTEST_ARGS='-m slow' for the others
-	$(RUN) -m pytest --import-mode=append -m "not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 RAYON_NUM_THREADS=1 $(RUN) -m pytest --import-mode=append -n $(WORKERS) --dist worksteal \
+		-m "not slow" $(PYTEST_ARGS)
 
 microbench: $(READY) ## time training and prediction steps; compare with the last stored run
-	$(RUN) -m pytest --import-mode=append tests/benchmarks -o python_files='bench_*.py' -q -s \
-		--benchmark-autosave --benchmark-compare --benchmark-columns=median,iqr,rounds $(PYTEST_ARGS)
+	TOY=$(TOY) $(RUN) -m pytest --import-mode=append tests/benchmarks -o python_files='bench_*.py' -q -s \
+		$(if $(TOY),,--benchmark-autosave --benchmark-compare) --benchmark-columns=median,iqr,rounds $(PYTEST_ARGS)
 
 lint: tree ## ruff and mypy
 	$(RUN) -m ruff check $(SOURCES)
