@@ -25,6 +25,8 @@ COLUMNS = 4
 MOST = 400  # samples of a sheet: its pixels must fit into memory
 SIDE = 320  # pixels that an image may be wide or high
 LETTERS = 800  # of a sample's text
+SHOWN = ("sample_id", "expression", "question", "answers", "captions", "box")  # in a way of their own
+SILENT = ("image_id", "answer_type", "subset")
 
 
 def show(
@@ -69,9 +71,7 @@ def _sample(rows: Any, number: int) -> tuple[Image, str]:
 
 def picture(row: Mapping[str, Any]) -> Image:
     """The row's images side by side, each at a size for a sheet, the box on the first."""
-    from PIL.Image import Image
-
-    images = [fitted(value, SIDE) for value in row.values() if isinstance(value, Image)]
+    images = [fitted(value, SIDE) for value in row.values() if _is_image(value)]
     if "box" in row:
         image, (across, down) = images[0]
         x, y, width, height = row["box"]
@@ -87,8 +87,15 @@ def text(row: Mapping[str, Any]) -> str:
     if "answers" in row:
         lines.append("→ " + (_counted(row["answers"]) or "(its answers are not public)"))
     lines += [f"• {caption}" for caption in row.get("captions", ())]
+    lines += [f"{name}: {value}" for name, value in row.items() if not (name in SHOWN + SILENT or _is_image(value))]
     said = "\n".join(" ".join(str(line).split()) for line in lines)
     return said if len(said) <= LETTERS else f"{said[:LETTERS]}…"
+
+
+def _is_image(value: Any) -> bool:
+    from PIL.Image import Image
+
+    return isinstance(value, Image)
 
 
 def _counted(answers: list[str]) -> str:

@@ -1,10 +1,10 @@
-"""The variants that methods declare, read off their source: listing them imports neither a method nor torch."""
+"""What registered classes declare, read off their source: listing variants imports neither a method nor torch."""
 
 from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
@@ -13,10 +13,7 @@ from typing import Any
 
 from petlbench.errors import UserError
 from petlbench.fingerprint import place_of
-from petlbench.registry import METHODS, did_you_mean
-
-BASE = ("petlbench.method", "Method")  # which declares that there are none
-ATTRIBUTES = ("variants", "impossible")
+from petlbench.registry import METHODS, Registry, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -79,18 +76,36 @@ def _of(method: str) -> list[Variant]:
 
 
 def declared(method: str) -> Declared:
-    """What the registered method declares.
+    """What the registered method declares. Raises UserError as `attribute` does."""
+    return Declared(attribute(METHODS, method, "variants"), attribute(METHODS, method, "impossible"))
 
-    Its class is imported only where its source does not hold the literals, as one that inherits them from another
-    module. Raises UserError for a name that is not registered, and for a class that has to be imported and cannot be.
+
+def attribute(registry: Registry[Any], name: str, wanted: str) -> Any:
+    """The class attribute `wanted` of a registered class.
+
+    The class is imported only where its source does not hold the literal, as one with several bases. Raises UserError
+    for a name that is not registered, and for a class that has to be imported and cannot be.
     """
-    module, _, path = METHODS.target(method).partition(":")
-    name = path.partition("[")[0].strip()
+    module, _, path = registry.target(name).partition(":")
     try:
-        return Declared(*(_value(module.strip(), name, attribute) for attribute in ATTRIBUTES))
+        return _value(module.strip(), path.partition("[")[0].strip(), wanted)
     except LookupError:
-        kind = METHODS.get(method)
-        return Declared(kind.variants, kind.impossible)
+        return getattr(registry.get(name), wanted)
+
+
+def declaring(registry: Registry[Any], names: Iterable[str], wanted: str) -> list[str]:
+    """Those of `names` whose class has the attribute `wanted`, and not false or empty.
+
+    A class that is not installed, or that cannot be imported, is not among them.
+    """
+    found = []
+    for name in dict.fromkeys(names):
+        try:
+            if attribute(registry, name, wanted):
+                found.append(name)
+        except UserError:
+            continue
+    return found
 
 
 @dataclass(frozen=True)
@@ -120,13 +135,11 @@ def _source(module: str) -> Source:
     return Source({node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}, imports)
 
 
-def _value(module: str, name: str, attribute: str) -> dict[str, Any]:
+def _value(module: str, name: str, attribute: str) -> Any:
     """The literal value of a class attribute, of the class or of the base that it has it from.
 
     Raises LookupError for what only an import can tell.
     """
-    if (module, name) == BASE:
-        return {}
     source = _source(module)
     if name in source.imports:
         return _value(*source.imports[name], attribute)
@@ -136,10 +149,9 @@ def _value(module: str, name: str, attribute: str) -> dict[str, Any]:
         value = _assigned(statement, attribute)
         if value is not None:
             try:
-                found: dict[str, Any] = ast.literal_eval(value)
+                return ast.literal_eval(value)
             except (ValueError, TypeError) as error:
                 raise LookupError(name) from error
-            return found
     above = [base.id if isinstance(base, ast.Name) else "" for base in source.classes[name].bases]
     if len(above) != 1:  # with several bases the order of look-up is Python's business
         raise LookupError(name)

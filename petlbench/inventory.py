@@ -14,18 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from petlbench.datasets import images
 from petlbench.datasets.base import SPLITS, Source
 from petlbench.datasets.files import FileSource, existing_root
 from petlbench.datasets.reader import Choice, Skips
+from petlbench.declarations import attribute
 from petlbench.errors import UserError
 from petlbench.registry import DATASETS, TASKS, one_line
 from petlbench.suite import validated
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from datasets import Dataset, Features
+    from datasets import Dataset
 
-UNITS = {"rec": "expressions", "vqa": "questions", "pairs": "pairs", "captioning": "captions", "retrieval": "captions"}
+NAMED = ("sample_id", "image_id")  # columns of every task's rows
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,11 @@ def opened_source(name: str, config: Mapping[str, Any], root: Path | None) -> tu
 def take(task: str, dataset: str, source: Source, sample: int | None) -> Inventory:
     """The inventory. Of each part `sample` images are opened, spread evenly over it; None: all.
 
-    What is wrong with one part stands in its entry and keeps nobody from the others.
+    `source` need not be registered, nor `task` where the source declares its columns. What is wrong with one part
+    stands in its entry and keeps nobody from the others. Raises UserError for rows that have no names.
     """
+    if lacking := [name for name in NAMED if name not in source.features(task)]:
+        raise UserError(f"the columns of task '{task}' lack {' and '.join(lacking)}: add them to its `features`")
     opener = _Opener(sample)
     entries = _of_files(task, source, opener) if isinstance(source, FileSource) else _of_rows(task, source, opener)
     return Inventory(task, dataset, source.origin, list(entries), source.notes())
@@ -168,12 +173,10 @@ def _of_files(task: str, source: FileSource, opener: _Opener) -> Iterator[Entry]
 
 def _part(task: str, part: str, source: FileSource, opener: _Opener, said: Mapping[str, Any]) -> Entry:
     """An official part: rows as they are read, whether or not their images are there; and the images."""
-    from petlbench.datasets.schemas import BY_TASK
-
     found: dict[str, Any]
     try:
         read = source.part(task, part)
-        columns = [read.table[name] for name in _pictures(BY_TASK[task])]
+        columns = [read.table[name] for name in images.columns(source.features(task))]
         found = {"counts": _counts(task, read.table, columns), "left_out": _left_out(read.skips)}
     except UserError as error:
         return Entry(part, error=str(error), **said)
@@ -234,7 +237,7 @@ def _opening(rows: Dataset, firsts: Mapping[str, tuple[str, int]]) -> Callable[[
 def _firsts(rows: Dataset) -> dict[str, tuple[str, int]]:
     """Column and row in which each image stands first, by its path, or by its row's `image_id` where it has none."""
     found: dict[str, tuple[str, int]] = {}
-    for name in _pictures(rows.features):
+    for name in images.columns(rows.features):
         coded = _keys(_table(rows, ["image_id", name]), name).combine_chunks().dictionary_encode()
         _, places = np.unique(coded.indices.to_numpy(), return_index=True)
         for key, place in zip(coded.dictionary.to_pylist(), places.tolist(), strict=True):
@@ -244,20 +247,30 @@ def _firsts(rows: Dataset) -> dict[str, tuple[str, int]]:
 
 def _counted(task: str, rows: Dataset) -> dict[str, int]:
     """The counts of loaded rows."""
-    pictures = _pictures(rows.features)
-    table = _table(rows, [name for name in rows.column_names if name in {"image_id", "captions", *pictures}])
+    pictures = images.columns(rows.features)
+    table = _table(rows, [name for name in rows.column_names if name in {"image_id", _unit(task), *pictures}])
     return _counts(task, table, [_keys(table, name) for name in pictures])
 
 
 def _counts(task: str, table: pa.Table, pictures: Sequence[pa.ChunkedArray]) -> dict[str, int]:
-    """Images, and what a task is about: rows, or captions."""
+    """Images, and what a task is about: rows, or the items of a column of lists."""
+    import pyarrow as pa
     import pyarrow.compute as pc
 
     # Of one image a row, files that show the same count as one; of several, `image_id` stands for all of them.
-    images = pc.count_distinct(table["image_id"]).as_py() if len(pictures) == 1 else len(_distinct(pictures))
-    captions = "captions" in table.column_names
-    number = pc.sum(pc.list_value_length(table["captions"])).as_py() or 0 if captions else table.num_rows
-    return {"images": images, UNITS.get(task, "rows"): number}
+    shown = pc.count_distinct(table["image_id"]).as_py() if len(pictures) == 1 else len(_distinct(pictures))
+    unit, number = _unit(task), table.num_rows
+    if unit in table.column_names and pa.types.is_list(table[unit].type):
+        number = pc.sum(pc.list_value_length(table[unit])).as_py() or 0
+    return {"images": shown, unit: number}
+
+
+def _unit(task: str) -> str:
+    """What the task's data is counted in."""
+    try:
+        return str(attribute(TASKS, task, "unit"))
+    except UserError:  # it is not registered
+        return "rows"
 
 
 def _distinct(columns: Sequence[pa.ChunkedArray]) -> pa.Array:
@@ -278,12 +291,6 @@ def _keys(table: pa.Table, name: str) -> pa.ChunkedArray:
 def _table(rows: Dataset, columns: Sequence[str]) -> pa.Table:
     """Columns of rows in their order, images unopened."""
     return rows.select_columns(list(columns)).with_format("arrow")[:]
-
-
-def _pictures(features: Features) -> list[str]:
-    from datasets import Image
-
-    return [name for name, feature in features.items() if isinstance(feature, Image)]
 
 
 def _left_out(skips: Skips) -> dict[str, int]:

@@ -56,6 +56,8 @@ class Task(ABC):
     keeps_predictions: ClassVar[bool] = True  # plain data, worth keeping beside the record
     needs: ClassVar[frozenset[str]]  # abilities of a backbone
     features: ClassVar[Features]
+    unit: ClassVar[str] = "rows"  # what is counted of its data; a column of lists: their items, else the rows
+    caption_references: ClassVar[str] = ""  # where predictions are captions: the column of those that they are held to
     recipe: ClassVar[dict[str, Any]] = {}
     augmentations: ClassVar[Mapping[str, Augmentation]] = {}  # by name, as a recipe's `augment` gives it
 

@@ -27,6 +27,8 @@ class Captioning(Task):
     main_metric: ClassVar[str] = "cider_d"
     needs: ClassVar[frozenset[str]] = frozenset({"decode"})
     features = schemas.CAPTIONING
+    unit: ClassVar[str] = "captions"
+    caption_references: ClassVar[str] = "captions"
 
     def collate(self, rows: Sequence[Row], backbone: Backbone, rng: np.random.Generator | None) -> Batch:
         images = backbone.images([row["image"] for row in rows])

@@ -35,6 +35,7 @@ class Pairs(Task):
     main_metric: ClassVar[str] = "accuracy"
     needs: ClassVar[frozenset[str]] = frozenset({"fuse", "decode", "pair"})
     features = schemas.PAIRS
+    unit: ClassVar[str] = "pairs"
 
     def collate(self, rows: Sequence[Row], backbone: Backbone, rng: np.random.Generator | None) -> Batch:
         """Images are 2B: all first ones, then all second ones."""

@@ -89,6 +89,7 @@ class ReferringExpressions(Task):
     main_metric: ClassVar[str] = "acc_50"
     needs: ClassVar[frozenset[str]] = frozenset({"fuse", "ground"})
     features = schemas.REC
+    unit: ClassVar[str] = "expressions"
     augmentations: ClassVar[Mapping[str, Augmentation]] = {
         "transvg": transvg,
         "transvg_released": transvg_released,

@@ -60,6 +60,7 @@ class Retrieval(Task):
     keeps_predictions: ClassVar[bool] = False  # they are embeddings
     needs: ClassVar[frozenset[str]] = frozenset({"embed"})
     features = schemas.RETRIEVAL
+    unit: ClassVar[str] = "captions"
 
     def head(self, backbone: Backbone) -> nn.Module:
         # Towers that never meet may differ in width.

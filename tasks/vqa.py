@@ -33,6 +33,7 @@ class VisualQuestionAnswering(Task):
     main_metric: ClassVar[str] = "vqa_accuracy"
     needs: ClassVar[frozenset[str]] = frozenset({"fuse", "decode"})
     features = schemas.VQA
+    unit: ClassVar[str] = "questions"
 
     def collate(self, rows: Sequence[Row], backbone: Backbone, rng: np.random.Generator | None) -> Batch:
         images = backbone.images([row["image"] for row in rows])

@@ -15,6 +15,7 @@ from petlbench.datasets import images
 from petlbench.datasets.files import FilesConfig, FileSource, held_out
 from petlbench.datasets.reader import Choice, Part, Reader, Skips
 from petlbench.errors import UserError
+from petlbench.registry import DATASETS, TASKS
 from tests.miniatures import picture
 
 
@@ -234,3 +235,11 @@ def test_a_folder_of_images_that_is_not_there_says_where_it_was_looked_for(root:
         UserError, match=r"lacks its images \(looked for .*data/test, .*pictures/test\): ask at the door"
     ):
         listed(root).load("rec", "test")
+
+
+@pytest.mark.parametrize("dataset", DATASETS.names())
+def test_a_source_declares_the_columns_that_its_tasks_do(dataset: str) -> None:
+    kind = DATASETS.get(dataset)
+    source = kind(kind.Config())
+    for task in kind.tasks:
+        assert source.features(task) == TASKS.get(task).features

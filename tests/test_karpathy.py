@@ -13,7 +13,7 @@ import pytest
 from petlbench.datasets import karpathy
 from petlbench.datasets.files import FilesConfig
 from petlbench.datasets.karpathy import COCO, Flickr30k, Karpathy
-from petlbench.datasets.schemas import BY_TASK
+from petlbench.datasets.schemas import CAPTIONING
 from petlbench.errors import UserError
 from petlbench.records import Store
 
@@ -101,7 +101,7 @@ def test_rows_are_images_in_file_order_with_all_their_captions(tmp_path: Path) -
     made = source(written(tmp_path, document("coco"), "coco"))
     for task in ("captioning", "retrieval"):
         rows = made.load(task, "test")
-        assert rows.features.keys() == BY_TASK[task].keys()
+        assert rows.features.keys() == CAPTIONING.keys()
         assert rows["sample_id"] == rows["image_id"] == ["995", "994", "987", "986"]
         assert [len(captions) for captions in rows["captions"]] == [7, 5, 6, 7]
         assert rows[0]["captions"][:2] == ["A red thing, number 5.", "A blue thing, number 5."]

@@ -12,8 +12,8 @@ from PIL import Image
 
 from petlbench.datasets import images
 from petlbench.datasets.nlvr import NLVR, NLVRConfig
-from petlbench.datasets.schemas import BY_TASK
 from petlbench.errors import UserError
+from petlbench.registry import TASKS
 
 MINIATURE = Path(__file__).parent / "fixtures" / "nlvr"
 PAINT = {"yellow": (255, 255, 0), "black": (0, 0, 0), "blue": (0, 153, 255)}
@@ -37,7 +37,7 @@ def an_image(root: Path, part: str) -> Path:
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_every_task_and_split_has_rows_of_its_schema_with_images_that_decode(task: str, split: str) -> None:
     rows = source().load(task, split)
-    assert rows.features == BY_TASK[task]
+    assert rows.features == TASKS.get(task).features
     assert len(set(rows["sample_id"])) == len(rows) > 0
     assert rows[0]["image"].size == (400, 100)
 

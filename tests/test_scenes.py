@@ -28,8 +28,8 @@ from petlbench.datasets.scene_world import (
     stream,
 )
 from petlbench.datasets.scenes import Digits, Scenes, ScenesConfig, Shapes
-from petlbench.datasets.schemas import BY_TASK
 from petlbench.errors import UserError
+from petlbench.registry import TASKS
 
 DOMAINS: list[Domain] = ["shapes", "digits"]
 SMALL = ScenesConfig(train_scenes=6, validation_scenes=4, test_scenes=3)
@@ -222,7 +222,7 @@ def test_all_four_tasks_come_in_schema_from_the_same_scenes(source: Scenes, cach
     images = {}
     for task, rows in {"rec": 12, "vqa": 12, "captioning": 6, "retrieval": 6}.items():
         data = source.load(task, "train")
-        assert data.features == BY_TASK[task] and len(data) == rows
+        assert data.features == source.features(task) == TASKS.get(task).features and len(data) == rows
         assert len(set(data["sample_id"])) == rows
         images[task] = {row["image_id"]: np.asarray(row["image"]).tobytes() for row in data}
     assert images["rec"] == images["vqa"] == images["captioning"] == images["retrieval"]

@@ -10,7 +10,6 @@ import pyarrow as pa
 
 from petlbench.datasets.files import FileSource
 from petlbench.datasets.reader import Choice, Part, Reader, Skips
-from petlbench.datasets.schemas import BY_TASK
 from petlbench.errors import UserError
 from tests.miniatures import picture
 
@@ -69,7 +68,7 @@ class ToyReader(Reader):
             "captions": [more for *_, more in rows],
             "subset": [part for _ in rows],
         }
-        return Part(pa.table({name: columns[name] for name in BY_TASK[task]}), skips)
+        return Part(pa.table({name: columns[name] for name in self.source.features(task)}), skips)
 
 
 class Toy(FileSource):

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
+from petlbench.registry import TASKS
+
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
+    from datasets import Dataset, Features, IterableDataset
 
 Split = str  # one of SPLITS, or an official part's own name
 SPLITS = ("train", "validation", "test")
@@ -35,9 +37,16 @@ class Source(ABC):
         self.config = config
         self.root = root
 
+    def features(self, task: str) -> Features:
+        """The columns of `task`'s rows: those that the registered task declares, or the source's own declaration.
+
+        A source that declares them serves a task that is not registered, and imports none to be looked at.
+        """
+        return TASKS.get(task).features
+
     @abstractmethod
     def load(self, task: str, split: Split, limit: int | None = None) -> Dataset:
-        """Rows of `task`'s schema (petlbench.datasets.schemas), images decoded lazily, at most `limit`.
+        """Rows with the columns of `features(task)`, images decoded lazily, at most `limit`.
 
         Raises UserError, in one line, when files are missing, truncated or not what they should be.
         """

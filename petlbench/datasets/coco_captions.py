@@ -20,6 +20,8 @@ from petlbench.datasets.reading import found_below, read_json, refuse_repeats
 from petlbench.errors import UserError
 
 if TYPE_CHECKING:
+    from datasets import Features
+
     from petlbench.datasets.caption_rows import Ints
 
 PARTS = ("train2014", "val2014", "train2017", "val2017")
@@ -141,6 +143,11 @@ class COCOCaptions(FileSource):
         train2017=(118_287, 591_753),
         val2017=(5_000, 25_014),
     )
+
+    def features(self, task: str) -> Features:
+        from petlbench.datasets.schemas import CAPTIONING
+
+        return CAPTIONING
 
     def choice(self, task: str, split: str) -> Choice:
         train, val = f"train{self.config.year}", f"val{self.config.year}"

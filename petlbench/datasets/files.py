@@ -102,19 +102,21 @@ class FileSource(Source):
         return self._opening(task, self._present(task, part, Choice((part,))), None)
 
     def _opening(self, task: str, table: pa.Table, limit: int | None) -> Dataset:
+        import pyarrow as pa
         from datasets import Dataset, Image
 
-        from petlbench.datasets.schemas import BY_TASK
-
-        features = BY_TASK[task].copy()
-        for name in _pictures(task):
+        features = self.features(task).copy()
+        for name in self._pictures(task):
             features[name] = Image(decode=False)
-        table = _thinned(table, limit).select(list(features)).cast(features.arrow_schema)
+        try:
+            table = _thinned(table, limit).select(list(features)).cast(features.arrow_schema)
+        except (pa.ArrowException, ValueError) as error:
+            raise UserError(f"{self._read_by(task)} gives a column of another type ({error}): mend it") from None
         return images.lazily(Dataset(table), self.reader.opened)
 
     def stream(self, task: str, split: Split) -> IterableDataset:
-        rows = self.load(task, split).with_format(None)
-        return rows.to_iterable_dataset().map(lambda row: images.opened_row(row, _pictures(task), self.reader.opened))
+        rows, pictures = self.load(task, split).with_format(None), self._pictures(task)
+        return rows.to_iterable_dataset().map(lambda row: images.opened_row(row, pictures, self.reader.opened))
 
     def notes(self) -> tuple[str, ...]:
         return tuple(self._notes)
@@ -128,6 +130,13 @@ class FileSource(Source):
             table = self.rows(task, split, choice)
             digest.update("\n".join(sorted(map(os.path.basename, self._faults(task, table)))).encode())
         return digest.hexdigest()
+
+    def _pictures(self, task: str) -> list[str]:
+        return images.columns(self.features(task))
+
+    def _read_by(self, task: str) -> str:
+        """The reader of a task's rows, as a message names it."""
+        return f"{self.name}: the reader of layout '{self.reader.layout}', for task '{task}',"
 
     @cached_property
     def _notes(self) -> dict[str, None]:
@@ -176,12 +185,15 @@ class FileSource(Source):
         import pyarrow as pa
 
         parts = {name: self.part(task, name) for name in choice.parts}
+        there = set.intersection(*(set(part.table.column_names) for part in parts.values()))
+        if lacking := [name for name in self.features(task) if name not in there]:
+            raise UserError(f"{self._read_by(task)} gives no column {', '.join(lacking)}: mend it")
         for name, part in parts.items():
             self._notes.update(dict.fromkeys(part.skips.notes(f"{self.name} {name}")))
         table = _of_images(pa.concat_tables([part.table for part in parts.values()]), choice.images)
         if not table.num_rows:
             raise UserError(f"{self.name} has no usable row for {task}, {split}: get the files again")
-        for name in _pictures(task):
+        for name in self._pictures(task):
             table = table.set_column(table.column_names.index(name), name, self._placed(table[name]))
         return table
 
@@ -194,7 +206,7 @@ class FileSource(Source):
 
     def _faults(self, task: str, table: pa.Table) -> dict[str, str]:
         """The images of the table that cannot be used, with the reason; only where asked for, each is decoded."""
-        places = [place for name in _pictures(task) for place in _paths(table, name).unique().to_pylist()]
+        places = [place for name in self._pictures(task) for place in _paths(table, name).unique().to_pylist()]
         faults = self.reader.absent(places)
         if self.config.skip_broken:
             faults |= _undecodable(self.reader, [place for place in places if place not in faults])
@@ -213,7 +225,7 @@ class FileSource(Source):
         told = f"{len(faults)} images of {self.name}, {split}, are missing or do not decode, first {first} ({reason})"
         if not self.config.skip_broken:
             raise UserError(f"{told}: get them again or set dataset_configs: {{{self.name}: {{skip_broken: true}}}}")
-        for name in _pictures(task):
+        for name in self._pictures(task):
             table = table.filter(pc.invert(pc.is_in(_paths(table, name), pa.array(list(faults)))))
         if not table.num_rows:
             raise UserError(f"{told}: none is left, get the images again")
@@ -224,15 +236,6 @@ class FileSource(Source):
 def _hint(name: str, known: Iterable[str]) -> str:
     known = list(known)
     return f"{did_you_mean(name, known) or ':'} there are {', '.join(known) or 'none'}"
-
-
-def _pictures(task: str) -> list[str]:
-    """The columns of a task's schema that hold images."""
-    from datasets import Image
-
-    from petlbench.datasets.schemas import BY_TASK
-
-    return [name for name, feature in BY_TASK[task].items() if isinstance(feature, Image)]
 
 
 def _paths(table: pa.Table, name: str) -> pa.Array:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from operator import itemgetter
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, NotRequired, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NotRequired, Self
 
 from pydantic import AfterValidator, Field, TypeAdapter
 from typing_extensions import TypedDict
@@ -20,6 +20,9 @@ from petlbench.datasets.files import FilesConfig, FileSource
 from petlbench.datasets.hub import HubParquet
 from petlbench.datasets.reader import Choice, Part, Reader, Skips
 from petlbench.datasets.reading import found_below, read_json, refuse_repeats
+
+if TYPE_CHECKING:
+    from datasets import Features
 
 PARTS = ("train_balanced", "val_balanced", "testdev_balanced", "test_balanced", "challenge_balanced")
 FOLDERS = ("", "gqa", "questions", "gqa/questions", "questions1.2", "gqa/questions1.2", "GQA", "GQA/questions")
@@ -135,6 +138,11 @@ class GQA(FileSource):
     }
     readers = (BalancedQuestions, HubParquet)
     image_bases = ("gqa/images", "images", "GQA/images", "gqa/allImages/images", "allImages/images")
+
+    def features(self, task: str) -> Features:
+        from petlbench.datasets.schemas import VQA
+
+        return VQA
 
     def choice(self, task: str, split: str) -> Choice:
         if split == "test":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from petlbench.errors import UserError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, Features
     from PIL.Image import Image
 
 MOST_PIXELS = 64_000_000  # of a picture: no data set of the field comes near, and a hostile file must not fill memory
@@ -77,20 +77,25 @@ def _open(file: Path | io.BytesIO) -> Image:
         return image
 
 
-def lazily(rows: Dataset, opened: Callable[[Mapping[str, Any]], Image] = decoded) -> Dataset:
-    """Rows whose columns of images (their schema says `decode=False`) are opened when a row is taken."""
+def columns(features: Features) -> list[str]:
+    """The columns that hold images."""
     from datasets import Image as Picture
 
-    columns = [name for name, feature in rows.features.items() if isinstance(feature, Picture)]
+    return [name for name, feature in features.items() if isinstance(feature, Picture)]
+
+
+def lazily(rows: Dataset, opened: Callable[[Mapping[str, Any]], Image] = decoded) -> Dataset:
+    """Rows whose columns of images (their schema says `decode=False`) are opened when a row is taken."""
+    pictures = columns(rows.features)
 
     def batched(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        return {**batch, **{name: [opened(image) for image in batch[name]] for name in columns if name in batch}}
+        return {**batch, **{name: [opened(image) for image in batch[name]] for name in pictures if name in batch}}
 
     return rows.with_transform(batched)
 
 
 def opened_row(
-    row: Mapping[str, Any], columns: Sequence[str], opened: Callable[[Mapping[str, Any]], Image]
+    row: Mapping[str, Any], pictures: Sequence[str], opened: Callable[[Mapping[str, Any]], Image]
 ) -> dict[str, Any]:
     """One row with its images opened."""
-    return {**row, **{name: opened(row[name]) for name in columns}}
+    return {**row, **{name: opened(row[name]) for name in pictures}}

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import ClassVar, NotRequired, Self
+from typing import TYPE_CHECKING, ClassVar, NotRequired, Self
 
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
@@ -24,6 +24,9 @@ from petlbench.datasets.reader import Choice, Part, Reader
 from petlbench.datasets.reading import content_digest, found_below, read_json, refuse_repeats
 from petlbench.errors import UserError
 from petlbench.registry import did_you_mean
+
+if TYPE_CHECKING:
+    from datasets import Features
 
 FILES = "annotations: https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
 FOLDERS = ("", "karpathy", "annotations", "caption_datasets")
@@ -178,6 +181,11 @@ class Karpathy(FileSource):
 
     tasks: ClassVar[frozenset[str]] = TASKS
     train: ClassVar[tuple[str, ...]] = ("train",)
+
+    def features(self, task: str) -> Features:
+        from petlbench.datasets.schemas import CAPTIONING
+
+        return CAPTIONING
 
     def choice(self, task: str, split: str) -> Choice:
         return Choice({"train": self.train, "validation": ("val",), "test": ("test",)}[split])

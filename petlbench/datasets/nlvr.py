@@ -25,7 +25,7 @@ from petlbench.datasets.base import Source, SourceConfig, Split, data_root
 from petlbench.errors import UserError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, Features
 
 VERSION = 1  # part of the fingerprint: raise it whenever the same files give other rows
 IMAGE_SIZE = (400, 100)
@@ -99,10 +99,13 @@ class NLVR(Source):
         self._skip_broken = config.skip_broken
         self._faults: dict[str, dict[Path, str]] = {}
 
+    def features(self, task: str) -> Features:
+        from petlbench.datasets.schemas import CAPTIONING, REC, RETRIEVAL, VQA
+
+        return {"rec": REC, "vqa": VQA, "captioning": CAPTIONING, "retrieval": RETRIEVAL}[task]
+
     def load(self, task: str, split: Split, limit: int | None = None) -> Dataset:
         from datasets import Dataset
-
-        from petlbench.datasets.schemas import BY_TASK
 
         if task not in ROWS:
             raise UserError(f"nlvr has no task {task!r}: choose one of {', '.join(sorted(ROWS))}")
@@ -112,7 +115,7 @@ class NLVR(Source):
         if not rows:
             raise UserError(f"nlvr/{part} has no usable row for {task}, {split}: get the files again")
         rows.sort(key=lambda row: (_hash(row["sample_id"]), row["sample_id"]))
-        return Dataset.from_list(rows[:limit], features=BY_TASK[task])
+        return Dataset.from_list(rows[:limit], features=self.features(task))
 
     def check(self) -> None:
         for part, examples in self._parts.items():

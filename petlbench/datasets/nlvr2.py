@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NotRequired, Self
+from typing import TYPE_CHECKING, Annotated, Literal, NotRequired, Self
 
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
@@ -20,6 +20,9 @@ from petlbench.datasets.files import FileSource
 from petlbench.datasets.reader import Choice, Part, Reader, Skips
 from petlbench.datasets.reading import found_below, read_bytes, refuse_repeats
 from petlbench.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Features
 
 PARTS = ("train", "dev", "test1")
 FOLDERS = ("nlvr2/data", "nlvr/nlvr2/data", "data", "nlvr2", "")
@@ -139,6 +142,11 @@ class NLVR2(FileSource):
     }
     readers = (Lines,)
     image_bases = ("nlvr2/images", "nlvr2", "nlvr/nlvr2/images", "nlvr/nlvr2", "nlvr/images", "images", "")
+
+    def features(self, task: str) -> Features:
+        from petlbench.datasets.schemas import PAIRS
+
+        return PAIRS
 
     def choice(self, task: str, split: str) -> Choice:
         return Choice(({"train": "train", "validation": "dev", "test": "test1"}[split],))

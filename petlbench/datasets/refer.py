@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -20,6 +20,9 @@ from petlbench.datasets.hub import HubParquet
 from petlbench.datasets.reader import Choice, Reader
 from petlbench.datasets.refer_files import ReferFiles
 from petlbench.datasets.refer_index import TransVGIndex
+
+if TYPE_CHECKING:
+    from datasets import Features
 
 ANNOTATIONS = (
     "annotations: https://github.com/lichengunc/refer (unpack {} below DIR), or TransVG's index lists "
@@ -75,6 +78,11 @@ class ReferSource(FileSource):
     @abstractmethod
     def tested(self) -> tuple[str, ...]:
         """The official parts that make the test split."""
+
+    def features(self, task: str) -> Features:
+        from petlbench.datasets.schemas import REC
+
+        return REC
 
     def choice(self, task: str, split: str) -> Choice:
         return {"train": Choice(("train",)), "validation": Choice(("val",)), "test": Choice(self.tested())}[split]

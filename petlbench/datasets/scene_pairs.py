@@ -16,7 +16,7 @@ from .scene_world import COLOURS, KINDS, SIZES
 from .scenes import QUESTIONS_PER_SCENE, Digits
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, Features
 
 VERSION = 1  # part of the fingerprint: raise it whenever the same scenes give other rows
 ANSWERS = (tuple(YES_NO.values()), tuple(NUMERALS), tuple(COLOURS), tuple(SIZES), tuple(KINDS["digits"]))
@@ -27,18 +27,21 @@ class DigitPairs(Digits):
 
     tasks = frozenset({"pairs"})
 
+    def features(self, task: str) -> Features:
+        from .schemas import PAIRS
+
+        return PAIRS
+
     def load(self, task: str, split: base.Split, limit: int | None = None) -> Dataset:
         """Rows of `pairs`; with a limit, the first ones."""
         from datasets import Dataset
-
-        from .schemas import BY_TASK
 
         if task not in self.tasks:
             raise UserError(f"digit_pairs has no task {task!r}: choose one of {', '.join(sorted(self.tasks))}")
         beyond = None if limit is None else limit + QUESTIONS_PER_SCENE
         asked = Digits(self.config).load("vqa", split, beyond).with_format("arrow")[:].to_pylist()
         rows = [_stated(row, asked[(i + QUESTIONS_PER_SCENE) % len(asked)]) for i, row in enumerate(asked[:limit])]
-        return Dataset.from_list(rows, features=BY_TASK[task])
+        return Dataset.from_list(rows, features=self.features(task))
 
     def fingerprint(self, task: str) -> str:
         return hashlib.sha256(f"{VERSION} {task} {self.digest}".encode()).hexdigest()

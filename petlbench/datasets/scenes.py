@@ -50,17 +50,21 @@ class Scenes(base.Source):
     tasks = frozenset({"rec", "vqa", "captioning", "retrieval"})
     domain: ClassVar[scene_world.Domain]
 
+    def features(self, task: str) -> Features:
+        from .schemas import CAPTIONING, REC, RETRIEVAL, VQA
+
+        return {"rec": REC, "vqa": VQA, "captioning": CAPTIONING, "retrieval": RETRIEVAL}[task]
+
     def load(self, task: str, split: base.Split, limit: int | None = None) -> Dataset:
         """Rows of `task`; two for each scene in rec and vqa, one with five captions in captioning and retrieval."""
         from datasets import Dataset, DatasetInfo
 
-        from .schemas import BY_TASK
-
         self._known(task)
+        features = self.features(task)
         scenes = self._scenes(split, limit)
-        rows = _rows(task, scenes.slice(0, limit), BY_TASK[task]).slice(0, limit)
+        rows = _rows(task, scenes.slice(0, limit), features).slice(0, limit)
         fingerprint = hashlib.sha256(f"{self.digest} {task} {split} {limit}".encode()).hexdigest()[:16]
-        return Dataset(rows, info=DatasetInfo(features=BY_TASK[task]), fingerprint=fingerprint)
+        return Dataset(rows, info=DatasetInfo(features=features), fingerprint=fingerprint)
 
     def fingerprint(self, task: str) -> str:
         """A hex digest of the configuration and of the content itself: the first scenes of each split."""

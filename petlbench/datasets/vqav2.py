@@ -24,6 +24,7 @@ from petlbench.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from datasets import Features
 
 HIDDEN = ("test-dev2015", "test2015")  # the official parts without public answers; both about images of test2015
 KARPATHY_PARTS = {"karpathy_train": "train", "karpathy_val": "val", "karpathy_test": "test"}
@@ -159,6 +160,11 @@ class VQAv2(FileSource):
         "VQA/Images/mscoco",
         "Images/mscoco",
     )
+
+    def features(self, task: str) -> Features:
+        from petlbench.datasets.schemas import VQA
+
+        return VQA
 
     def choice(self, task: str, split: str) -> Choice:
         hidden = self.config.test != "public"

@@ -1,20 +1,26 @@
-"""A third party's method, task and data set: train the gains of all norms; count the squares in an image."""
+"""A third party's method, task and data sets: train the gains of all norms; count the squares in an image."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PillowImage
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from petlbench.backbones.base import Backbone
+from petlbench.datasets import images
 from petlbench.datasets.base import Source, Split
+from petlbench.datasets.files import FileSource
+from petlbench.datasets.reader import Choice, Part, Reader, Skips
+from petlbench.datasets.reading import read_json
 from petlbench.method import Method, MethodConfig
 from petlbench.task import Batch, Row, Scores, Task
 
@@ -48,6 +54,7 @@ class Counting(Task):
     default_dataset: ClassVar[str] = "squares"
     main_metric: ClassVar[str] = "accuracy"
     needs: ClassVar[frozenset[str]] = frozenset({"fuse"})
+    unit: ClassVar[str] = "scenes"
     features: ClassVar[Features] = Features(
         {"sample_id": Value("string"), "image_id": Value("string"), "image": Image(), "count": Value("int64")}
     )
@@ -88,6 +95,54 @@ class Squares(Source):
 
     def fingerprint(self, task: str) -> str:
         return "0001"
+
+
+class CountsFile(Reader):
+    """A file `counts/<part>.json`: an object from the names of images, below `counts/images`, to their counts."""
+
+    layout = "json"
+
+    @classmethod
+    def find(cls, source: FileSource, root: Path | None) -> Self | None:
+        return cls(source, root) if root and (root / "counts").is_dir() else None
+
+    @classmethod
+    def places(cls, source: FileSource) -> str:
+        return "counts/*.json"
+
+    def parts(self, task: str) -> tuple[str, ...]:
+        return tuple(path.stem for path in sorted((self.root / "counts").glob("*.json")))
+
+    def files(self, task: str, part: str) -> list[Path]:
+        return [self.root / "counts" / f"{part}.json"]
+
+    def read(self, task: str, part: str) -> Part:
+        (path,) = self.files(task, part)
+        found, skips = read_json(path, TypeAdapter(dict[str, Annotated[int, Field(ge=0)]])), Skips()
+        for name, count in found.items():
+            if not 1 <= count <= MOST:
+                skips.add(f"not from 1 to {MOST} squares", name)
+        kept = {images.relative(name, path): count for name, count in found.items() if 1 <= count <= MOST}
+        ids = [f"{part}/{name}" for name in kept]
+        names, counts = pa.array(kept, pa.string()), pa.array(kept.values(), pa.int64())
+        return Part(pa.table({"sample_id": ids, "image_id": names, "image": names, "count": counts}), skips)
+
+
+class CountedFiles(FileSource):
+    """Photographs of squares, counted by hand; one image in twenty of the training part is held out to choose on."""
+
+    name = "counted_files"
+    tasks = frozenset({"counting"})
+    origin = "write counts/{train,test}.json, and put their images into counts/images"
+    readers = (CountsFile,)
+    image_bases = ("counts/images",)
+
+    def choice(self, task: str, split: str) -> Choice:
+        return {
+            "train": Choice(("train",), "kept"),
+            "validation": Choice(("train",), "held out"),
+            "test": Choice(("test",)),
+        }[split]
 
 
 def _drawn(count: int, rng: np.random.Generator) -> PillowImage.Image:
