@@ -44,6 +44,25 @@ class Registry(Generic[T]):
         self.group = group
         self.kind = kind
         self.base = base
+        self._offered: dict[str, list[EntryPoint]] = {}
+
+    def offer(self, name: str, kind: type[T]) -> None:
+        """Let this process, and no other, find a class that no distribution offers: a notebook's, say.
+
+        Raises UserError for one that stands inside a function, where it cannot be found again.
+        """
+        if "<locals>" in kind.__qualname__:
+            raise UserError(f"{self.kind} '{name}' is defined inside a function: define it at the top of its module")
+        self._offered[name] = [EntryPoint(name, f"{kind.__module__}:{kind.__qualname__}", self.group)]
+
+    def refuse_offered(self, name: str) -> None:
+        """Raise UserError for a class that only this process finds, where others are to use it."""
+        for point in self._offered.get(name.partition(":")[0], ()):
+            where = "a notebook or a script" if point.module == "__main__" else point.module
+            raise UserError(
+                f"{self.kind} '{name}' is defined in {where}, where the processes of a run do not find it: put it into "
+                f"a module of an installed distribution that names it in the entry points {self.group}"
+            )
 
     def names(self, pattern: str = "*") -> list[str]:
         """Sorted names that match a shell wildcard."""
@@ -81,7 +100,9 @@ class Registry(Generic[T]):
         return base
 
     def _points(self) -> dict[str, list[EntryPoint]]:
-        return _installed(self.group, tuple(sys.path))
+        found = _installed(self.group, tuple(sys.path))
+        both = {name: [*found.get(name, []), *own] for name, own in self._offered.items()}
+        return {**found, **both} if both else found
 
     def _claims(self, name: str) -> list[EntryPoint]:
         points = self._points()
@@ -102,7 +123,7 @@ def _installed(group: str, path: tuple[str, ...]) -> dict[str, list[EntryPoint]]
 
 
 def _distribution(point: EntryPoint) -> str:
-    return point.dist.name if point.dist else "unknown"
+    return point.dist.name if point.dist else "this process"
 
 
 class Families(Registry[T]):

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.miniatures import picture
+
 PLUGINS = Path(__file__).with_name("plugin")
 
 
@@ -28,10 +30,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "site"
 
 
-def petlbench(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def petlbench(site: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "petlbench", *arguments]
-    environment = {**os.environ, "PYTHONPATH": path}
+    environment = {**os.environ, "PYTHONPATH": path, **variables}
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=site.parent)
 
 
@@ -77,3 +79,59 @@ def test_a_plugins_cell_really_runs(site: Path, tmp_path: Path) -> None:
     assert record["outcome"] == "ok"
     assert record["cell"]["recipe"]["lr"] == 5e-3
     assert 0 <= record["metrics"]["accuracy"] <= 1
+
+
+@pytest.fixture
+def counted(tmp_path: Path) -> dict[str, str]:
+    """The variables under which its data set of files, all but a picture, is there."""
+    names = [f"{i:02}.png" for i in range(48)]
+    for seed, name in enumerate(names):
+        picture(tmp_path / "data" / "counts" / "images" / name, (48, 48), seed)
+    parts = {"train": names[:40], "test": names[40:]}
+    for part, own in parts.items():
+        counts = {name: i % 4 + 1 for i, name in enumerate(own)}
+        (tmp_path / "data" / "counts" / f"{part}.json").write_text(json.dumps({**counts, "none.png": 0}))
+    (tmp_path / "data" / "counts" / "images" / names[40]).unlink()
+    return {"PETLBENCH_DATA": str(tmp_path / "data"), "PETLBENCH_CACHE": str(tmp_path / "cache")}
+
+
+def test_a_plugins_task_uses_the_file_machinery_with_columns_of_its_own(
+    site: Path, counted: dict[str, str], tmp_path: Path
+) -> None:
+    check = ("data", "check", "counting:counted_files", "--all", "--json")
+    done = petlbench(site, *check, **counted)
+    assert done.returncode == 1, done.stderr
+    (found,) = json.loads(done.stdout)
+    entries = {entry["name"]: entry for entry in found["entries"] if not entry["made_of"]}
+    assert entries["train"]["counts"] == {"images": 40, "scenes": 40}
+    assert entries["train"]["left_out"] == {"not from 1 to 4 squares": 1}
+    assert list(entries["test"]["faults"]) == [f"{counted['PETLBENCH_DATA']}/counts/images/40.png"]
+    tables = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "tables").iterdir()}
+    again = petlbench(site, *check, "--config", '{"skip_broken": false}', **counted)
+    assert json.loads(again.stdout) == json.loads(done.stdout)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "tables").iterdir()} == tables, "kept"
+    sheet = ("data", "show", "counting:counted_files", "--split", "train", "--out", str(tmp_path / "sheet.png"))
+    assert petlbench(site, *sheet, **counted).returncode == 0
+    assert (tmp_path / "sheet.png").stat().st_size
+
+
+@pytest.mark.slow
+def test_a_plugins_task_runs_on_its_data_set_of_files(site: Path, counted: dict[str, str], tmp_path: Path) -> None:
+    suite = {
+        "name": "counts",
+        "methods": ["norm_gains"],
+        "tasks": ["counting:counted_files"],
+        "backbones": ["tiny"],
+        "recipe": {"steps": 3, "batch_size": 4, "train_limit": 8},
+    }
+    run = ("run", str(tmp_path / "counts.yaml"), "--device", "cpu", "--out", str(tmp_path / "out"))
+    (tmp_path / "counts.yaml").write_text(json.dumps(suite))
+    refused = petlbench(site, *run, **counted)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "skip_broken" in refused.stderr
+    suite["dataset_configs"] = {"counted_files": {"skip_broken": True}}
+    (tmp_path / "counts.yaml").write_text(json.dumps(suite))
+    done = petlbench(site, *run, **counted)
+    assert done.returncode == 0, done.stderr
+    (record,) = [json.loads(path.read_text()) for path in (tmp_path / "out" / "records").glob("*.json")]
+    assert (record["outcome"], record["cell"]["dataset"]) == ("ok", "counted_files")
+    assert any("skipped: 1 images of counted_files, test" in note for note in record["notes"])

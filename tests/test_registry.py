@@ -88,3 +88,26 @@ def test_a_name_claimed_twice_is_an_error_only_when_used(animals: Registry[Anima
     assert animals.origin("cat") == "rival and zoo"
     with pytest.raises(UserError, match=r"animal 'cat' is offered by several distributions \(rival and zoo\)"):
         animals.get("cat")
+
+
+class Dog(Animal):
+    pass
+
+
+def test_a_class_that_is_offered_is_found_by_this_process_alone(animals: Registry[Animal]) -> None:
+    animals.offer("dog", Dog)
+    assert (animals.get("dog"), animals.names("*o*"), animals.origin("dog")) == (Dog, ["dog", "stone"], "this process")
+    animals.refuse_offered("cat")
+    with pytest.raises(UserError, match=rf"^animal 'dog' is defined in {__name__}, .* entry points {GROUP}$"):
+        animals.refuse_offered("dog")
+    animals.offer("cat", Dog)
+    with pytest.raises(UserError, match="offered by several distributions"):
+        animals.get("cat")
+
+
+def test_a_class_inside_a_function_is_not_offered(animals: Registry[Animal]) -> None:
+    class Local(Animal):
+        pass
+
+    with pytest.raises(UserError, match="'local' is defined inside a function"):
+        animals.offer("local", Local)

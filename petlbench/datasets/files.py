@@ -138,6 +138,16 @@ class FileSource(Source):
         """The reader of a task's rows, as a message names it."""
         return f"{self.name}: the reader of layout '{self.reader.layout}', for task '{task}',"
 
+    @property
+    def _in_modules(self) -> bool:
+        """Whether a change of the code that reads can be told: the code of a notebook or a script has no digest."""
+        return "__main__" not in {type(self).__module__, type(self.reader).__module__}
+
+    @cached_property
+    def _held(self) -> dict[str, Part]:
+        """What was read where nothing can be kept on disk, by the digest of its files."""
+        return {}
+
     @cached_property
     def _notes(self) -> dict[str, None]:
         return {}
@@ -164,13 +174,18 @@ class FileSource(Source):
 
     def _key(self, task: str, part: str) -> str:
         """Digest of all that the rows of a part depend on: the files' content, the code that reads them, options."""
-        code = [digest for _, digest in closure(type(self).__module__)]
+        code = [digest for _, digest in closure(type(self).__module__)] if self._in_modules else []
         files = [self.reader.digest(path) for path in self.reader.files(task, part)]
         said = [self.name, self.reader.layout, task, part, self.config.model_dump(mode="json"), code, files]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     def part(self, task: str, part: str) -> Part:
         """Read, or taken from the cache."""
+        if not self._in_modules:
+            key = self._key(task, part)
+            if key not in self._held:
+                self._held[key] = self.reader.read(task, part)
+            return self._held[key]
         path = cache_dir() / "tables" / f"{self._key(task, part)[:32]}.parquet"
         table = table_cache.read(path)
         if table is not None and SKIPS in (table.schema.metadata or {}):

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from petlbench.launch.progress import Progress, progress_on
 from petlbench.launch.watch import Limits, fair_share, last_lines, signal_group
 from petlbench.measure.environment import cores
 from petlbench.records import Store
+from petlbench.registry import BACKBONES, DATASETS, METHODS, TASKS
 from petlbench.repair import remove_leftovers
 from petlbench.spec import Cell, Record
 
@@ -68,6 +69,7 @@ def run_cells(
         raise UserError(f"the number of jobs must be at least 1, not {jobs}")
     if not cells:
         return []
+    refuse_offered(cells)
     jobs = min(jobs, len(cells))
     options = {
         "device": device,
@@ -89,6 +91,14 @@ def run_cells(
         except KeyboardInterrupt:
             end_server()
             raise
+
+
+def refuse_offered(cells: Iterable[Cell]) -> None:
+    """Raise UserError for a cell that names a class which its process would not find."""
+    for cell in cells:
+        named = {METHODS: cell.method, TASKS: cell.task, DATASETS: cell.dataset, BACKBONES: cell.backbone}
+        for registry, name in named.items():
+            registry.refuse_offered(name)
 
 
 class _Launch:
