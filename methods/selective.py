@@ -21,6 +21,7 @@ class Full(Method):
         verified="authors' code: whole models with gradients, counts",
     )
     identity = True
+    baseline: ClassVar[bool] = True
     recipe: ClassVar[dict[str, Any]] = {"lr": 1e-4}
 
     def adapt(self, backbone: Backbone) -> Backbone:
@@ -33,6 +34,7 @@ class HeadOnly(Method):
 
     about = About(paper="", trains="nothing of its own", verified="authors' code: counts of host parts")
     identity = True
+    floor: ClassVar[bool] = True
     recipe: ClassVar[dict[str, Any]] = {"lr": 1e-3}
 
     def adapt(self, backbone: Backbone) -> Backbone:

@@ -142,6 +142,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from petlbench.launch.local import refuse_offered
     from petlbench.records import Store
     from petlbench.states import fingerprints_of, state_of
     from petlbench.suite import expand, load_suite
@@ -157,6 +158,7 @@ def _run(args: argparse.Namespace) -> int:
         data_root=args.data_root,
     )
     cells = _fitting(cells, args.methods or ())
+    refuse_offered(cells)
     out = args.out or Path("runs") / suite.name
     store = Store(out)
     begun = datetime.now(UTC).isoformat(timespec="seconds")
@@ -234,12 +236,13 @@ def _need_cuda() -> None:
 def _conclude(store: Store, cells: Sequence[Cell]) -> int:
     """Table and plots of the whole folder; 1 if one of `cells` did not end well."""
     from petlbench import leaderboard, plots
+    from petlbench.declarations import declaring
     from petlbench.states import stale_parts
 
     table = leaderboard.table(store, stale=stale_parts)
     leaderboard.write_csv(table, store.root / "leaderboard.csv")
     if table["score_mean"].notna().any():  # without a score there is nothing to draw
-        plots.draw(table, store.root / "plots")
+        plots.draw(table, store.root / "plots", declaring(METHODS, table["method"], "floor"))
     _print(leaderboard.render(table))
     failed = [record for cell in cells if (record := store.get(cell)) is None or record.outcome != "ok"]
     for record in filter(None, failed):
@@ -265,10 +268,12 @@ def leaderboard(args: argparse.Namespace) -> int:
 def plot(args: argparse.Namespace) -> int:
     """The plots of results folders."""
     from petlbench import leaderboard, plots
+    from petlbench.declarations import declaring
     from petlbench.records import find
     from petlbench.states import stale_parts
 
-    for path in plots.draw(leaderboard.table(find(args.results), stale=stale_parts), args.out):
+    table = leaderboard.table(find(args.results), stale=stale_parts)
+    for path in plots.draw(table, args.out, declaring(METHODS, table["method"], "floor")):
         print(path)
     return 0
 
@@ -344,6 +349,7 @@ def compare(args: argparse.Namespace) -> int:
 def profile(args: argparse.Namespace) -> int:
     """Costs without training."""
     from petlbench import profile
+    from petlbench.declarations import declaring
 
     if args.device == "cuda":
         _need_cuda()
@@ -356,7 +362,7 @@ def profile(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([cost.model_dump(mode="json") for cost in costs], indent=1))
     else:
-        _print(profile.render(costs))
+        _print(profile.render(costs, declaring(METHODS, [cost.cell.method for cost in costs], "baseline")))
     return 0
 
 

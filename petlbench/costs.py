@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -84,15 +84,15 @@ def value(costs: Costs, path: str) -> float | None:
     return found
 
 
-def render(costs: Sequence[Costs], baseline: str = "full") -> Table:
-    """Methods side by side, a table per setting; with percentages of `baseline` where it is among the methods."""
+def render(costs: Sequence[Costs], baselines: Collection[str] = ()) -> Table:
+    """Methods side by side, a table per setting; with percentages of the first of `baselines` among the methods."""
     from rich.table import Table
     from rich.text import Text
 
     result = Table.grid()
     for setting, group in groupby(costs, key=_setting):
         members = list(group)
-        base = next((c for c in members if c.method == baseline), None)
+        base = next((c for c in members if c.method in baselines), None)
         result.add_row(Text(_heading(members[0], setting, base), style="italic"))
         for block in _blocks(members, base):
             result.add_row(_side_by_side(block, base))

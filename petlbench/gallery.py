@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from petlbench.declarations import declaring
 from petlbench.errors import UserError
 from petlbench.records import Store
 from petlbench.registry import TASKS
@@ -25,7 +26,8 @@ def show(store: Store, out_dir: Path, *, count: int = 16, data_root: Path | None
         record for record in store.load() if record.outcome == "ok" and TASKS.get(record.cell.task).keeps_predictions
     ]
     if not records:
-        raise UserError(f"no record in {store.root} kept predictions: run rec, vqa or captioning cells first")
+        able = ", ".join(declaring(TASKS, TASKS.names(), "keeps_predictions"))
+        raise UserError(f"no record in {store.root} kept predictions: run cells of a task that keeps them ({able})")
     out_dir.mkdir(parents=True, exist_ok=True)
     return [_sheet(record, store, out_dir, count, data_root) for record in records]
 

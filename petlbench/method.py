@@ -70,6 +70,8 @@ class Method(ABC):
     dead: Mapping[str, str] = {}  # wildcard of trainable names that never get a gradient: the reason
     # Wildcard of trainable names that get one on some tasks only (another task's modules, a modality's): the reason.
     conditional: Mapping[str, str] = {}
+    floor: ClassVar[bool] = False  # its score counts as no gain
+    baseline: ClassVar[bool] = False  # others' costs are told in percent of its own
     mixes_rows: str = ""  # why a row's predictions depend on those beside it, where the authors' code does so
 
     def __init__(self, config: MethodConfig | None = None) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from petlbench.backbones.base import Backbone
 from petlbench.backbones.sites import Layer, Stack
 from petlbench.errors import UserError
 from petlbench.registry import one_line
@@ -84,11 +85,9 @@ def _fault_of_compiler(compiler: str, device: str) -> str:
     return ""
 
 
-def described(recipe: Recipe, device: torch.device, backbone: nn.Module) -> str:
+def described(recipe: Recipe, device: torch.device, backbone: Backbone) -> str:
     """What natively saved bytes depend on: `cpu, fused attention, fp32`, and what else the recipe asks for."""
-    # `tiny` can be built with library modules that never call a fused kernel.
-    eager = getattr(getattr(backbone, "config", None), "attention", "sdpa") == "eager"
-    attention = "unfused" if eager else recipe.attention
+    attention = recipe.attention if backbone.fused_attention else "unfused"
     options = {"gradient checkpointing": recipe.gradient_checkpointing, "compiled": recipe.compile}
     parts = [device.type, f"{attention} attention", recipe.precision, *(name for name, on in options.items() if on)]
     return ", ".join(parts)

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from petlbench.declarations import attribute, declaring
 from petlbench.errors import UserError
 from petlbench.metrics import java_captions
 from petlbench.records import Store
+from petlbench.registry import TASKS
 from petlbench.spec import MethodSpec, Record
 from petlbench.tested import tested_rows
 from petlbench.units import score_text
@@ -19,22 +21,25 @@ from petlbench.units import score_text
 if TYPE_CHECKING:
     from rich.table import Table
 
-TASK, OWN_METRIC = "captioning", "cider_d"
 CELL = ("method", "backbone", "dataset", "seed")  # columns
 
 
 def score(store: Store, metrics: Sequence[str], data_root: Path | None = None) -> pd.DataFrame:
-    """A row per captioning record that kept its predictions: its cell, CIDEr-D as recorded, then `metrics`.
+    """A row per record that kept captions, its task's predictions: its cell, main metric as recorded, then `metrics`.
 
     These are of the corpus. Nothing is written to the store. Raises UserError when a metric is unknown or cannot be
     computed here, when no record kept captions, or when the data is not what was tested on.
     """
     java_captions.check(metrics)
-    records = [record for record in store.load() if record.outcome == "ok" and record.cell.task == TASK]
-    rows = [_row(record, store, metrics, data_root) for record in records if record.samples is not None]
-    if not rows:
-        raise UserError(f"no record in {store.root} kept captions: run captioning cells first")
-    return pd.DataFrame(rows, columns=[*CELL, OWN_METRIC, *metrics])
+    ended = [record for record in store.load() if record.outcome == "ok" and record.samples is not None]
+    tasks = declaring(TASKS, [record.cell.task for record in ended], "caption_references")
+    records = [record for record in ended if record.cell.task in tasks]
+    if not records:
+        able = ", ".join(declaring(TASKS, TASKS.names(), "caption_references"))
+        raise UserError(f"no record in {store.root} kept captions: run cells of a task that does first ({able})")
+    rows = [_row(record, store, metrics, data_root) for record in records]
+    own = dict.fromkeys(attribute(TASKS, task, "main_metric") for task in tasks)
+    return pd.DataFrame(rows, columns=[*CELL, *own, *metrics])
 
 
 def _row(record: Record, store: Store, metrics: Sequence[str], data_root: Path | None) -> dict[str, object]:
@@ -43,15 +48,16 @@ def _row(record: Record, store: Store, metrics: Sequence[str], data_root: Path |
     captions = samples.get("predictions")
     if not isinstance(captions, list) or len(captions) != len(rows):
         raise UserError(f"{cell.label} kept no caption for each of its {len(rows)} test rows: run it again")
-    references = list(rows["captions"])
+    references = list(rows[attribute(TASKS, cell.task, "caption_references")])
     scores = {name: java_captions.METRICS[name](captions, references).corpus for name in metrics}
     method = MethodSpec(name=cell.method, variant=cell.variant).label
     named = dict(zip(CELL, (method, cell.backbone, cell.dataset, cell.seed), strict=True))
-    return {**named, OWN_METRIC: record.metrics.get(OWN_METRIC, math.nan), **scores}
+    own = attribute(TASKS, cell.task, "main_metric")
+    return {**named, own: record.metrics.get(own, math.nan), **scores}
 
 
 def render(frame: pd.DataFrame) -> Table:
-    """For a terminal; CIDEr-D in the toolkit's unit, as in a record."""
+    """For a terminal; a task's own metric in its unit, as in a record."""
     from rich import box
     from rich.table import Table
     from rich.text import Text

@@ -57,6 +57,7 @@ def posing(module: nn.Module) -> Any:
     """A module that passes for a backbone where only its parameters matter."""
     module.roles, module.undecayed_parameters = tuple, set  # type: ignore[assignment]
     module.host_parameters = module.head_parameters = set  # type: ignore[assignment]
+    module.fused_attention = True  # type: ignore[assignment]
     return module
 
 

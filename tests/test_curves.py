@@ -84,8 +84,8 @@ def test_a_box_without_area_has_no_hypervolume(reference: tuple[float, float]) -
 def test_the_box_runs_from_the_dearest_cost_and_the_floor_s_score_to_the_cheapest_and_the_best() -> None:
     points = [("full", 900, 0.8), ("head_only", 30, 0.4), ("bitfit", 20, 0.3)]
     frame = make_frame(*(row(method=m, trainable_params=p, score_mean=s) for m, p, s in points))
-    assert box(frame, "trainable_params") == ((900, 0.4), (20, 0.8))
-    assert box(frame[frame["method"] != "head_only"], "trainable_params") == ((900, 0.3), (20, 0.8))
+    assert box(frame, "trainable_params", ["head_only", "unheard_of"]) == ((900, 0.4), (20, 0.8))
+    assert box(frame[frame["method"] != "head_only"], "trainable_params", ["head_only"]) == ((900, 0.3), (20, 0.8))
 
 
 def test_a_cost_of_zero_counts_as_a_tenth_of_the_smallest_other_one() -> None:
@@ -135,7 +135,7 @@ def table_frame() -> pd.DataFrame:
 
 
 def test_the_table_has_the_hypervolume_of_each_curve_and_its_share_of_the_front() -> None:
-    table = curve_table(table_frame())
+    table = curve_table(table_frame(), ["head_only"])
     assert tuple(table.columns) == COLUMNS
     parameters = table[table["axis"] == "trainable_params"].set_index("method")
     # In a box of three decades by 0.4: a quarter of the score at two decades, two quarters more at one.

@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 
 import pyarrow as pa
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features, Value
 from PIL import Image
 from PIL.Image import Image as Picture
 
@@ -243,3 +243,20 @@ def test_a_source_declares_the_columns_that_its_tasks_do(dataset: str) -> None:
     source = kind(kind.Config())
     for task in kind.tasks:
         assert source.features(task) == TASKS.get(task).features
+
+
+def test_a_reader_that_gives_other_columns_than_the_task_has_is_named(root: Path) -> None:
+    class More(Listed):
+        def features(self, task: str) -> Features:
+            return Features({**super().features(task), "mood": Value("string")})
+
+    class Other(Listed):
+        def features(self, task: str) -> Features:
+            return Features({**super().features(task), "expression": Value("int64")})
+
+    with pytest.raises(
+        UserError, match=r"^listed: the reader of layout 'lines', for task 'rec', gives no column mood: "
+    ):
+        More(FilesConfig(), root).load("rec", "train")
+    with pytest.raises(UserError, match=r"^listed: the reader .* gives a column of another type \(.*\): mend it$"):
+        Other(FilesConfig(), root).load("rec", "train")

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Features, Value
 from huggingface_hub import constants
 from PIL import Image
 
@@ -21,6 +22,7 @@ from petlbench.datasets.coco_files import COCO_BASES
 from petlbench.datasets.files import FilesConfig, FileSource
 from petlbench.datasets.hub import HubParquet
 from petlbench.datasets.reader import Choice
+from petlbench.datasets.schemas import VQA
 from petlbench.errors import UserError
 from petlbench.records import Store
 from tests.miniatures import one_epoch, picture
@@ -667,3 +669,18 @@ def test_captions_of_a_copy_are_retrieved_after_an_epoch(tmp_path: Path) -> None
     assert (record.outcome, record.reason) == ("ok", "")
     samples = Store.open(tmp_path / "out", create=False).samples(record)
     assert "rsum" in record.metrics and samples is not None and samples["sample_ids"] == ["11", "12", "13"]
+
+
+class Riddles(Questions):
+    """Of a third party's tasks: one has the columns of questions, the other columns of its own."""
+
+    tasks = frozenset({"riddles", "counting"})
+
+    def features(self, task: str) -> Features:
+        return VQA if task == "riddles" else Features({**VQA, "count": Value("int64")})
+
+
+def test_a_copy_serves_whichever_task_has_its_columns_and_no_other(tmp_path: Path) -> None:
+    source = Riddles(FilesConfig(), questions(tmp_path, validation=[question(i) for i in range(2)]))
+    assert source.load("riddles", "validation")[1]["question"] == question(1)["question"]
+    assert "has no part 'val2014'" in said(lambda: source.load("counting", "validation"))

@@ -19,11 +19,13 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 
+from petlbench.declarations import declaring
 from petlbench.errors import UserError
 from petlbench.leaderboard import table
 from petlbench.plots import draw, tradeoff_figure
 from petlbench.plots.labels import Labels
 from petlbench.plots.panels import CURVE_MARKER_POINTS, FILLS, MARKER_POINTS, MARKERS, look
+from petlbench.registry import METHODS
 
 from .frame_factory import make_frame, row, sweep
 from .record_factory import make_record
@@ -344,3 +346,20 @@ def test_a_file_in_place_of_the_folder_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "plots").write_text("")
     with pytest.raises(UserError, match="cannot write to folder"):
         draw(spread(1), tmp_path / "plots")
+
+
+def test_the_note_names_the_floor_that_the_methods_declare_and_that_was_run() -> None:
+    frame = make_frame(row(method="lora", trainable_params=9, score_mean=0.7), row(method="bottom", score_mean=0.5))
+
+    def note(*floors: str) -> str:
+        said = [text.get_text() for text in tradeoff_figure(frame, SETTING, floors).texts]
+        return next(text for text in said if "Hypervolume" in text)
+
+    assert "and the score of bottom to" in note("bottom", "never_run")
+    assert "and the lowest score to" in note() == note("never_run")
+
+
+def test_what_counts_as_floor_and_baseline_is_declared_by_the_methods() -> None:
+    names = METHODS.names()
+    assert declaring(METHODS, [*names, "uninstalled"], "floor") == ["head_only"]
+    assert declaring(METHODS, names, "baseline") == ["full"]

@@ -168,7 +168,7 @@ def test_cells_take_wildcards_once_each_and_only_as_many_rows_as_a_batch() -> No
 def text(costs: Sequence[Costs], **options: Any) -> str:
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(render(costs, **options))
+        console.print(render(costs, ["full"], **options))
     return capture.get()
 
 

@@ -168,6 +168,7 @@ class Backbone(nn.Module, ABC):
     width: int  # of image tokens and of fused states
     codec: Codec  # text to token ids and back
     max_text: int  # longest text in tokens
+    fused_attention: bool = True  # its attention calls torch's fused kernels where the recipe lets it
     trains_heads: bool = True  # its own heads train with every method
     pretrained_hosts: bool = False  # its host parts come with pre-trained values, as a visual projection rarely does
 

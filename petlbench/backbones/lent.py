@@ -134,6 +134,7 @@ class Extended(Backbone):
         self.config = getattr(inner, "config", None)
         self.note, self.width, self.codec, self.max_text = inner.note, inner.width, inner.codec, inner.max_text
         self.trains_heads = inner.trains_heads
+        self.fused_attention = inner.fused_attention
 
     @property
     def text_width(self) -> int:

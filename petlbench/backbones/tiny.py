@@ -81,6 +81,7 @@ class Tiny(BartHost):
             )
         )
         self.pretrained_heads: dict[str, dict[str, Tensor]] = {}
+        self.fused_attention = config.attention == "sdpa"
         self.pretrained_hosts = config.weights != "none"
         if self.pretrained_hosts:
             self._load(asset(config.weights))

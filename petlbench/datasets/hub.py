@@ -42,6 +42,8 @@ class HubParquet(Reader):
 
     @classmethod
     def find(cls, source: FileSource, root: Path | None) -> Self | None:
+        if not any(hub_columns.kind_of(source.features(task)) for task in source.tasks):
+            return None
         if source.config.hub is not None:
             copy = hub_copy.place(source.config.hub, root)
             made = cls(source, root or copy, copy)
@@ -70,19 +72,19 @@ class HubParquet(Reader):
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        from petlbench.datasets.hub_rows import BY_TASK, answered
+        from petlbench.datasets.hub_rows import BY_KIND, answered
 
-        skips, tables, first = Skips(), [], 0
+        kind, skips, tables, first = self._kinds[task], Skips(), [], 0
         for file in self._of(task, part):
             try:
                 raw = self._raw(task, part, file, first, skips)
-                tables.append(BY_TASK[task](raw, part, str(file.path), skips))
+                tables.append(BY_KIND[kind](raw, part, str(file.path), skips))
             except pa.ArrowException as error:
                 said = " ".join(str(error).split())[:160]
                 raise UserError(f"{file.path}: a column is of another type ({said}): set `columns`") from None
             first += file.rows
         table = pa.concat_tables(tables)
-        if task == "vqa":
+        if kind == "vqa":
             table = answered(table, part, skips)
         self._compare(task, part, table.num_rows)
         counts = pc.value_counts(table["sample_id"].combine_chunks())
@@ -123,6 +125,12 @@ class HubParquet(Reader):
         return images.fault(io.BytesIO(self._encoded(place)))
 
     @cached_property
+    def _kinds(self) -> dict[str, str]:
+        """What the rows of each task are about, of those tasks that have columns of the hub's copies."""
+        kinds = {task: hub_columns.kind_of(self.source.features(task)) for task in self.source.tasks}
+        return {task: kind for task, kind in kinds.items() if kind is not None}
+
+    @cached_property
     def _files(self) -> list[CopyFile]:
         return hub_copy.files(self.copy)
 
@@ -132,7 +140,7 @@ class HubParquet(Reader):
 
     def _compare(self, task: str, part: str, count: int) -> None:
         """Raise UserError for a part with more rows than were published: it is another division by the same name."""
-        what = {"rec": "expressions", "vqa": "questions"}.get(task, "images")
+        what = {"rec": "expressions", "vqa": "questions"}.get(self._kinds[task], "images")
         published = self.source.sizes.get(task, {}).get(part, {}).get(what)
         if published is not None and count > SURPLUS * published:
             told = f"{count:,} {what} in {part}, where {published:,} were published"
@@ -141,12 +149,12 @@ class HubParquet(Reader):
             )
 
     def _columns(self, task: str, file: CopyFile) -> dict[str, str]:
-        return hub_columns.resolved(task, file.schema.names, self.source.config.columns)
+        return hub_columns.resolved(self._kinds[task], file.schema.names, self.source.config.columns)
 
     def _serving(self, task: str) -> Iterator[CopyFile]:
         """The files with what the task needs that tell which part they are of."""
-        for file in self._named:
-            if not hub_columns.lacking(task, self._columns(task, file)):
+        for file in self._named if task in self._kinds else ():
+            if not hub_columns.lacking(self._kinds[task], self._columns(task, file)):
                 yield file
 
     @cached_property
@@ -159,12 +167,12 @@ class HubParquet(Reader):
         if not self._named:
             raise UserError(f"{self.copy} has no Parquet file named after a split or with a column `split`: mend `hub`")
         there = list(dict.fromkeys(name for file in self._named for name in file.schema.names))
-        hub_columns.check_said(self.source.config.columns, self.source.tasks, there, self.copy)
-        for task in self.source.tasks:
+        hub_columns.check_said(self.source.config.columns, self._kinds.values(), there, self.copy)
+        for task in self._kinds:
             if next(self._serving(task), None):
                 return
-        task, file = min(self.source.tasks), self._named[0]
-        names = hub_columns.lacking(task, self._columns(task, file))
+        task, file = min(self._kinds), self._named[0]
+        names = hub_columns.lacking(self._kinds[task], self._columns(task, file))
         told = f"columns: {{{names[0].split()[0]}: NAME}}"
         listed = hub_columns.listed(file.schema.names)
         raise UserError(f"{file.path} has no column for {', '.join(names)}: {listed}; set {told}")
@@ -217,7 +225,7 @@ class HubParquet(Reader):
 
     def _picture(self, file: CopyFile) -> str | None:
         """The column of encoded images."""
-        return hub_columns.picture_of(file.schema, self._columns(min(self.source.tasks), file))
+        return hub_columns.picture_of(file.schema, self._columns(min(self._kinds), file))
 
     def _raw(self, task: str, part: str, file: CopyFile, first: int, skips: Skips) -> pa.Table:
         """The file's rows of a part, as `hub_rows` takes them; `first`: how many rows of the part's files precede."""

@@ -10,6 +10,7 @@ from petlbench.registry import did_you_mean
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from datasets import Features
 
 # By our name, the names in use, the surest first. As the copies had them when this was written; `columns` overrides.
 IMAGE = {
@@ -21,8 +22,9 @@ IMAGE = {
     "width": ("width", "image_width"),
     "height": ("height", "image_height"),
 }
+# By what a row is about: REC, VQA or CAPTIONING of `schemas`, whichever task has these columns.
 CAPTIONS = {**IMAGE, "captions": ("captions", "caption", "sentences", "answer", "raw", "texts", "text", "sentence")}
-BY_TASK: dict[str, dict[str, tuple[str, ...]]] = {
+BY_KIND: dict[str, dict[str, tuple[str, ...]]] = {
     "rec": {
         **IMAGE,
         "expression": (
@@ -41,34 +43,40 @@ BY_TASK: dict[str, dict[str, tuple[str, ...]]] = {
         "answers": ("answers", "answer", "multiple_choice_answer"),
         "answer_type": ("answer_type", "types"),
     },
-    "captioning": CAPTIONS,
-    "retrieval": CAPTIONS,
+    "captions": CAPTIONS,
 }
 # What a task cannot do without; where several are given, one of them.
 NEEDED: dict[str, tuple[tuple[str, ...], ...]] = {
     "rec": (("expression",), ("box", "corners"), ("image", "image_id")),
     "vqa": (("question",), ("image", "image_id")),
-    "captioning": (("captions",), ("image", "image_id")),
-    "retrieval": (("captions",), ("image", "image_id")),
+    "captions": (("captions",), ("image", "image_id")),
 }
 TEXT = ("raw", "sent", "answer", "caption", "text", "sentence")  # fields of a record that holds a text
 NORMALISED = ("sent", "raw", "expression", *TEXT[2:])  # of expressions: the refer toolkit trains and tests on `sent`
 IDENTIFIERS = ("sent_id", "sentid")
 
 
-def resolved(task: str, there: Sequence[str], said: Mapping[str, str]) -> dict[str, str]:
+def kind_of(features: Features) -> str | None:
+    """What rows of these columns are about; None for columns that no copy is known to have."""
+    from petlbench.datasets.schemas import CAPTIONING, REC, VQA
+
+    kinds = {"rec": REC, "vqa": VQA, "captions": CAPTIONING}
+    return next((kind for kind, known in kinds.items() if known == features), None)
+
+
+def resolved(kind: str, there: Sequence[str], said: Mapping[str, str]) -> dict[str, str]:
     """Our names of the columns that are there, and theirs. `said`: the option `columns`."""
     found = {}
-    for ours, known in BY_TASK[task].items():
+    for ours, known in BY_KIND[kind].items():
         names = [said[ours]] if ours in said else known
         if (theirs := next((name for name in names if name in there), None)) is not None:
             found[ours] = theirs
     return found
 
 
-def check_said(said: Mapping[str, str], tasks: Iterable[str], there: Sequence[str], where: object) -> None:
+def check_said(said: Mapping[str, str], kinds: Iterable[str], there: Sequence[str], where: object) -> None:
     """Raise UserError for a name in `said` that is not ours, or that no file has: `there` are all that any has."""
-    names = list(dict.fromkeys(name for task in sorted(tasks) for name in BY_TASK[task]))
+    names = list(dict.fromkeys(name for kind in sorted(kinds) for name in BY_KIND[kind]))
     for ours, theirs in said.items():
         if ours not in names:
             raise UserError(f"columns: there is no '{ours}'{did_you_mean(ours, names)}; choose of {', '.join(names)}")
@@ -76,9 +84,9 @@ def check_said(said: Mapping[str, str], tasks: Iterable[str], there: Sequence[st
             raise UserError(f"{where} has no column '{theirs}'{did_you_mean(theirs, there)}; {listed(there)}")
 
 
-def lacking(task: str, found: Mapping[str, str]) -> list[str]:
-    """What `task` needs and is not among the columns found."""
-    return [" or ".join(names) for names in NEEDED[task] if not any(name in found for name in names)]
+def lacking(kind: str, found: Mapping[str, str]) -> list[str]:
+    """What rows of a kind need and is not among the columns found."""
+    return [" or ".join(names) for names in NEEDED[kind] if not any(name in found for name in names)]
 
 
 def picture_of(schema: pa.Schema, found: Mapping[str, str]) -> str | None:

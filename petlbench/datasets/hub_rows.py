@@ -108,11 +108,10 @@ def answered(table: pa.Table, where: str, skips: Skips) -> pa.Table:
     return table.filter(kept)
 
 
-BY_TASK: dict[str, Callable[[pa.Table, str, str, Skips], pa.Table]] = {
+BY_KIND: dict[str, Callable[[pa.Table, str, str, Skips], pa.Table]] = {
     "rec": rec,
     "vqa": vqa,
-    "captioning": captions,
-    "retrieval": captions,
+    "captions": captions,
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from matplotlib.figure import Figure
 from petlbench.errors import UserError
 from petlbench.leaderboard import SETTING, label, table
 from petlbench.plots.curves import (
-    FLOOR,
     current,
     curve_of,
     curve_table,
@@ -51,12 +50,13 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def draw(results: Iterable[Record] | pd.DataFrame, out_dir: Path) -> list[Path]:
+def draw(results: Iterable[Record] | pd.DataFrame, out_dir: Path, floors: Collection[str] = ()) -> list[Path]:
     """Write a PNG and an SVG per task, data set and backbone that has a score; the paths, in table order.
 
     Where a method was run at several sizes, `curves.csv` (see `curves.curve_table`) comes last. `results` is records
-    or the frame `leaderboard.table` made of them. The same results give the same bytes with the same matplotlib.
-    Raises UserError when there is nothing to draw or the folder cannot be written.
+    or the frame `leaderboard.table` made of them, `floors` the methods whose score counts as no gain. The same results
+    give the same bytes with the same matplotlib. Raises UserError when there is nothing to draw or the folder cannot be
+    written.
     """
     frame = results if isinstance(results, pd.DataFrame) else table(results)
     scored = frame[frame["score_mean"].notna()]
@@ -67,21 +67,21 @@ def draw(results: Iterable[Record] | pd.DataFrame, out_dir: Path) -> list[Path]:
     paths = []
     for setting in drawable:
         stem = re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(setting))
-        for suffix, data in _files(frame, setting).items():
+        for suffix, data in _files(frame, setting, floors).items():
             write_atomic(out_dir / f"{stem}.{suffix}", data)
             paths.append(out_dir / f"{stem}.{suffix}")
     if has_curves(frame):
         paths.append(out_dir / "curves.csv")
-        write_atomic(paths[-1], curve_table(frame).to_csv(index=False, lineterminator="\n").encode())
+        write_atomic(paths[-1], curve_table(frame, floors).to_csv(index=False, lineterminator="\n").encode())
     return paths
 
 
-def _files(frame: pd.DataFrame, setting: tuple[str, ...]) -> dict[str, bytes]:
+def _files(frame: pd.DataFrame, setting: tuple[str, ...], floors: Collection[str]) -> dict[str, bytes]:
     contents = {}
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # whatever the user's matplotlibrc says, the same figure
         matplotlib.rcParams.update(STYLE)
-        figure = tradeoff_figure(frame, setting)
+        figure = tradeoff_figure(frame, setting, floors)
         for suffix, metadata in (("png", None), ("svg", {"Date": None})):
             buffer = io.BytesIO()
             figure.savefig(buffer, format=suffix, dpi=DPI, metadata=metadata)
@@ -89,12 +89,12 @@ def _files(frame: pd.DataFrame, setting: tuple[str, ...]) -> dict[str, bytes]:
     return contents
 
 
-def tradeoff_figure(frame: pd.DataFrame, setting: tuple[str, ...]) -> Figure:
+def tradeoff_figure(frame: pd.DataFrame, setting: tuple[str, ...], floors: Collection[str] = ()) -> Figure:
     """The panels of one (task, dataset, backbone). A method looks the same in every setting of `frame`."""
     rows = frame[(frame[SETTING] == list(setting)).all(axis=1)]
     styles = {curve: style for style, curve in enumerate(sorted({curve_of(row) for row in frame.itertuples()}))}
     shown = current(rows)
-    notes = _footnotes(rows, shown, frame.attrs)
+    notes = _footnotes(rows, shown, frame.attrs, floors)
     machines = frame.attrs.get("machines", {}).get(tuple(setting), [])
     height = 4.5 + 0.12 * max(0, len(curves(shown)) - 10) + 0.16 * len(notes)
     figure = Figure(figsize=(WIDTH, height), dpi=DPI)
@@ -109,7 +109,7 @@ def tradeoff_figure(frame: pd.DataFrame, setting: tuple[str, ...]) -> Figure:
         figure.text(0.01, (0.06 + 0.16 * number) / height, note, fontsize=7.5, color=GREY, va="bottom")
     _scale_scores(all_axes[0], shown)
     for axes, panel in zip(all_axes, PANELS, strict=True):
-        draw_panel(axes, panel, measured(shown, panel.column), styles)
+        draw_panel(axes, panel, measured(shown, panel.column), styles, floors)
     return figure
 
 
@@ -121,11 +121,11 @@ def _scale_scores(axes: Axes, shown: pd.DataFrame) -> None:
     axes.set_ylabel(next((name for name in shown["metric"] if name), "score"))
 
 
-def _footnotes(rows: pd.DataFrame, shown: pd.DataFrame, attrs: Mapping[Any, Any]) -> list[str]:
+def _footnotes(rows: pd.DataFrame, shown: pd.DataFrame, attrs: Mapping[Any, Any], floors: Collection[str]) -> list[str]:
     """What a reader of the figure must know: `rows` are the setting's, `shown` those that are drawn."""
     notes = [
         "Grey steps: Pareto front (no other point scores as well at as low a cost).",
-        _about_hypervolume(shown),
+        _about_hypervolume(shown, floors),
         _about_bars(shown),
         _about_curves(shown),
     ]
@@ -143,11 +143,12 @@ def _footnotes(rows: pd.DataFrame, shown: pd.DataFrame, attrs: Mapping[Any, Any]
     return [line for text in lines for line in textwrap.wrap(text, NOTE_CHARACTERS)]
 
 
-def _about_hypervolume(shown: pd.DataFrame) -> str:
+def _about_hypervolume(shown: pd.DataFrame, floors: Collection[str]) -> str:
     ok = shown[shown["outcome"] == "ok"]
     if not any(front_hypervolume(measured(ok, panel.column), panel.column) >= 0 for panel in PANELS):
         return ""
-    floor = f"the score of {FLOOR}" if FLOOR in set(shown["method"]) else "the lowest score"
+    run = sorted(set(floors) & set(shown["method"]))
+    floor = f"the score of {' or '.join(run)}" if run else "the lowest score"
     return (
         f"Hypervolume: share of the box from the largest cost and {floor} to the smallest cost and the best score that "
         "the front dominates, costs in logarithm."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +12,6 @@ import pandas as pd
 from petlbench.leaderboard import SETTING, label
 
 AXES = ("trainable_params", "accounted_bytes", "train_seconds", "step_flops")
-FLOOR = "head_only"  # the method whose score counts as no gain
 COLUMNS = (*SETTING, "method", "variant", "size_name", "axis", "points", "hypervolume", "share_of_front")
 
 
@@ -111,27 +110,28 @@ def hypervolume(
     return float((np.diff(gained, prepend=0.0) * saved).sum())
 
 
-def box(rows: pd.DataFrame, axis: str) -> tuple[Corner, Corner]:
+def box(rows: pd.DataFrame, axis: str, floors: Collection[str] = ()) -> tuple[Corner, Corner]:
     """The reference and the ideal corner that all hypervolumes of `rows` on `axis` are taken in.
 
-    The reference is the largest cost of any row and the score of `head_only` (the lowest score where that was not
-    run); the ideal is the smallest cost and the best score. So a curve is worth what it saves and gains together: the
-    dearest row saves nothing, the floor gains nothing, and both count zero alone. Where a cost is zero, the ideal cost
-    is a tenth of the smallest other one. NaN stands for a cost where all are zero, and for what no row gives.
+    The reference is the largest cost of any row and the score of `floors`, methods whose score counts as no gain (the
+    lowest score where none of them was run); the ideal is the smallest cost and the best score. So a curve is worth
+    what it saves and gains together: the dearest row saves nothing, the floor gains nothing, and both count zero alone.
+    Where a cost is zero, the ideal cost is a tenth of the smallest other one. NaN stands for a cost where all are zero,
+    and for what no row gives.
     """
     costs, scores = rows[axis].to_numpy(float), rows["score_mean"].to_numpy(float)
     positive = costs[costs > 0]
     if not positive.size:
         return Corner(np.nan, np.nan), Corner(np.nan, np.nan)
-    floor = rows.loc[rows["method"] == FLOOR, "score_mean"]
+    floor = rows.loc[rows["method"].isin(floors), "score_mean"]
     cheapest = positive.min() / (1.0 if positive.size == costs.size else 10.0)
     reference = Corner(float(positive.max()), float(scores.min() if floor.empty else floor.max()))
     return reference, Corner(float(cheapest), float(scores.max()))
 
 
-def front_hypervolume(rows: pd.DataFrame, axis: str) -> float:
-    """Hypervolume of all of one setting's rows together; NaN where the rows span no area."""
-    reference, ideal = box(rows, axis)
+def front_hypervolume(rows: pd.DataFrame, axis: str, floors: Collection[str] = ()) -> float:
+    """Hypervolume of all of one setting's rows together; NaN where the rows span no area. `floors` as in `box`."""
+    reference, ideal = box(rows, axis, floors)
     return hypervolume(rows[axis].to_numpy(float), rows["score_mean"].to_numpy(float), reference, ideal)
 
 
@@ -143,7 +143,7 @@ def has_curves(frame: pd.DataFrame) -> bool:
     return False
 
 
-def curve_table(frame: pd.DataFrame) -> pd.DataFrame:
+def curve_table(frame: pd.DataFrame, floors: Collection[str] = ()) -> pd.DataFrame:
     """The hypervolume of each curve, and of each lone point, in every setting and on every axis, best first.
 
     `frame` is a leaderboard. Only rows that ended `ok` count, and no stale one beside fresh ones. `points` is how many
@@ -154,14 +154,15 @@ def curve_table(frame: pd.DataFrame) -> pd.DataFrame:
     for setting, rows in frame.groupby(SETTING, sort=False):
         ok = current(rows).query("outcome == 'ok'")
         for axis in AXES:
-            found += [{**dict(zip(SETTING, setting, strict=True)), **line} for line in _lines(measured(ok, axis), axis)]
+            lines = _lines(measured(ok, axis), axis, floors)
+            found += [{**dict(zip(SETTING, setting, strict=True)), **line} for line in lines]
     return pd.DataFrame(found, columns=list(COLUMNS))
 
 
-def _lines(rows: pd.DataFrame, axis: str) -> list[dict[str, Any]]:
+def _lines(rows: pd.DataFrame, axis: str, floors: Collection[str]) -> list[dict[str, Any]]:
     if rows.empty:
         return []
-    corners, whole = box(rows, axis), front_hypervolume(rows, axis)
+    corners, whole = box(rows, axis, floors), front_hypervolume(rows, axis, floors)
     lines = []
     for curve, points in curves(rows).items():
         costs, scores = (rows[name].to_numpy(float)[points] for name in (axis, "score_mean"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -44,8 +44,13 @@ PANELS = (
 )
 
 
-def draw_panel(axes: Axes, panel: Panel, rows: pd.DataFrame, styles: Mapping[Curve, int]) -> None:
-    """Draw `rows`, all of one setting with a score and this panel's cost; `styles` numbers the looks of the curves."""
+def draw_panel(
+    axes: Axes, panel: Panel, rows: pd.DataFrame, styles: Mapping[Curve, int], floors: Collection[str] = ()
+) -> None:
+    """Draw `rows`, all of one setting with a score and this panel's cost; `styles` numbers the looks of the curves.
+
+    `floors`: the methods whose score counts as no gain.
+    """
     axes.set_xlabel(panel.title)
     axes.tick_params(axis="y", length=3.0 if panel is PANELS[0] else 0.0)
     if rows.empty:
@@ -56,7 +61,7 @@ def draw_panel(axes: Axes, panel: Panel, rows: pd.DataFrame, styles: Mapping[Cur
     _scale_costs(axes, points[:, 0], panel)
     ok = (rows["outcome"] == "ok").to_numpy(bool)
     steps = _draw_front(axes, points[ok])
-    volume = front_hypervolume(rows[ok], panel.column)
+    volume = front_hypervolume(rows[ok], panel.column, floors)
     if not np.isnan(volume):
         axes.set_title(f"hypervolume {volume:.3f}", loc="right", fontsize=7.5, color=GREY, pad=3.0)
     bars = _draw_bars(axes, points, *error_ends(rows))
