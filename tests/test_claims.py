@@ -9,6 +9,7 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
 from petlbench.errors import UserError
@@ -121,12 +122,16 @@ def test_what_a_killed_run_left_half_written_goes_unless_somebody_is_at_work(sto
 
 def test_a_claim_outlives_its_launcher_while_the_cell_does(tmp_path: Path) -> None:
     program, cell_pid = launcher(tmp_path, "talkative")
-    os.kill(cell_pid, signal.SIGSTOP)  # it can not notice that its launcher has gone
+    server_pid = psutil.Process(cell_pid).ppid()
+    # Neither can notice that the launcher has gone. If the server ended, the kernel would hang up the stopped cell.
+    for pid in (cell_pid, server_pid):
+        os.kill(pid, signal.SIGSTOP)
     program.kill()
     program.wait(timeout=60)
     (path,) = (tmp_path / "store" / "claims").iterdir()
     taken = take(path)
-    os.kill(cell_pid, signal.SIGCONT)
+    for pid in (cell_pid, server_pid):
+        os.kill(pid, signal.SIGCONT)
     assert taken is None
     assert await_gone(cell_pid)
     program.communicate(timeout=60)
