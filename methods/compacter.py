@@ -14,7 +14,8 @@ from petlbench.backbones.base import Backbone
 from petlbench.method import About
 
 from .layers import gelu_tanh, reduced
-from .vl_adapter import Adapter, TaskedConfig, VLAdapter
+from .per_task import TaskedConfig
+from .vl_adapter import Adapter, VLAdapter
 
 
 def drawn_rule(n: int) -> nn.Parameter:

@@ -15,7 +15,7 @@ from petlbench.backbones.sites import Stack, current_pass
 from petlbench.method import About, Knob, place, train
 
 from .layers import gelu_tanh, is_t5, reduced
-from .vl_adapter import Tasked, TaskedConfig
+from .per_task import Tasked, TaskedConfig
 
 Affine = tuple[Tensor, Tensor]  # weight (out, in) and bias (out,)
 STD = 0.01  # of the authors' linear layers
@@ -62,7 +62,7 @@ class HyperNetwork(nn.Module):
     def forward(self, task: str | None, layer: int, where: str) -> tuple[Affine, Affine]:
         """Down and up projection of the adapter at one place. Raises ValueError for a task that has no embedding."""
         if task is None or task not in self.tasks:
-            raise ValueError(f"no embedding for task '{task}', only for {', '.join(self.tasks)}: set `tasks`")
+            raise ValueError(f"no embedding for task '{task}', only for {', '.join(self.tasks)}")
         e = torch.cat([self.tasks[task], self.layers[layer]])
         e = self.norm(self.leave(F.relu(self.enter(e))))
         return self.down[where](e), self.up[where](e)
@@ -117,10 +117,10 @@ class Hyperformer(Tasked):
     own = "*.network.tasks.{task}"
 
     def adapt(self, backbone: Backbone) -> Backbone:
-        backbone.freeze()
+        self.start(backbone)
         t5, stacks = is_t5(backbone), self.stacks(backbone)
         dim = self.config.task_dim or max(1, max(stack.width for stack in stacks) * 2 // 3)
-        tasks = nn.ParameterDict([(task, nn.Parameter(torch.randn(dim))) for task in self.config.tasks])
+        tasks = nn.ParameterDict([(task, nn.Parameter(torch.randn(dim))) for task in self.all_tasks()])
         for stack in stacks:
             network = self._network(place(tasks, stack), stack, t5)
             for index, layer in enumerate(stack):

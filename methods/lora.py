@@ -15,7 +15,7 @@ from petlbench.backbones.sites import Projection
 from petlbench.method import About, Knob, train_biases
 
 from .layers import is_t5
-from .vl_adapter import PerTask, Tasked, TaskedConfig
+from .per_task import PerTask, Tasked, TaskedConfig
 
 
 class LowRank(nn.Module):
@@ -82,11 +82,12 @@ class LoRA(Tasked):
     def __init__(self, config: LoRAConfig | None = None) -> None:
         super().__init__(config)
         self._paths: list[tuple[Projection, nn.Module]] = []
-        # Several tasks' paths cannot be in one weight.
-        self.mergeable = self.config.sharing == "single" or len(self.config.tasks) == 1
+        self.mergeable = self.shares_all()
 
     def adapt(self, backbone: Backbone) -> Backbone:
-        backbone.freeze()
+        self.start(backbone)
+        # Several tasks' paths cannot be in one weight.
+        self.mergeable = self.shares_all() or len(self.all_tasks()) == 1
         if self.config.train_biases:
             train_biases(backbone)
         t5 = is_t5(backbone)
@@ -119,7 +120,7 @@ class LoRA(Tasked):
         if not self.mergeable:
             super().merge()
         for projection, path in self._paths:
-            only = path.of(self.config.tasks[0]) if isinstance(path, PerTask) else path
+            only = path.of(self.all_tasks()[0]) if isinstance(path, PerTask) else path
             assert isinstance(only, LowRank)
             projection.fold(only.delta().detach())
             projection.remove(path)

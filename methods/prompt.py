@@ -16,7 +16,7 @@ from petlbench.backbones.sites import TEXT
 from petlbench.method import About, Knob, place
 
 from .layers import draw_like_bart, is_t5
-from .vl_adapter import PerTask, Tasked, TaskedConfig
+from .per_task import PerTask, Tasked, TaskedConfig
 
 
 class PromptTokens(nn.Module):
@@ -109,7 +109,7 @@ class Prompt(Tasked):
                 "prompts stand before the tokens of an encoder, and it has two towers: a causal text tower like CLIP's "
                 "has a learned place for every token, and none for prompts"
             )
-        backbone.freeze()
+        self.start(backbone)
         stack, t5 = backbone.stack("encoder"), is_t5(backbone)
         mid = self.config.mid or max(1, stack.width * 25 // 24)
 

@@ -1,68 +1,18 @@
-"""VL-Adapter (Sung, Cho, Bansal, CVPR 2022), and what methods with modules of their own for each task share."""
+"""VL-Adapter (Sung, Cho, Bansal, CVPR 2022)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from petlbench.backbones.base import Backbone
-from petlbench.backbones.sites import current_pass
-from petlbench.method import About, Knob, Method, StackedConfig, place, train
+from petlbench.method import About, Knob, place, train
 
 from .layers import draw_like_bart, gelu_tanh, is_t5, reduced
-
-TASKS = ("rec", "vqa", "captioning", "retrieval")
-
-
-class PerTask(nn.Module):
-    """One module per task, of which that of the pass is used."""
-
-    def __init__(self, make: Callable[[], nn.Module], tasks: Iterable[str]) -> None:
-        super().__init__()
-        self.tasks = nn.ModuleDict({task: make() for task in tasks})
-
-    def of(self, task: str | None) -> nn.Module:
-        """Raises ValueError for a task that has none."""
-        if task is None or task not in self.tasks:
-            raise ValueError(f"no module for task '{task}', only for {', '.join(self.tasks)}: set `tasks`")
-        return self.tasks[task]
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.of(current_pass().task)(x)
-        return y
-
-
-class TaskedConfig(StackedConfig):
-    """Options of a method that may have modules of their own for each task."""
-
-    tasks: tuple[str, ...] = Field(
-        TASKS, min_length=1, description="names of the tasks that have modules of their own, where tasks share none"
-    )
-
-    @field_validator("tasks")
-    @classmethod
-    def _distinct(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(tasks)) < len(tasks) or not all(task.isidentifier() for task in tasks):
-            raise ValueError("every task once, by its name")
-        return tasks
-
-
-class Tasked(Method):
-    """A method whose modules may be one per task, as its option `sharing` says."""
-
-    own: ClassVar[str] = "*.tasks.{task}.*"  # wildcard of the names that only this task trains
-
-    def __init__(self, config: Any = None) -> None:
-        super().__init__(config)
-        if getattr(self.config, "sharing", "") != "single":
-            self.conditional = {self.own.format(task="*"): "only one of the tasks uses it"}
-
-    def per_task(self, make: Callable[[], nn.Module], *, shared: bool) -> nn.Module:
-        """What `make` makes, for all tasks or for each."""
-        return make() if shared else PerTask(make, self.config.tasks)
+from .per_task import Tasked, TaskedConfig
 
 
 class Adapter(nn.Module):
@@ -131,7 +81,7 @@ class VLAdapter(Tasked):
         return found if self.config.sharing == "single" else {**found, "lr": 3e-4}
 
     def adapt(self, backbone: Backbone) -> Backbone:
-        backbone.freeze()
+        self.start(backbone)
         t5 = is_t5(backbone)
         for stack in self.stacks(backbone):
             for layer in stack:

@@ -25,7 +25,7 @@ from petlbench.checkpoint import seed_everything
 from petlbench.datasets.base import Source, Split
 from petlbench.errors import UserError
 from petlbench.measure.clock import PhaseClock
-from petlbench.method import Method, adapt
+from petlbench.method import Method, adapt, make_method
 from petlbench.precision import prepare
 from petlbench.registry import BACKBONES, DATASETS, METHODS
 from petlbench.spec import Cell, MethodSpec
@@ -78,10 +78,9 @@ def build_backbone(cell: Cell, device: torch.device) -> Backbone:
     return backbone.to(device)
 
 
-def build_method(cell: Cell) -> Method:
-    """The cell's method with its configuration."""
-    kind = METHODS.get(cell.method)
-    return kind(kind.Config(**cell.method_config))
+def build_method(cell: Cell, kind: type[Method] | None = None) -> Method:
+    """The cell's method as configured, told the cell's task. `kind`: its class, where it is not registered."""
+    return make_method(kind or METHODS.get(cell.method), cell.method_config, [cell.task])
 
 
 def _drawing_on(device: torch.device) -> AbstractContextManager[Any]:
@@ -118,10 +117,10 @@ def misfits(cells: Sequence[Cell], kind: type[Method] | None = None) -> dict[str
             backbone: Backbone | None = None
             tried: dict[str, str | None] = {}
             for cell in group:
-                method = f"{cell.method} {sorted(cell.method_config.items(), key=str)}"
+                method = f"{cell.method} {sorted(cell.method_config.items(), key=str)} {cell.task}"
                 if method not in tried:
                     backbone = backbone or build_backbone(cell, torch.device("meta"))
-                    tried[method] = _misfit(cell, backbone, kind or METHODS.get(cell.method))
+                    tried[method] = _misfit(cell, backbone, kind)
                 if reason := tried[method]:
                     label = MethodSpec(name=cell.method, variant=cell.variant).label
                     found[cell.id] = f"method '{label}' does not fit backbone '{cell.backbone}': {reason}"
@@ -155,11 +154,11 @@ def _at_most(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, signal.SIG_DFL if previous is None else previous)
 
 
-def _misfit(cell: Cell, backbone: Backbone, kind: type[Method]) -> str | None:
+def _misfit(cell: Cell, backbone: Backbone, kind: type[Method] | None) -> str | None:
     handle = Snapshot(backbone)
     try:
         with _drawing_on(torch.device("meta")), _at_most(TRIAL_SECONDS):
-            kind(kind.Config(**cell.method_config)).adapt(backbone)
+            build_method(cell, kind).adapt(backbone)
         return None
     except ValueError as error:
         return " ".join(str(error).split())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -57,6 +57,7 @@ class Method(ABC):
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
+    tasks: tuple[str, ...] = ()  # of its cell, by name, as a pass says them; see `make_method`
     about: ClassVar[About | None] = None
     # `method:variant`: options by name. Literals, since they are listed without an import of the module.
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -90,7 +91,10 @@ class Method(ABC):
         return {**self.recipe, **self.recipes.get(family, {})}
 
     def host_options(self, family: str) -> dict[str, Any]:
-        """Options of the backbone `family` that this configuration of the method needs; they go into the cell."""
+        """Options of the backbone `family` that this configuration of the method needs, whatever the tasks.
+
+        They go into the cell.
+        """
         return {}
 
     def merge(self) -> None:
@@ -103,6 +107,13 @@ class Method(ABC):
         if unknown := set(roles) - set(backbone.roles()):
             raise ValueError(f"no stack '{unknown.pop()}' in this backbone: it has {', '.join(backbone.roles())}")
         return [backbone.stack(role) for role in roles]
+
+
+def make_method(kind: type[Method], options: Mapping[str, Any], tasks: Sequence[str] = ()) -> Method:
+    """A method of this class with these options, told the tasks of its cell: every method is made here."""
+    method = kind(kind.Config(**options))
+    method.tasks = tuple(tasks)
+    return method
 
 
 def train(*modules: nn.Module) -> None:

@@ -18,7 +18,7 @@ from petlbench.backbones.sites import Layer, Parallel, Projection, SubLayer
 from petlbench.declarations import declared
 from petlbench.errors import UserError
 from petlbench.measure.setting import counted
-from petlbench.method import Method
+from petlbench.method import Method, make_method
 from petlbench.registry import METHODS, TASKS, one_line
 from petlbench.spec import Cell
 
@@ -77,7 +77,7 @@ def _described(name: str) -> dict[str, Any]:
     seen = {"home": home, "task": task, "variants": tuple(declared(name).variants)}
     if about:
         seen |= {"paper": about.paper, "trains": about.trains, "verified": about.verified}
-    return seen | _observed(name, kind(), home, task)
+    return seen | _observed(name, make_method(kind, {}, [task]), home, task)
 
 
 def _observed(name: str, method: Method, home: str, task: str) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from petlbench.errors import UserError
 from petlbench.measure import parameters
 from petlbench.measure.memory import SavedTensors
 from petlbench.measure.setting import canonical_saved_bytes, counted
+from petlbench.method import make_method
 from petlbench.registry import METHODS, TASKS
 from petlbench.spec import Cell, Frozen, MethodSpec, Parameters
 from petlbench.task import Batch
@@ -109,7 +110,7 @@ class Figure(Frozen):
         """With the options that the method's variant stands for, and those of the backbone that the method needs."""
         kind = METHODS.get(self.method)
         options = overlaid(kind.variants.get(self.variant, {}), self.method_config)
-        needed = kind(kind.Config(**options)).host_options(self.backbone.partition(":")[0])
+        needed = make_method(kind, options, [self.task]).host_options(self.backbone.partition(":")[0])
         return Cell(
             method=self.method,
             variant=self.variant,

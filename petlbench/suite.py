@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -16,6 +16,9 @@ from petlbench.datasets import base as sources
 from petlbench.errors import UserError
 from petlbench.registry import BACKBONES, DATASETS, METHODS, TASKS, Registry, did_you_mean, one_line
 from petlbench.spec import BackboneSpec, Cell, MethodSpec, Recipe, Suite
+
+if TYPE_CHECKING:
+    from petlbench.method import Method
 
 PACKAGED = Path(__file__).with_name("suites")
 
@@ -130,14 +133,15 @@ def _configured(body: BackboneSpec, where: str) -> BaseModel:
     return validated(kind.Config, options, f"{where}: backbone {body.name}: config")
 
 
-def _configured_method(spec: MethodSpec) -> Any:
-    kind = METHODS.get(spec.name)
-    return kind(kind.Config(**spec.config))
+def _method(spec: MethodSpec, *tasks: str) -> Method:
+    from petlbench.method import make_method  # with torch, which listing suites does without
+
+    return make_method(METHODS.get(spec.name), spec.config, tasks)
 
 
 def _host(body: BackboneSpec, spec: MethodSpec, where: str) -> BackboneSpec:
     """The backbone with the options that the method needs; UserError where another value is given for one."""
-    needed = _configured_method(spec).host_options(body.name.partition(":")[0])
+    needed = _method(spec).host_options(body.name.partition(":")[0])
     for name, value in needed.items():
         if body.config.get(name, value) != value:
             raise UserError(
@@ -272,7 +276,7 @@ def _recipe(suite: Suite, spec: MethodSpec, task: str, backbone: str, limit: int
     known = _augmentations(task)
     layers: dict[str, Mapping[str, Any]] = {
         f"recipe of task {task}": TASKS.get(task).recipe,
-        f"recipe of method {spec.name}": authors_recipe(_configured_method(spec), backbone, task),
+        f"recipe of method {spec.name}": authors_recipe(_method(spec, task), backbone, task),
         "recipe": suite.recipe,
         f"task_recipes.{task}": suite.task_recipes.get(task, {}),
         f"methods.{spec.label}.recipe": spec.recipe,
@@ -293,7 +297,7 @@ def _augmentations(task: str) -> tuple[str, ...]:
     return "none", *TASKS.get(task).augmentations
 
 
-def authors_recipe(method: Any, backbone: str, task: str) -> dict[str, Any]:
+def authors_recipe(method: Method, backbone: str, task: str) -> dict[str, Any]:
     """The method's own recipe on a backbone, less an augmentation that is for another task."""
     recipe = dict(method.default_recipe(backbone.partition(":")[0]))
     if recipe.get("augment") not in _augmentations(task):

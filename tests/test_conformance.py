@@ -118,6 +118,10 @@ def test_methods_pass_where_parts_are_lent_heads_are_the_backbone_s_own_and_a_mo
     assert all(outcomes(report, task)["merge"].outcome == "pass" for task in tasks)
 
 
+def test_methods_with_modules_for_each_task_pass_on_a_task_that_nothing_lists() -> None:
+    assert [list(r.failures()) for r in check_all(["vl_adapter:multiple", "hyperformer"], tasks=["pairs"])] == [[], []]
+
+
 def test_what_a_task_leaves_out_of_a_backbone_excuses_no_other_parameter() -> None:
     pytest.importorskip("timm")
     report = check(broken.DeadParameter, backbone="beit3:tiny", tasks=["captioning"])

@@ -18,9 +18,10 @@ import torch
 from petlbench.methods.compacter import Compacter, CompacterConfig, PHMBottleneck, PHMLinear
 from petlbench.methods.hyperformer import GeneratedAdapter, Hyperformer, HyperformerConfig
 from petlbench.methods.lora import LoRA, LoRAConfig, LowRank
+from petlbench.methods.per_task import PerTask
 from petlbench.methods.prompt import Prompt, PromptConfig, Prompted
 from petlbench.methods.selective import BitFit, Full
-from petlbench.methods.vl_adapter import Adapter, PerTask, VLAdapter, VLAdapterConfig
+from petlbench.methods.vl_adapter import Adapter, VLAdapter, VLAdapterConfig
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,7 +33,7 @@ from petlbench.backbones.sites import IMAGE, TEXT, Parallel, Pass
 from petlbench.backbones.transvg import TransVG
 from petlbench.backbones.vl_bart import VLBart
 from petlbench.backbones.vl_t5 import VLT5
-from petlbench.method import Method, adapt
+from petlbench.method import Method, adapt, make_method
 from tests.backbone_factory import draw, randomise, small_tiny
 from tests.golden.arrays import differences
 from tests.golden.checks.pet_names import ADAPTED
@@ -42,8 +43,8 @@ METHODS: tuple[type[Method], ...] = (VLAdapter, LoRA, Compacter, Hyperformer, Pr
 VARIANTS = [(kind, name) for kind in METHODS for name in kind.variants or ("",)]
 
 
-def variant(kind: type[Method], name: str, **options: Any) -> Method:
-    return kind(kind.Config(**{**kind.variants.get(name, {}), **options}))
+def variant(kind: type[Method], name: str, *tasks: str, **options: Any) -> Method:
+    return make_method(kind, {**kind.variants.get(name, {}), **options}, tasks or TASKS)
 
 
 @cache
@@ -164,11 +165,10 @@ def test_what_serves_other_tasks_is_dead_and_nothing_else(kind: type[Method], na
     backbone = adapted(method)
     for task in ("vqa", "captioning"):
         alive, silent = reached(backbone, task)
-        shared = kind is not Hyperformer and method.config.sharing == "single"  # type: ignore[attr-defined]
+        shared = kind is not Hyperformer and method.config.sharing == "single"
         others = [] if shared else [method.own.format(task=name) for name in TASKS if name != task]
         assert alive and silent == {n for n in alive | silent if any(fnmatchcase(n, wild) for wild in others)}
-        assert all(any(fnmatchcase(n, wild) for wild in method.conditional) for n in silent)
-        assert bool(method.conditional) != shared
+        assert not method.dead, "the cell trains on all of them"
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_what_serves_other_tasks_is_dead_and_nothing_else(kind: type[Method], na
 )
 def test_a_task_is_computed_with_its_own_modules(kind: type[Method], name: str) -> None:
     """Where they differ, results differ; and a task that has none is refused by name."""
-    method = variant(kind, name, tasks=("vqa", "captioning"))
+    method = variant(kind, name, "vqa", "captioning")
     backbone = adapted(method)
     with torch.no_grad():
         assert not torch.allclose(logits(backbone, "vqa"), logits(backbone, "captioning"))
@@ -184,9 +184,25 @@ def test_a_task_is_computed_with_its_own_modules(kind: type[Method], name: str) 
             logits(backbone, "rec")
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"), [(k, n) for k, n in VARIANTS if k is Hyperformer or n.startswith(("multiple", "half"))]
+)
+def test_modules_of_tasks_that_the_cell_does_not_train_on_are_declared_dead(kind: type[Method], name: str) -> None:
+    """Published counts have them; a run has its own task's alone, and one that was told of no task is refused."""
+    several = variant(kind, name, "captioning", tasks=["rec", "vqa", "captioning"])
+    alive, silent = reached(adapted(several), "captioning")
+    assert several.dead.keys() == {several.own.format(task=task) for task in ("rec", "vqa")}  # type: ignore[attr-defined]
+    assert alive and silent == {n for n in alive | silent if any(fnmatchcase(n, wild) for wild in several.dead)}
+    one = variant(kind, name, "captioning")
+    alive, silent = reached(adapted(one), "captioning")
+    assert alive and not silent and not one.dead
+    with pytest.raises(ValueError, match="was told of no task"):
+        make_method(kind, kind.variants.get(name, {})).adapt(small_tiny())
+
+
 @pytest.mark.parametrize("side", ["down", "up"])
 def test_a_shared_half_is_one_parameter(side: str) -> None:
-    method = VLAdapter(VLAdapterConfig(sharing=f"half_shared_{side}"))  # type: ignore[arg-type]
+    method = variant(VLAdapter, f"half_shared_{side}")
     other = "up" if side == "down" else "down"
     (adapter,) = next(iter(method.adapt(small_tiny()).stack("encoder")))["ffn"].sites["output"].children()
     assert isinstance(getattr(adapter, side), nn.Linear) and list(getattr(adapter, other).tasks) == list(TASKS)
@@ -208,7 +224,8 @@ def gelu_tanh(z: Tensor) -> Tensor:
 
 
 def test_a_bottleneck_per_task_is_the_formula() -> None:
-    adapter = randomise(VLAdapter(VLAdapterConfig(sharing="half_shared_up")).adapter(16, t5=False))
+    method: Any = variant(VLAdapter, "half_shared_up")
+    adapter = randomise(method.adapter(16, t5=False))
     assert isinstance(adapter, Adapter) and isinstance(adapter.down, PerTask) and isinstance(adapter.up, nn.Linear)
     h = draw(2, 5, 16).requires_grad_()
     down: Any = adapter.down.of("captioning")
@@ -244,13 +261,13 @@ def test_a_shared_rule_is_one_parameter_of_the_whole_backbone() -> None:
 
 def test_a_shared_rule_is_no_other_tasks_own() -> None:
     """Though it goes by the name of its first place, which is the first task's."""
-    method = Compacter(CompacterConfig(sharing="multiple", shared_rule=True, stacks=("encoder", "decoder")))
+    method = variant(Compacter, "multiple", shared_rule=True, stacks=("encoder", "decoder"))
     alive, _ = reached(adapted(method), "captioning")
     assert sum(name.endswith(".tasks.rec.A") for name in alive) == 1
 
 
 def test_hyperformer_generates_as_the_formula() -> None:
-    method = Hyperformer(HyperformerConfig(task_dim=6, hidden=5, projected=3, reduction=8, tasks=("vqa", "rec")))
+    method = variant(Hyperformer, "", "vqa", "rec", task_dim=6, hidden=5, projected=3, reduction=8)
     backbone = adapted(method)
     layer = list(backbone.stack("decoder"))[1]
     (adapter,) = layer["cross_attention"].sites["output"].children()
@@ -271,7 +288,7 @@ def test_hyperformer_generates_as_the_formula() -> None:
 
 
 def test_hyperformer_has_one_network_per_stack_and_one_embedding_per_task() -> None:
-    backbone = Hyperformer().adapt(small_tiny())
+    backbone = variant(Hyperformer, "").adapt(small_tiny())
     networks: dict[str, Any] = {}
     for role in backbone.roles():
         found = {m.network for m in backbone.stack(role).modules() if isinstance(m, GeneratedAdapter)}
@@ -302,12 +319,13 @@ def test_plain_lora_is_pefts() -> None:
 
 
 def test_lora_of_several_tasks_merges_only_where_one_is_left() -> None:
-    several, one = (LoRA(LoRAConfig(sharing="multiple", tasks=tasks)) for tasks in (TASKS, ("vqa",)))
-    assert LoRA().mergeable and one.mergeable and not several.mergeable
+    several, one = variant(LoRA, "multiple"), variant(LoRA, "multiple", "vqa")
     adapted(several)
+    assert LoRA().mergeable and not several.mergeable
     with pytest.raises(NotImplementedError, match="cannot be merged"):
         several.merge()
     backbone = adapted(one)
+    assert one.mergeable
     with torch.no_grad():
         before = logits(backbone, "vqa")
         one.merge()
@@ -473,7 +491,8 @@ def uniform(value: Tensor, bound: float) -> None:
 
 def test_vl_adapter_starts_as_the_host_draws_linear_layers() -> None:
     torch.manual_seed(0)
-    bart, t5 = (VLAdapter(VLAdapterConfig(sharing="multiple")).adapter(512, t5) for t5 in (False, True))
+    method: Any = variant(VLAdapter, "multiple")
+    bart, t5 = (method.adapter(512, t5) for t5 in (False, True))
     for side in ("down", "up"):
         for task in TASKS:
             linear = getattr(bart, side).of(task)
@@ -498,7 +517,7 @@ def test_phm_layers_start_as_measured() -> None:
 def test_hyper_networks_start_as_measured(family: str, std: float, layers: float) -> None:
     torch.manual_seed(0)
     host: Any = small_t5() if family == "t5" else small_tiny()
-    backbone = Hyperformer(HyperformerConfig(task_dim=2000, hidden=100)).adapt(host)
+    backbone = variant(Hyperformer, "", task_dim=2000, hidden=100).adapt(host)
     (adapter,) = next(iter(backbone.stack("encoder")))["ffn"].sites["output"].children()
     net: Any = adapter.network
     for linear in (net.enter, net.leave, net.down["ffn"].weight, net.up["ffn"].weight):
@@ -537,7 +556,7 @@ def test_prompts_start_as_the_host_draws(family: str) -> None:
         (VLAdapter, {"sharing": "half"}),
         (VLAdapter, {"tasks": ()}),
         (VLAdapter, {"tasks": ("vqa", "vqa")}),
-        (VLAdapter, {"tasks": ("v.q.a",)}),
+        (VLAdapter, {"tasks": ("vqqa",)}),
         (LoRA, {"rank": 0}),
         (LoRA, {"sharing": "half_shared_up"}),
         (Compacter, {"n": 0}),

@@ -70,6 +70,21 @@ def test_a_plugins_method_task_and_data_set_make_a_cell(site: Path) -> None:
     assert done.stdout.splitlines()[1:] == ["pending  norm_gains on counting:squares (tiny, seed 0)"]
 
 
+PER_TASK = ("vl_adapter:multiple", "vl_adapter:half_shared_*", "compacter:multiple", "prompt:multiple",
+            "lora:multiple", "hyperformer")  # fmt: skip
+
+
+@pytest.mark.slow
+def test_methods_with_modules_for_each_task_run_on_any_task(site: Path, tmp_path: Path) -> None:
+    """Also on one of a third party's: they are told which it is."""
+    arguments = ["run", "smoke", "--methods", ",".join(PER_TASK), "--tasks", "pairs,counting", "--limit", "8"]
+    done = petlbench(site, *arguments, "--device", "cpu", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(path.read_text()) for path in (tmp_path / "records").glob("*.json")]
+    assert len(records) == 2 * 7 and {record["outcome"] for record in records} == {"ok"}
+    assert {record["cell"]["task"] for record in records} == {"pairs", "counting"}
+
+
 @pytest.mark.slow
 def test_a_plugins_cell_really_runs(site: Path, tmp_path: Path) -> None:
     arguments = ["run", "smoke", "--methods", "norm_gains", "--tasks", "counting", "--device", "cpu"]

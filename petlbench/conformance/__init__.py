@@ -59,11 +59,10 @@ def check_all(
     subjects = [_subject(method, config or {}) for method in methods]
     for one in subjects:
         validated(one.kind.Config, one.config, f"method '{one.label}': config")
-    subjects = [one._replace(config=_knowing(one.kind, one.config, served)) for one in subjects]
     for one in subjects:
-        cell = cell_of(one.name, one.kind, one.config, served[0], backbone)
-        if reason := misfits([cell], one.kind).get(cell.id):
-            raise UserError(reason)
+        cells = [cell_of(one.name, one.kind, one.config, task, backbone) for task in served]
+        if reasons := misfits(cells, one.kind):
+            raise UserError(next(iter(reasons.values())))
     reports = [Report(one.label, backbone) for one in subjects]
     seen: list[tuple[Report, str, Path, Seen]] = []
     adapters: dict[Path, Cell] = {}
@@ -108,15 +107,6 @@ def _subject(method: Subject, config: dict[str, Any]) -> _Subject:
         spec = resolved(MethodSpec(name=method, config=config))
         return _Subject(method, spec.name, METHODS.get(spec.name), spec.config)
     return _Subject(method, method, method_class(method), config)
-
-
-def _knowing(kind: type[Method], config: dict[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
-    """Options with which a method that has modules of its own for each task has some for all of these."""
-    own = getattr(kind.Config(**config), "tasks", None)
-    if own is None or "tasks" in config:
-        return config
-    lacking = [task for task in tasks if task not in own]
-    return {**config, "tasks": [*own, *lacking]} if lacking else config
 
 
 def _importable(kind: type[Method]) -> bool:

@@ -21,7 +21,7 @@ from petlbench.backbones.base import Backbone
 from petlbench.backbones.sites import Layer, Parallel, Projection, Snapshot
 from petlbench.conformance.state import Inventory
 from petlbench.errors import UserError
-from petlbench.method import Method
+from petlbench.method import Method, make_method
 from petlbench.registry import DATASETS, METHODS, TASKS
 from petlbench.spec import Cell, Recipe
 from petlbench.suite import authors_recipe
@@ -64,7 +64,7 @@ def cell_of(name: str, kind: type[Method], config: dict[str, Any], task: str, ba
     """What is trained in a check of `kind`: its own training options, but few and short."""
     dataset = TASKS.get(task).default_dataset
     fields = DATASETS.get(dataset).Config.model_fields
-    method, family = kind(kind.Config(**config)), backbone.partition(":")[0]
+    method, family = make_method(kind, config, [task]), backbone.partition(":")[0]
     return Cell(
         method=name,
         method_config=config,

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from petlbench.assembly import build_method
 from petlbench.backbones.base import Backbone
 from petlbench.backbones.lent import like
 from petlbench.backbones.sites import Snapshot
@@ -66,21 +67,16 @@ class Seen:
 
 def observe(bench: Bench, kind: type[Method], reference: Reference, file: Path) -> Seen:
     """Everything but the new process, for which the adapter is saved at `file`."""
-    seen = Seen(configured(bench, kind), original=reference.outputs)
+    seen = Seen(build_method(bench.cell, kind), original=reference.outputs)
     try:
-        _first(seen, bench, reference, file, configured(bench, kind))
+        _first(seen, bench, reference, file, build_method(bench.cell, kind))
         if seen.trained is not None:
-            _second(seen, bench, configured(bench, kind))
+            _second(seen, bench, build_method(bench.cell, kind))
     except Diverged as error:
         seen.diverged = str(error)
     except Exception as error:  # somebody else's code may raise anything
         seen.error = one_line(error)
     return seen
-
-
-def configured(bench: Bench, kind: type[Method]) -> Method:
-    """A new one, as the cell says."""
-    return kind(kind.Config(**bench.cell.method_config))
 
 
 def train(bench: Bench, setting: Setting) -> Fit:

@@ -60,12 +60,12 @@ def main() -> None:
 def _outputs(cell: Cell, path: Path, device: str) -> dict[str, Any]:
     from safetensors.torch import load_file
 
+    from petlbench.assembly import build_method
     from petlbench.conformance.bench import Bench, method_class
     from petlbench.conformance.state import values
     from petlbench.training import load_state
 
-    kind, bench = method_class(cell.method), Bench(cell, device)
-    method = kind(kind.Config(**cell.method_config))
+    bench, method = Bench(cell, device), build_method(cell, method_class(cell.method))
     setting, _ = bench.setting(bench.backbone(), method)
     load_state(setting, load_file(path, device=device))
     outputs = bench.outputs(setting.backbone, setting.head)

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 import torch
 from petlbench.methods.compacter import PHMBottleneck
 from petlbench.methods.hyperformer import GeneratedAdapter, HyperNetwork
-from petlbench.methods.lora import LoRA, LoRAConfig
+from petlbench.methods.lora import LoRA
+from petlbench.methods.per_task import PerTask
 from petlbench.methods.prompt import PromptTokens
-from petlbench.methods.vl_adapter import Adapter, PerTask, VLAdapter, VLAdapterConfig
+from petlbench.methods.vl_adapter import Adapter, VLAdapter
 from torch import Tensor, nn
 from transformers.models.bart.modeling_bart import BartDecoderLayer, BartEncoderLayer
 
@@ -17,6 +18,7 @@ from petlbench.backbones.language import causal
 from petlbench.backbones.sites import Layer, Pass, Projection, Stack, SubLayer
 from petlbench.backbones.transformers_parts import bart_decoder_layer, bart_encoder_layer
 from petlbench.backbones.vision import additive
+from petlbench.method import make_method
 from tests.backbone_factory import Bare, bart_config
 from tests.golden.arrays import Arrays, Difference, difference
 from tests.golden.checks.pet_names import (
@@ -93,14 +95,13 @@ def low_rank(arrays: Arrays) -> Named:
     backbone = Bare(encoder=Stack([Layer(attention=sublayer)], width=weight.shape[1]))
     tasks = tuple(name.partition(".")[2] for name in stored if name.startswith("A."))
     meta = arrays.meta
-    config = LoRAConfig(
-        rank=int(meta["r"]),
-        alpha=float(meta["alpha"]),
-        dropout=float(meta["dropout"]),
-        sharing="multiple" if tasks else "single",
-        tasks=tasks or TASKS,
-    )
-    LoRA(config).adapt(backbone)
+    options = {
+        "rank": int(meta["r"]),
+        "alpha": float(meta["alpha"]),
+        "dropout": float(meta["dropout"]),
+        "sharing": "multiple" if tasks else "single",
+    }
+    make_method(LoRA, options, tasks).adapt(backbone)
     backbone.double().eval()
     parallel = core["q"]
     names = {"W": parallel.base.weight, "b": parallel.base.bias} | lora_names(parallel.path)  # type: ignore[arg-type, union-attr]
@@ -175,13 +176,11 @@ def layer_values(arrays: Arrays) -> Named:
     backbone = Bare(encoder=Stack([layer], width=width))
     sides = [isinstance(side_of(arrays, s, f"adapter_{first}.")(nn.Identity), PerTask) for s in ("down", "up")]
     sharing = {(False, False): "single", (True, True): "multiple", (True, False): "half_shared_up"}
-    VLAdapter(
-        VLAdapterConfig(
-            reduction=reduction_to(int(meta["r"]), width),
-            sharing=sharing.get((sides[0], sides[1]), "half_shared_down"),  # type: ignore[arg-type]
-            tasks=TASKS,
-        )
-    ).adapt(backbone)
+    options = {
+        "reduction": reduction_to(int(meta["r"]), width),
+        "sharing": sharing.get((sides[0], sides[1]), "half_shared_down"),
+    }
+    make_method(VLAdapter, options, TASKS).adapt(backbone)
     backbone.double().eval()
     names = {}
     for ours, theirs in places.items():

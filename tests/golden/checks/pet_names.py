@@ -12,17 +12,18 @@ from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Any
 
-from petlbench.methods.compacter import Compacter, CompacterConfig, PHMLinear
-from petlbench.methods.hyperformer import GeneratedAdapter, Generator, Hyperformer, HyperformerConfig
-from petlbench.methods.lora import LoRA, LoRAConfig, LowRank
-from petlbench.methods.prompt import Prompt, PromptConfig, Prompted, PromptTokens
+from petlbench.methods.compacter import Compacter, PHMLinear
+from petlbench.methods.hyperformer import GeneratedAdapter, Generator, Hyperformer
+from petlbench.methods.lora import LoRA, LowRank
+from petlbench.methods.per_task import PerTask
+from petlbench.methods.prompt import Prompt, Prompted, PromptTokens
 from petlbench.methods.selective import BitFit, Full
-from petlbench.methods.vl_adapter import Adapter, PerTask, VLAdapter, VLAdapterConfig
+from petlbench.methods.vl_adapter import Adapter, VLAdapter
 from torch import nn
 
 from petlbench.backbones.base import Backbone
 from petlbench.backbones.sites import Parallel, SubLayer
-from petlbench.method import Method
+from petlbench.method import Method, make_method
 
 Meta = Mapping[str, Any]
 Named = dict[str, nn.Parameter]
@@ -183,7 +184,8 @@ def prompts(backbone: Backbone, meta: Meta) -> Named:
 
 def _vl_adapter(sharing: Any) -> Adapted:
     def build(meta: Meta, family: str) -> Method:
-        return VLAdapter(VLAdapterConfig(reduction=reduction(meta, "*.adapter_*down.b"), sharing=sharing, tasks=TASKS))
+        options = {"reduction": reduction(meta, "*.adapter_*down.b"), "sharing": sharing}
+        return make_method(VLAdapter, options, TASKS)
 
     return Adapted(build, adapters)
 
@@ -192,7 +194,7 @@ def _lora(sharing: Any) -> Adapted:
     def build(meta: Meta, family: str) -> Method:
         rank = size(meta, "*.lora_A*", 0, ("lora_dim", "lora_r", "r"), 6)
         alpha = size(meta, "", 0, ("lora_alpha", "alpha"), 32)
-        return LoRA(LoRAConfig(rank=rank, alpha=alpha, sharing=sharing, tasks=TASKS))
+        return make_method(LoRA, {"rank": rank, "alpha": alpha, "sharing": sharing}, TASKS)
 
     return Adapted(build, low_ranks)
 
@@ -201,39 +203,33 @@ def _compacter(meta: Meta, family: str) -> Method:
     n = size(meta, "*down.A", 0, ("hypercomplex_division",), 2)
     factor = size(meta, "*down.S_left", 2, (), 0) or None
     several = any(fnmatchcase(name, "*.adapter_attn.vqa.*") for name in meta.get("trainable", ()))
-    return Compacter(
-        CompacterConfig(
-            reduction=reduction(meta, "*.adapter_*down.b"),
-            n=n,
-            factor_rank=factor,
-            sharing="multiple" if several else "single",
-            tasks=TASKS,
-        )
-    )
+    options = {
+        "reduction": reduction(meta, "*.adapter_*down.b"),
+        "n": n,
+        "factor_rank": factor,
+        "sharing": "multiple" if several else "single",
+    }
+    return make_method(Compacter, options, TASKS)
 
 
 def _hyperformer(meta: Meta, family: str) -> Method:
-    return Hyperformer(
-        HyperformerConfig(
-            reduction=reduction(meta, "*.ffn.down.gen_b.b"),
-            task_dim=size(meta, "task_emb.*", 0, ("task_embedding_dim",), 16),
-            hidden=size(meta, "*.hyper.mlp1.b", 0, ("task_hidden_dim",), 12),
-            projected=size(meta, "*.hyper.mlp2.b", 0, ("projected_task_embedding_dim",), 8),
-            tasks=TASKS,
-        )
-    )
+    options = {
+        "reduction": reduction(meta, "*.ffn.down.gen_b.b"),
+        "task_dim": size(meta, "task_emb.*", 0, ("task_embedding_dim",), 16),
+        "hidden": size(meta, "*.hyper.mlp1.b", 0, ("task_hidden_dim",), 12),
+        "projected": size(meta, "*.hyper.mlp2.b", 0, ("projected_task_embedding_dim",), 8),
+    }
+    return make_method(Hyperformer, options, TASKS)
 
 
 def _prompt(meta: Meta, family: str) -> Method:
     several = any(name.startswith("enc.prompt.vqa.") for name in meta.get("trainable", ()))
-    return Prompt(
-        PromptConfig(
-            length=size(meta, "enc.prompt*.emb", 0, ("encoder_prompt_len", "prompt_len"), 3),
-            mid=size(meta, "enc.prompt*.in.b", 0, ("mid_dim",), 10),
-            sharing="multiple" if several else "single",
-            tasks=TASKS,
-        )
-    )
+    options = {
+        "length": size(meta, "enc.prompt*.emb", 0, ("encoder_prompt_len", "prompt_len"), 3),
+        "mid": size(meta, "enc.prompt*.in.b", 0, ("mid_dim",), 10),
+        "sharing": "multiple" if several else "single",
+    }
+    return make_method(Prompt, options, TASKS)
 
 
 def _nothing(backbone: Backbone, meta: Meta) -> Named:

@@ -1,0 +1,84 @@
+"""What methods with modules of their own for each task share: VL-Adapter's family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from petlbench.backbones.base import Backbone
+from petlbench.backbones.sites import current_pass
+from petlbench.method import Method, StackedConfig
+from petlbench.registry import TASKS, did_you_mean
+
+
+class PerTask(nn.Module):
+    """One module per task, of which that of the pass is used."""
+
+    def __init__(self, make: Callable[[], nn.Module], tasks: Iterable[str]) -> None:
+        super().__init__()
+        self.tasks = nn.ModuleDict({task: make() for task in tasks})
+
+    def of(self, task: str | None) -> nn.Module:
+        """Raises ValueError for a task that has none."""
+        if task is None or task not in self.tasks:
+            raise ValueError(f"no module for task '{task}', only for {', '.join(self.tasks)}")
+        return self.tasks[task]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.of(current_pass().task)(x)
+        return y
+
+
+class TaskedConfig(StackedConfig):
+    """Options of a method that may have modules of their own for each task."""
+
+    tasks: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="tasks that have modules too, where tasks share none, though the cell does not train on them: "
+        "published counts are of several tasks; null: the cell's tasks alone",
+    )
+
+    @field_validator("tasks")
+    @classmethod
+    def _known(cls, tasks: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if tasks is not None and len(set(tasks)) < len(tasks):
+            raise ValueError("every task once, by its name")
+        known = TASKS.names()
+        for task in tasks or ():
+            if task not in known:
+                raise ValueError(f"unknown task '{task}'{did_you_mean(task, known) or f': there are {known}'}")
+        return tasks
+
+
+class Tasked(Method):
+    """A method whose modules may be one per task, as its option `sharing` says."""
+
+    own: ClassVar[str] = "*.tasks.{task}.*"  # wildcard of the names that only this task trains
+
+    def shares_all(self) -> bool:
+        """Whether one module serves all tasks everywhere."""
+        return getattr(self.config, "sharing", "") == "single"
+
+    def all_tasks(self) -> tuple[str, ...]:
+        """The tasks with modules of their own: the cell's, which come first, and those of the option `tasks`."""
+        return tuple(dict.fromkeys([*self.tasks, *(self.config.tasks or ())]))
+
+    def start(self, backbone: Backbone) -> None:
+        """Freeze the backbone, and say what cannot train.
+
+        Raises ValueError where modules are one per task and the method was told of no task.
+        """
+        if not self.shares_all():
+            if not self.all_tasks():
+                raise ValueError("it has modules for each task, and was told of no task: set `tasks`, as `make_method` does")
+            others = self.all_tasks()[len(self.tasks) :]
+            self.dead = {self.own.format(task=task): "the cell does not train on this task" for task in others}
+        backbone.freeze()
+
+    def per_task(self, make: Callable[[], nn.Module], *, shared: bool) -> nn.Module:
+        """What `make` makes, for all tasks or for each."""
+        return make() if shared else PerTask(make, self.all_tasks())
