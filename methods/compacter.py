@@ -10,12 +10,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from petlbench.backbones.base import Backbone
-from petlbench.method import About
+from petlbench.backbones.base import Backbone, Initialisation
+from petlbench.method import About, Knob
 
 from .layers import gelu_tanh, reduced
-from .per_task import TaskedConfig
-from .vl_adapter import Adapter, VLAdapter
+from .vl_adapter import Adapter, AfterSubLayers, AfterSubLayersConfig
 
 
 def drawn_rule(n: int) -> nn.Parameter:
@@ -84,7 +83,7 @@ class PHMBottleneck(nn.Module):
         return delta
 
 
-class CompacterConfig(TaskedConfig):
+class CompacterConfig(AfterSubLayersConfig):
     """Sizes and what is shared; the defaults are those of VL-Adapter's and VL-PET's repositories."""
 
     reduction: int = Field(8, gt=0, description="bottleneck rank = width // reduction; a multiple of n")
@@ -96,12 +95,9 @@ class CompacterConfig(TaskedConfig):
     )
     shared_rule: bool = Field(False, description="A is one for all layers and positions, as in the paper")
     sharing: Literal["single", "multiple"] = Field("single", description="one adapter for all tasks, or one for each")
-    train_norms: bool | None = Field(
-        None, description="norms of the adapted stacks train too, gains and biases; null: as released, but on T5"
-    )
 
 
-class Compacter(VLAdapter):
+class Compacter(AfterSubLayers[CompacterConfig]):
     """VL-Adapter's bottlenecks with matrices M = sum_i kron(A_i, S_i): u = h + gelu(h M_d + b_d) M_u + b_u.
 
     Positions, norms that train and adapters per task are VL-Adapter's; the repositories neither factorise S (the paper:
@@ -121,14 +117,11 @@ class Compacter(VLAdapter):
         "factorized": {"n": 4, "factor_rank": 1, "shared_rule": True},
     }
     recipe: ClassVar[dict[str, Any]] = {"lr": 1e-3}
-    recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    knob = Knob("reduction", (48, 24, 12, 8, 4, 2))
 
     def __init__(self, config: CompacterConfig | None = None) -> None:
         super().__init__(config)
         self._rule: nn.Parameter | None = None
-
-    def default_recipe(self, family: str) -> dict[str, Any]:
-        return dict(self.recipe)  # the same for one adapter and for several
 
     def adapt(self, backbone: Backbone) -> Backbone:
         if self.config.shared_rule:
@@ -136,8 +129,8 @@ class Compacter(VLAdapter):
             self._rule = nn.Parameter(drawn_rule(self.config.n).detach().to(like.device, like.dtype))
         return super().adapt(backbone)
 
-    def adapter(self, width: int, t5: bool) -> nn.Module:
-        shared, rank = self.config.sharing == "single", reduced(width, self.config.reduction)
+    def adapter(self, width: int, initialisation: Initialisation) -> nn.Module:
+        shared, rank = self.shares_all(), reduced(width, self.config.reduction)
         down = self.per_task(lambda: self._projection(width, rank), shared=shared)
         return Adapter(down, self.per_task(lambda: self._projection(rank, width), shared=shared))
 

@@ -14,7 +14,7 @@ from petlbench.backbones.base import Backbone
 from petlbench.backbones.sites import Stack, current_pass
 from petlbench.method import About, Knob, place, train
 
-from .layers import gelu_tanh, is_t5, reduced
+from .layers import gelu_tanh, reduced
 from .per_task import Tasked, TaskedConfig
 
 Affine = tuple[Tensor, Tensor]  # weight (out, in) and bias (out,)
@@ -90,11 +90,13 @@ class HyperformerConfig(TaskedConfig):
     hidden: int | None = Field(None, gt=0, description="inside a hyper-network; null: a sixth of the width, 128 at 768")
     projected: int = Field(8, gt=0, description="size of e, from which weights are generated")
     train_norms: bool | None = Field(
-        None, description="norms of the adapted stacks train too, gains and biases; null: as released, but on T5"
+        None,
+        description="norms of the adapted stacks train too, gains and biases; null: those with a bias, as released, so "
+        "T5's do not",
     )
 
 
-class Hyperformer(Tasked):
+class Hyperformer(Tasked[HyperformerConfig]):
     """VL-Adapter's bottlenecks, their weights generated from embeddings of task and layer by one network per stack.
 
     e = LN(W_b relu(W_a [t; l] + b_a) + b_b); W_d = reshape(U e + c), and so for W_u, b_d, b_u at each sub-layer's
@@ -118,7 +120,7 @@ class Hyperformer(Tasked):
 
     def adapt(self, backbone: Backbone) -> Backbone:
         self.start(backbone)
-        t5, stacks = is_t5(backbone), self.stacks(backbone)
+        t5, stacks = backbone.initialisation == "t5", self.stacks(backbone)
         dim = self.config.task_dim or max(1, max(stack.width for stack in stacks) * 2 // 3)
         tasks = nn.ParameterDict([(task, nn.Parameter(torch.randn(dim))) for task in self.all_tasks()])
         for stack in stacks:
@@ -126,7 +128,7 @@ class Hyperformer(Tasked):
             for index, layer in enumerate(stack):
                 for name, sublayer in layer.items():
                     sublayer.insert("output", GeneratedAdapter(network, index, name))
-            if not t5 if self.config.train_norms is None else self.config.train_norms:
+            if backbone.norm_bias if self.config.train_norms is None else self.config.train_norms:
                 train(*stack.norms())
         return backbone
 

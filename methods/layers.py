@@ -9,8 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from petlbench.backbones.base import Backbone
-
 Activation = Callable[[Tensor], Tensor]
 # Towers at a tenth of the rate of fusion encoder and head, as TransVG and all who adapt it train.
 REC_RECIPE: dict[str, Any] = {
@@ -67,12 +65,6 @@ def draw_like_lora(bottleneck: Bottleneck) -> None:
     nn.init.kaiming_uniform_(bottleneck.down.weight, a=math.sqrt(5))
     nn.init.zeros_(bottleneck.down.bias)
     start_at_zero(bottleneck.up)
-
-
-def is_t5(backbone: Backbone) -> bool:
-    """Whether its language stacks are T5's, for which some authors draw and scale differently: norms without bias."""
-    stack = backbone.stack(backbone.roles()[-1])
-    return all(getattr(norm, "bias", None) is None for norm in stack.norms())
 
 
 def reduced(width: int, reduction: int) -> int:

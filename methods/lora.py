@@ -14,7 +14,6 @@ from petlbench.backbones.base import Backbone
 from petlbench.backbones.sites import Projection
 from petlbench.method import About, Knob, train_biases
 
-from .layers import is_t5
 from .per_task import PerTask, Tasked, TaskedConfig
 
 
@@ -53,7 +52,7 @@ class LoRAConfig(TaskedConfig):
     sharing: Literal["single", "multiple"] = Field("single", description="one (A, B) for all tasks, or one for each")
 
 
-class LoRA(Tasked):
+class LoRA(Tasked[LoRAConfig]):
     """y = x W^T + b + (alpha / r) (drop(x) A^T) B^T on query and value of every attention; identity at the start.
 
     `single`: the VL-Adapter and VL-PET repositories train every bias besides, and count it, but no gain; `multiple` has
@@ -84,13 +83,16 @@ class LoRA(Tasked):
         self._paths: list[tuple[Projection, nn.Module]] = []
         self.mergeable = self.shares_all()
 
+    def shares_all(self) -> bool:
+        return self.config.sharing == "single"
+
     def adapt(self, backbone: Backbone) -> Backbone:
         self.start(backbone)
         # Several tasks' paths cannot be in one weight.
         self.mergeable = self.shares_all() or len(self.all_tasks()) == 1
         if self.config.train_biases:
             train_biases(backbone)
-        t5 = is_t5(backbone)
+        t5 = backbone.initialisation == "t5"
         for stack in self.stacks(backbone):
             rank = self.config.rank or max(1, stack.width * 25 // 128 if t5 else stack.width // 6)
             for layer in stack:
@@ -110,7 +112,7 @@ class LoRA(Tasked):
         def low_rank() -> nn.Module:
             return LowRank(*sides, rank, alpha, self.config.dropout)
 
-        path = self.per_task(low_rank, shared=self.config.sharing == "single")
+        path = self.per_task(low_rank, shared=self.shares_all())
         weight = projection.linear.weight
         projection.add(path.to(weight.device, weight.dtype))
         self._paths.append((projection, path))

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from petlbench.backbones.base import Backbone, Texts, Tokens, decoding_pass, join
-from petlbench.backbones.language import EncoderDecoder, causal
-from petlbench.backbones.lent import Extended
+from petlbench.backbones.encoder_decoder import EncoderDecoder, encodes_and_decodes
+from petlbench.backbones.masks import HIDDEN, causal
 from petlbench.backbones.sites import TEXT, Layer, Pass, Site, Stack, Taps
-from petlbench.backbones.t5 import HIDDEN
 from petlbench.backbones.weights import asset, read_tensors
+from petlbench.backbones.wrapper import Wrapper
 from petlbench.method import About, Knob, Method, MethodConfig, place
 
-from .layers import draw_like_bart, is_t5
+from .layers import draw_like_bart
 from .lst_network import SideCache, SideStack, divided, frozen_states
 from .lst_pruning import ROLES, layer_parts, left, parts, pruned
 
@@ -83,7 +83,7 @@ class TwoCaches:
     side: SideCache
 
 
-class SideTuned(Extended):
+class SideTuned(Wrapper):
     """An encoder-decoder with a side network, whose result takes the place of the backbone's own.
 
     The frozen encoder sees text alone; images reach the side alone. An image without a text stands beside an empty one.
@@ -92,7 +92,7 @@ class SideTuned(Extended):
     inner: EncoderDecoder
 
     def __init__(self, inner: EncoderDecoder, side: SideNetwork) -> None:
-        super().__init__(inner, {})
+        super().__init__(inner)
         self.side = side
 
     def fuse(self, *parts: Tokens, task: str) -> LadderMemory:
@@ -186,7 +186,7 @@ class LadderStack(Stack):
         return climbed
 
 
-class LST(Method):
+class LST(Method[LSTConfig]):
     """A side network of thin copies of the host's layers climbs along its frozen states, and gives the result alone:
 
         side_0 = D_in drop(E_0);   side = block_l(mu_l side + (1 - mu_l) D_l E_l), mu_l = sigma(alpha_l / 0.1);
@@ -241,10 +241,10 @@ class LST(Method):
         }
 
     def adapt(self, backbone: Backbone) -> Backbone:
-        roles = ROLES if isinstance(backbone, EncoderDecoder) else backbone.pretrained_roles()
+        roles = ROLES if backbone.stacked_decoder else backbone.pretrained_roles()
         if unknown := set(self.config.layers) - set(roles):
             raise ValueError(f"no side network goes along a stack '{min(unknown)}' here, but along {', '.join(roles)}")
-        if isinstance(backbone, EncoderDecoder):
+        if encodes_and_decodes(backbone):
             return self._beside_language(backbone)
         if "decoder" in backbone.roles():
             raise ValueError("its decoder attends through a frozen pooling, which a gradient would have to pass")
@@ -318,7 +318,7 @@ def _drawn(host: nn.Module) -> AbstractContextManager[Any]:
 def _draw(side: SideNetwork, host: EncoderDecoder) -> None:
     """The side layers as BART or T5 draws its own; T5's standard deviations are those of the big layers."""
     named, theirs = side_parts(side), parts(host)
-    if not is_t5(host):
+    if host.initialisation != "t5":
         for stack in (side.encoder, side.decoder):
             draw_like_bart(stack.layers)
         return

@@ -11,10 +11,8 @@ from torch.nn import functional as F
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from petlbench.backbones.base import Tokens
+from petlbench.backbones.masks import HIDDEN, additive
 from petlbench.backbones.sites import TEXT, Layer, Pass, Projection, ProjectionPair, Segments, Stack, SubLayer
-from petlbench.backbones.t5 import HIDDEN
-from petlbench.backbones.transformers_parts import T5CrossAttention, T5SelfAttention
-from petlbench.backbones.vision import additive
 
 TEMPERATURE = 0.1  # of the gates
 HEAD_COUNTS = ("num_heads", "n_heads", "heads", "num_attention_heads")  # what cores call how many heads they have
@@ -168,8 +166,7 @@ def _thin_attention(host: SubLayer, thin: Linears, reduction: int, rate: float, 
     widths = [getattr(module, "head_dim", None) for module in host.core.modules()]
     heads = next((n for n in counts if isinstance(n, int)), 0) or inner // next(n for n in widths if isinstance(n, int))
     divided(inner // heads, reduction, "head width")
-    unscaled = isinstance(host.core, T5SelfAttention | T5CrossAttention)
-    return SideAttention(thin, heads, rate, scale=1.0 if unscaled else None, crossing=crossing)
+    return SideAttention(thin, heads, rate, scale=host.score_scale, crossing=crossing)
 
 
 def _thin_feed_forward(host: SubLayer, thin: Linears) -> SideFeedForward:

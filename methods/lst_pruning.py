@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from petlbench.backbones.base import Texts
-from petlbench.backbones.language import EncoderDecoder
+from petlbench.backbones.encoder_decoder import EncoderDecoder
 from petlbench.backbones.sites import Layer
 from petlbench.losses import token_losses
 

@@ -11,8 +11,7 @@ from pydantic import Field
 from torch import nn
 
 from petlbench.backbones.base import Backbone
-from petlbench.backbones.bert import TwiceNormed
-from petlbench.backbones.language import EncoderDecoder
+from petlbench.backbones.encoder_decoder import encodes_and_decodes
 from petlbench.backbones.sites import Stack
 from petlbench.method import About, Knob, Method, MethodConfig, place
 
@@ -68,7 +67,7 @@ class M2ISTConfig(MethodConfig):
     )
 
 
-class M2IST(Method):
+class M2IST(Method[M2ISTConfig]):
     """Side adapters that read attention and FFN of frozen layers in P pairs and never feed them (M3ISA blocks).
 
     With taps A (attention) and F (FFN) of the k-th paired layer of stack m, taken without gradient:
@@ -157,7 +156,7 @@ class M2IST(Method):
         self._claim(plan.released, plan.start, traversed="decoder" in backbone.roles() and not plan.strict)
         if not plan.strict:
             return backbone
-        assert isinstance(backbone, EncoderDecoder)
+        assert encodes_and_decodes(backbone)
         encoder, decoder = plan.stacks["encoder"], plan.stacks["decoder"]
         crossings = [Crossing(decoder.width, encoder.width, plan.rank) for _ in range(self.config.crossings)]
         for crossing in crossings:
@@ -167,7 +166,7 @@ class M2IST(Method):
     def _plan(self, backbone: Backbone) -> Plan:
         """Sizes for this backbone. Raises ValueError, with the reason, where they do not fit."""
         c, pretrained = self.config, backbone.pretrained_roles()
-        strict = isinstance(backbone, EncoderDecoder) and c.generation == "strict"
+        strict = backbone.stacked_decoder and c.generation == "strict"
         roles = [role for role in ROLES if role in pretrained and (role != "decoder" or strict)]
         if self._freezes_below(backbone):
             roles = [role for role in roles if role != "vision"]  # through frozen parts no gradient reaches it
@@ -182,7 +181,7 @@ class M2IST(Method):
         if (c.shared or 0) > min(widths):
             raise ValueError(f"shared {c.shared} exceeds the width {min(widths)} of its narrowest stack")
         released, dual = self._released(stacks), "fuse" not in backbone.abilities
-        if c.tokens == "pooled" and not (dual and getattr(backbone, "marked", False)):
+        if c.tokens == "pooled" and not (dual and backbone.pooled_mark):
             raise ValueError("tokens: pooled is for dual encoders that compare one token of each tower")
         if c.text_norms and not _post_norm_text(stacks):
             raise ValueError("text_norms is for backbones with a post-norm text tower")
@@ -198,12 +197,12 @@ class M2IST(Method):
 
     def _freezes_below(self, backbone: Backbone) -> bool:
         asked = "freeze" if self.config.below is None and backbone.pretrained_hosts else self.config.below
-        return isinstance(backbone, EncoderDecoder) and asked == "freeze"
+        return backbone.stacked_decoder and asked == "freeze"
 
     def _released(self, stacks: dict[str, Stack]) -> bool:
         """Whether this is the authors' model: their BERT says so. Raises ValueError for the other variant's host."""
         text = stacks.get("text")
-        twice = text is not None and any(isinstance(layer["attention"], TwiceNormed) for layer in text)
+        twice = text is not None and any(layer["attention"].norm_twice for layer in text)
         if self.config.variant == "released" and not twice:
             raise ValueError("variant released is its authors' code, and there is only transvg with released: true")
         if self.config.variant == "clean" and twice:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from petlbench.backbones.base import Tokens, decoding_pass, join
-from petlbench.backbones.language import EncoderDecoder
-from petlbench.backbones.lent import Extended
+from petlbench.backbones.encoder_decoder import EncoderDecoder
+from petlbench.backbones.wrapper import Wrapper
 
 from .layers import start_at_zero
 from .m2ist_side import SideStack
@@ -63,7 +63,7 @@ class Crossing(nn.Module):
         return found
 
 
-class Ladder(Extended):
+class Ladder(Wrapper):
     """An encoder-decoder whose encoder and decoder both have a side network, and no gradient in either.
 
     Heads read the adapted encoder output. The frozen decoder attends to the frozen one, and its side to the encoder's
@@ -73,7 +73,7 @@ class Ladder(Extended):
     inner: EncoderDecoder
 
     def __init__(self, inner: EncoderDecoder, crossings: Sequence[Crossing]) -> None:
-        super().__init__(inner, {})
+        super().__init__(inner)
         self.crossings = nn.ModuleList(crossings)
         self.training = inner.training  # adapting changes no mode
 

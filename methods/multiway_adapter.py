@@ -177,7 +177,7 @@ class MultiWayAdapterConfig(StackedConfig):
         return min(max(SMALLEST, reduced(width, 12)), LARGEST)
 
 
-class MultiWayAdapter(Method):
+class MultiWayAdapter(Method[MultiWayAdapterConfig]):
     """z = a + drop(ffn(a)) + NKE(a), then o = z + drop(AE(z)); one NKE per modality and layer, one AE for both.
 
     The New Knowledge Extractor NKE(a) = s (U relu(D a)) reads the stream that enters the feed-forward sub-layer, before

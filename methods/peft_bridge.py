@@ -182,7 +182,7 @@ class PeftConfig(StackedConfig):
         quietly(config, **{"total_step": 1} if self.type == "adalora" else {}, **self.options)
 
 
-class Peft(Method):
+class Peft(Method[PeftConfig]):
     """y = l(x), with l the layer that peft puts in place of a projection y = x W^T + b: whatever its type computes.
 
     Formulas and papers are those of peft's documentation. The library's own layers run, and are drawn and merged by its

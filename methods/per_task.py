@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import ClassVar, TypeVar
 
 from pydantic import Field, field_validator
 from torch import Tensor, nn
@@ -54,14 +54,17 @@ class TaskedConfig(StackedConfig):
         return tasks
 
 
-class Tasked(Method):
-    """A method whose modules may be one per task, as its option `sharing` says."""
+T = TypeVar("T", bound=TaskedConfig)
+
+
+class Tasked(Method[T]):
+    """A method whose modules may be one per task, as its options say."""
 
     own: ClassVar[str] = "*.tasks.{task}.*"  # wildcard of the names that only this task trains
 
     def shares_all(self) -> bool:
-        """Whether one module serves all tasks everywhere."""
-        return getattr(self.config, "sharing", "") == "single"
+        """Whether one module serves all tasks, everywhere."""
+        return False
 
     def all_tasks(self) -> tuple[str, ...]:
         """The tasks with modules of their own: the cell's, which come first, and those of the option `tasks`."""
@@ -74,7 +77,7 @@ class Tasked(Method):
         """
         if not self.shares_all():
             if not self.all_tasks():
-                raise ValueError("it has modules for each task, and was told of no task: set `tasks`, as `make_method` does")
+                raise ValueError("it has modules for each task, and was told of no task: make it with `make_method`")
             others = self.all_tasks()[len(self.tasks) :]
             self.dead = {self.own.format(task=task): "the cell does not train on this task" for task in others}
         backbone.freeze()

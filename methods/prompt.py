@@ -11,11 +11,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from petlbench.backbones.base import Backbone, Tokens, plain_tokens
-from petlbench.backbones.lent import Extended
 from petlbench.backbones.sites import TEXT
+from petlbench.backbones.wrapper import Wrapper
 from petlbench.method import About, Knob, place
 
-from .layers import draw_like_bart, is_t5
+from .layers import draw_like_bart
 from .per_task import PerTask, Tasked, TaskedConfig
 
 
@@ -46,12 +46,11 @@ class AfterPrompts(Tokens):
         return Tokens(self.states, mask, self.types, self.positions).mean()
 
 
-class Prompted(Extended):
+class Prompted(Wrapper):
     """A backbone with prompt tokens before the text (or the image alone) in every joint or unimodal pass."""
 
     def __init__(self, inner: Backbone, prompts: nn.Module) -> None:
-        super().__init__(inner, {})
-        self.own_heads = inner.own_heads
+        super().__init__(inner)
         self.prompts = prompts
 
     def fuse(self, *parts: Tokens, task: str) -> Tokens:
@@ -78,7 +77,7 @@ class PromptConfig(TaskedConfig):
     )
 
 
-class Prompt(Tasked):
+class Prompt(Tasked[PromptConfig]):
     """Tokens P = W_2 tanh(W_1 E + b_1) + b_2 before the encoder's input; they and the host parts train, no norm does.
 
     Prompts are real tokens of type text: masked in, seen by the decoder's cross-attention, through BART's embedding
@@ -101,6 +100,9 @@ class Prompt(Tasked):
     knob = Knob("length", (1, 5, 10, 20, 40, 80))
     own = "*prompts.tasks.{task}.*"
 
+    def shares_all(self) -> bool:
+        return self.config.sharing == "single"
+
     def adapt(self, backbone: Backbone) -> Backbone:
         if "fusion" in backbone.roles():
             raise ValueError("its fusion encoder has a learned place for every token, and none for prompts")
@@ -110,7 +112,7 @@ class Prompt(Tasked):
                 "has a learned place for every token, and none for prompts"
             )
         self.start(backbone)
-        stack, t5 = backbone.stack("encoder"), is_t5(backbone)
+        stack, t5 = backbone.stack("encoder"), backbone.initialisation == "t5"
         mid = self.config.mid or max(1, stack.width * 25 // 24)
 
         def tokens() -> nn.Module:
@@ -120,4 +122,4 @@ class Prompt(Tasked):
                 draw_like_bart(made)
             return made
 
-        return Prompted(backbone, place(self.per_task(tokens, shared=self.config.sharing == "single"), stack))
+        return Prompted(backbone, place(self.per_task(tokens, shared=self.shares_all()), stack))

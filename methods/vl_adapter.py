@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field
 from torch import Tensor, nn
 
-from petlbench.backbones.base import Backbone
+from petlbench.backbones.base import Backbone, Initialisation
 from petlbench.method import About, Knob, place, train
 
-from .layers import draw_like_bart, gelu_tanh, is_t5, reduced
+from .layers import draw_like_bart, gelu_tanh, reduced
 from .per_task import Tasked, TaskedConfig
 
 
@@ -27,7 +27,42 @@ class Adapter(nn.Module):
         return u
 
 
-class VLAdapterConfig(TaskedConfig):
+class AfterSubLayersConfig(TaskedConfig):
+    """What tasks share and what trains besides."""
+
+    sharing: str = Field("single", description="what tasks have in common: single, everything")
+    train_norms: bool | None = Field(
+        None,
+        description="norms of the adapted stacks train too, gains and biases; null: those with a bias, as released, so "
+        "T5's do not",
+    )
+
+
+C = TypeVar("C", bound=AfterSubLayersConfig)
+
+
+class AfterSubLayers(Tasked[C]):
+    """An adapter of the same kind after every sub-layer, before dropout and residual addition."""
+
+    def shares_all(self) -> bool:
+        return self.config.sharing == "single"
+
+    def adapter(self, width: int, initialisation: Initialisation) -> nn.Module:
+        """What goes after one sub-layer, freshly drawn."""
+        raise NotImplementedError
+
+    def adapt(self, backbone: Backbone) -> Backbone:
+        self.start(backbone)
+        for stack in self.stacks(backbone):
+            for layer in stack:
+                for _, sublayer in layer.items():
+                    sublayer.insert("output", place(self.adapter(sublayer.width, backbone.initialisation), sublayer))
+            if backbone.norm_bias if self.config.train_norms is None else self.config.train_norms:
+                train(*stack.norms())
+        return backbone
+
+
+class VLAdapterConfig(AfterSubLayersConfig):
     """Sizes, what tasks share and what trains besides; the defaults are those of the paper's single adapter."""
 
     reduction: int | None = Field(
@@ -39,12 +74,9 @@ class VLAdapterConfig(TaskedConfig):
     sharing: Literal["single", "multiple", "half_shared_up", "half_shared_down"] = Field(
         "single", description="one adapter for all tasks, one for each, or for each but with this projection in common"
     )
-    train_norms: bool | None = Field(
-        None, description="norms of the adapted stacks train too, gains and biases; null: as released, but on T5"
-    )
 
 
-class VLAdapter(Tasked):
+class VLAdapter(AfterSubLayers[VLAdapterConfig]):
     """A bottleneck after every sub-layer, before dropout and residual addition: u = h + W_u gelu(W_d h + b_d) + b_u.
 
     `single`: one adapter per position for all tasks. `multiple`: one for each task, chosen by the pass.
@@ -60,7 +92,7 @@ class VLAdapter(Tasked):
     Half-shared adapters, for which there is no script, take the rate of `multiple`.
     """
 
-    Config: ClassVar[type[TaskedConfig]] = VLAdapterConfig
+    Config = VLAdapterConfig
     about = About(
         paper="Sung, Cho, Bansal, CVPR 2022",
         trains="adapters; norms (not T5's)",
@@ -80,23 +112,8 @@ class VLAdapter(Tasked):
         found = super().default_recipe(family)
         return found if self.config.sharing == "single" else {**found, "lr": 3e-4}
 
-    def adapt(self, backbone: Backbone) -> Backbone:
-        self.start(backbone)
-        t5 = is_t5(backbone)
-        for stack in self.stacks(backbone):
-            for layer in stack:
-                for _, sublayer in layer.items():
-                    sublayer.insert("output", place(self.adapter(sublayer.width, t5), sublayer))
-            if self.trains_norms(t5):
-                train(*stack.norms())
-        return backbone
-
-    def trains_norms(self, t5: bool) -> bool:
-        wanted = self.config.train_norms
-        return not t5 if wanted is None else bool(wanted)
-
-    def adapter(self, width: int, t5: bool) -> nn.Module:
-        """What goes after one sub-layer, freshly drawn."""
+    def adapter(self, width: int, initialisation: Initialisation) -> nn.Module:
+        t5 = initialisation == "t5"
         rank = reduced(width, self.config.reduction or (4 if t5 else 8))
         sharing = self.config.sharing
         down = self.per_task(lambda: nn.Linear(width, rank), shared=sharing in ("single", "half_shared_down"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -10,12 +11,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from petlbench.backbones.base import Backbone
+from petlbench.backbones.base import Backbone, Initialisation
 from petlbench.backbones.sites import Projection, SubLayer, current_pass, mean_of_real
 from petlbench.method import About, Knob, Method, StackedConfig, place, train
 
 from .compacter import PHMBottleneck
-from .layers import Bottleneck, draw_like_bart, is_t5, reduced, start_at_zero
+from .layers import Bottleneck, draw_like_bart, reduced, start_at_zero
 
 
 class LargeGate(nn.Module):
@@ -108,8 +109,10 @@ class Authors:
     zero: bool  # last layers start at zero
 
 
-BART = Authors(8, 1, 1.0, zero=False)
-T5 = Authors(4, 2, 0.3, zero=True)
+AUTHORS: Mapping[Initialisation, Authors] = {
+    "bart": Authors(8, 1, 1.0, zero=False),
+    "t5": Authors(4, 2, 0.3, zero=True),
+}
 
 
 class VLPETConfig(StackedConfig):
@@ -142,7 +145,7 @@ class VLPETConfig(StackedConfig):
     )
 
 
-class VLPET(Method):
+class VLPET(Method[VLPETConfig]):
     """A gated bottleneck behind attention and FFN of every encoder layer, light adapters on the decoder's values.
 
     Encoder (every layer without cross-attention), with x the residual input and h the frozen sub-layer's output:
@@ -197,7 +200,7 @@ class VLPET(Method):
 
     def adapt(self, backbone: Backbone) -> Backbone:
         backbone.freeze()
-        authors = T5 if is_t5(backbone) else BART
+        authors = AUTHORS[backbone.initialisation]
         for stack in self.stacks(backbone):
             crossing = False
             for layer in stack:

@@ -152,7 +152,8 @@ def _value(module: str, name: str, attribute: str) -> Any:
                 return ast.literal_eval(value)
             except (ValueError, TypeError) as error:
                 raise LookupError(name) from error
-    above = [base.id if isinstance(base, ast.Name) else "" for base in source.classes[name].bases]
+    bases = [base.value if isinstance(base, ast.Subscript) else base for base in source.classes[name].bases]
+    above = [base.id if isinstance(base, ast.Name) else "" for base in bases]
     if len(above) != 1:  # with several bases the order of look-up is Python's business
         raise LookupError(name)
     return _value(module, above[0], attribute)

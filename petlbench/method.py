@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
@@ -49,7 +49,10 @@ class About:
     task: str = "vqa"  # for which parameters are counted on it
 
 
-class Method(ABC):
+C = TypeVar("C", bound=MethodConfig)
+
+
+class Method(ABC, Generic[C]):
     """One way of adapting a backbone. Knows sites; knows no task's code, data set, optimizer or device.
 
     What a method claims of itself is an attribute, and `petlbench check` holds it to that; where a claim depends on the
@@ -57,6 +60,7 @@ class Method(ABC):
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
+    config: C
     tasks: tuple[str, ...] = ()  # of its cell, by name, as a pass says them; see `make_method`
     about: ClassVar[About | None] = None
     # `method:variant`: options by name. Literals, since they are listed without an import of the module.
@@ -75,8 +79,8 @@ class Method(ABC):
     baseline: ClassVar[bool] = False  # others' costs are told in percent of its own
     mixes_rows: str = ""  # why a row's predictions depend on those beside it, where the authors' code does so
 
-    def __init__(self, config: MethodConfig | None = None) -> None:
-        self.config: Any = config if config is not None else self.Config()
+    def __init__(self, config: C | None = None) -> None:
+        self.config = cast(C, self.Config()) if config is None else config
 
     @abstractmethod
     def adapt(self, backbone: Backbone) -> Backbone:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from petlbench.backbones.base import Images, Tokens
 from petlbench.backbones.beit3 import BEiT3
 from petlbench.backbones.beit3_weights import resized_positions
+from petlbench.backbones.masks import additive
 from petlbench.backbones.multiway import Routed, multiway_layer, multiway_stack
 from petlbench.backbones.sites import IMAGE, TEXT, Pass, ProjectionPair
-from petlbench.backbones.vision import additive
 from petlbench.measure.parameters import count
 from petlbench.method import adapt
 from petlbench.spec import Recipe

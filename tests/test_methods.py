@@ -160,7 +160,7 @@ def test_lora_starts_as_the_identity_and_merges_into_the_weights() -> None:
 
 def test_initial_values_have_the_published_moments() -> None:
     torch.manual_seed(0)
-    bottleneck, path = VLAdapter().adapter(512, t5=False), LowRank(256, 128, 64, 16.0, 0.1)
+    bottleneck, path = VLAdapter().adapter(512, "bart"), LowRank(256, 128, 64, 16.0, 0.1)
     for linear in (bottleneck.down, bottleneck.up):
         assert isinstance(linear, nn.Linear)
         weight, n = linear.weight.detach(), linear.weight.numel()

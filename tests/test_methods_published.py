@@ -20,10 +20,9 @@ from petlbench.methods.vl_adapter import VLAdapter, VLAdapterConfig
 from torch import Tensor, nn
 from transformers.models.bart.modeling_bart import BartDecoderLayer, BartEncoderLayer
 
-from petlbench.backbones.language import causal
+from petlbench.backbones.masks import additive, causal
 from petlbench.backbones.sites import Layer, Pass, Projection, Stack, SubLayer
 from petlbench.backbones.transformers_parts import bart_decoder_layer, bart_encoder_layer
-from petlbench.backbones.vision import additive
 from tests.backbone_factory import Bare, bart_config, draw
 from tests.golden import FOLDER
 from tests.golden.arrays import Arrays, differences

@@ -16,12 +16,12 @@ import peft
 import pytest
 import torch
 from petlbench.methods.compacter import Compacter, CompacterConfig, PHMBottleneck, PHMLinear
-from petlbench.methods.hyperformer import GeneratedAdapter, Hyperformer, HyperformerConfig
+from petlbench.methods.hyperformer import GeneratedAdapter, Hyperformer
 from petlbench.methods.lora import LoRA, LoRAConfig, LowRank
 from petlbench.methods.per_task import PerTask
 from petlbench.methods.prompt import Prompt, PromptConfig, Prompted
 from petlbench.methods.selective import BitFit, Full
-from petlbench.methods.vl_adapter import Adapter, VLAdapter, VLAdapterConfig
+from petlbench.methods.vl_adapter import Adapter, VLAdapter
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -225,7 +225,7 @@ def gelu_tanh(z: Tensor) -> Tensor:
 
 def test_a_bottleneck_per_task_is_the_formula() -> None:
     method: Any = variant(VLAdapter, "half_shared_up")
-    adapter = randomise(method.adapter(16, t5=False))
+    adapter = randomise(method.adapter(16, "bart"))
     assert isinstance(adapter, Adapter) and isinstance(adapter.down, PerTask) and isinstance(adapter.up, nn.Linear)
     h = draw(2, 5, 16).requires_grad_()
     down: Any = adapter.down.of("captioning")
@@ -492,7 +492,7 @@ def uniform(value: Tensor, bound: float) -> None:
 def test_vl_adapter_starts_as_the_host_draws_linear_layers() -> None:
     torch.manual_seed(0)
     method: Any = variant(VLAdapter, "multiple")
-    bart, t5 = (method.adapter(512, t5) for t5 in (False, True))
+    bart, t5 = (method.adapter(512, host) for host in ("bart", "t5"))
     for side in ("down", "up"):
         for task in TASKS:
             linear = getattr(bart, side).of(task)

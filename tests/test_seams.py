@@ -15,6 +15,7 @@ from petlbench.methods.m2ist import M2IST
 from petlbench.methods.prompt import Prompt
 from petlbench.methods.selective import BitFit, Full
 from petlbench.methods.vl_adapter import VLAdapter
+from petlbench.methods.vl_pet import VLPET
 from PIL import Image
 from PIL.Image import Image as Picture
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from petlbench.optimizers import ReleasedAdamW
 from petlbench.registry import BACKBONES, TASKS
 from petlbench.spec import Cell, Recipe
 from petlbench.training import optimizer, rate
-from tests.backbone_factory import draw, small_tiny
+from tests.backbone_factory import Bare, draw, small_tiny
 
 
 @pytest.mark.parametrize("second", [LoRA, VLAdapter, BitFit])
@@ -56,6 +57,39 @@ def test_a_method_leaves_out_stacks_that_every_method_trains_whole() -> None:
     assert backbone.pretrained_roles() == ("vision", "text")
     VLAdapter().adapt(backbone)
     assert not [name for name, _ in backbone.named_parameters() if ".fusion." in name and ".sites." in name]
+
+
+class GainsAlone(Bare):
+    """Norms with a gain and no bias, as T5's; nothing else of T5 is said of it."""
+
+    norm_bias = False
+
+
+def gains_alone() -> Backbone:
+    stack = small_tiny().stack("encoder")
+    stack.embedding_norm = nn.RMSNorm(stack.width)
+    for layer in stack:
+        for _, sublayer in layer.items():
+            sublayer.norm = nn.RMSNorm(sublayer.width)
+    return GainsAlone(encoder=stack)
+
+
+def test_a_host_of_norms_without_bias_is_not_taken_for_t5() -> None:
+    """Ranks, scales and initial values are those of any host but T5."""
+    brought = list(inserted(VLAdapter().adapt(gains_alone())))
+    assert {adapter.down.out_features for adapter in brought} == {32 // 8}  # type: ignore[union-attr]
+    assert not any(linear.bias.any() for adapter in brought for linear in (adapter.down, adapter.up))  # type: ignore[union-attr]
+    assert {path.A.shape[0] for path in inserted(LoRA().adapt(gains_alone()))} == {32 // 6}  # type: ignore[union-attr]
+    assert {control.scale for control in inserted(VLPET().adapt(gains_alone()))} == {1.0}
+    t5 = GainsAlone(encoder=gains_alone().stack("encoder"))
+    t5.initialisation = "t5"
+    assert {control.scale for control in inserted(VLPET().adapt(t5))} == {0.3}
+
+
+def test_norms_train_where_the_authors_code_finds_them_to_be_layer_norms() -> None:
+    for host, trains in ((small_tiny(), True), (gains_alone(), False)):
+        adapted = VLAdapter().adapt(host)
+        assert {p.requires_grad for norm in adapted.stack("encoder").norms() for p in norm.parameters()} == {trains}
 
 
 @dataclass(frozen=True)

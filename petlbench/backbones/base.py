@@ -3,143 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Lock
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Generic, Literal, TypeVar, cast
 
-import torch
 from PIL.Image import Image
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from petlbench.backbones.grids import Placement
-from petlbench.backbones.sites import TEXT, Pass, Segments, Stack, inserted, mean_of_real
+from petlbench.backbones.sites import Stack, inserted
 from petlbench.backbones.text import Codec
+from petlbench.backbones.tokens import Images as Images
+from petlbench.backbones.tokens import Texts as Texts
+from petlbench.backbones.tokens import Tokens as Tokens
+from petlbench.backbones.tokens import decoding_pass as decoding_pass
+from petlbench.backbones.tokens import halves as halves
+from petlbench.backbones.tokens import join as join
+from petlbench.backbones.tokens import plain_tokens as plain_tokens
 from petlbench.errors import UserError
 from petlbench.registry import did_you_mean
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """States (B, N, d) with mask (B, N) (True: real), types (B, N) and, for image tokens, grid positions (B, N, 2).
-
-    Positions are token centres as (x, y) in units of the backbone's image side; zero for text. `segments` says the
-    types once more, as runs that all rows share. `mark` (B,) is the index of the token that stands for all, if any.
-    """
-
-    states: Tensor
-    mask: Tensor
-    types: Tensor
-    positions: Tensor
-    segments: Segments = ()
-    mark: Tensor | None = None
-
-    def of_type(self, kind: int) -> Tokens:
-        """Only the real tokens of one type stay unmasked; heads select by this, never by position."""
-        return replace(self, mask=self.mask & (self.types == kind))
-
-    def mean(self) -> Tensor:
-        """(B, d): the mean over real tokens."""
-        return mean_of_real(self.states, self.mask)
-
-    def rows(self, index: Tensor) -> Self:
-        """Of every tensor the rows at `index` (B',), whatever a subclass adds."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        picked: dict[str, Any] = {name: value[index] for name, value in tensors.items()}
-        return replace(self, **picked)
-
-    def context(self, **more: Any) -> Pass:
-        """A pass over these tokens; `more` are its other fields."""
-        return Pass(types=self.types, mask=self.mask, segments=self.segments, **more)
-
-    def pooled(self) -> Tensor:
-        """(B, d): the marked token, or the mean over real tokens where none is marked."""
-        if self.mark is None:
-            return self.mean()
-        return self.states[torch.arange(len(self.states), device=self.states.device), self.mark]
-
-
-def plain_tokens(states: Tensor, mask: Tensor, kind: int, **more: Any) -> Tokens:
-    """Tokens of one type; without a place, unless `positions` are given."""
-    types = torch.full_like(mask, kind, dtype=torch.long)
-    positions = more.pop("positions", None)
-    positions = states.new_zeros(*mask.shape, 2) if positions is None else positions
-    return Tokens(states, mask, types, positions, ((kind, mask.shape[1]),), **more)
-
-
-def decoding_pass(ids: Tensor, memory: Tokens, **more: Any) -> Pass:
-    """A pass over decoded `ids` (B, T), which look at `memory` too; `more` are its other fields."""
-    types, segments = torch.full_like(ids, TEXT), ((TEXT, ids.shape[1]),)
-    return Pass(types=types, segments=segments, memory=memory.states, memory_mask=memory.mask, **more)
-
-
-def join(parts: Sequence[Tokens]) -> Tokens:
-    """One sequence of all parts, in their order; marks are dropped."""
-    states, mask, types, positions = (
-        torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("states", "mask", "types", "positions")
-    )
-    return Tokens(states, mask, types, positions, tuple(segment for part in parts for segment in part.segments))
-
-
-def halves(tokens: Tokens) -> tuple[Tokens, Tokens]:
-    """Tokens of 2B images -> those of the first and of the second images, B rows each."""
-    rows = torch.arange(len(tokens.states), device=tokens.states.device)
-    first, second = rows.chunk(2)
-    return tokens.rows(first), tokens.rows(second)
-
-
-@dataclass(frozen=True)
-class Images:
-    """Pixels (B, 3, H, W) on a padded canvas, the mask (B, H, W) of real ones, and where each image lies.
-
-    A point (x, y) in pixels of the stored image, times `scale` (B, 2) plus `offset` (B, 2), is a point in units of the
-    backbone's image side. `features` stands for the pixels where a backbone has computed them before.
-    """
-
-    pixels: Tensor
-    mask: Tensor
-    scale: Tensor
-    offset: Tensor
-    features: Tensor | None = None
-
-    def to(self, device: torch.device) -> Images:
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pinned(self) -> Images:
-        return self._each(lambda tensor: tensor.pin_memory())
-
-    def to_dtype(self, dtype: torch.dtype) -> Images:
-        """Real numbers in another precision."""
-        return self._each(lambda tensor: tensor if tensor.dtype == torch.bool else tensor.to(dtype))
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Images:
-        return replace(self, **{name: change(tensor) for name, tensor in vars(self).items() if tensor is not None})
-
-    def place(self, boxes: Tensor) -> Tensor:
-        """(B, 4) cx, cy, w, h in pixels of the stored images -> the same in units of the backbone's image side."""
-        centre, size = boxes.split(2, dim=-1)
-        return torch.cat([centre * self.scale + self.offset, size * self.scale], dim=-1)
-
-    def unplace(self, boxes: Tensor) -> Tensor:
-        """The inverse of `place`."""
-        centre, size = boxes.split(2, dim=-1)
-        return torch.cat([(centre - self.offset) / self.scale, size / self.scale], dim=-1)
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Token ids (B, N), padded, and their mask (True: real)."""
-
-    ids: Tensor
-    mask: Tensor
-
-    def to(self, device: torch.device) -> Texts:
-        return Texts(self.ids.to(device, non_blocking=True), self.mask.to(device, non_blocking=True))
-
-    def pinned(self) -> Texts:
-        return Texts(self.ids.pin_memory(), self.mask.pin_memory())
 
 
 class BackboneConfig(BaseModel):
@@ -148,11 +32,13 @@ class BackboneConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+C = TypeVar("C", bound=BackboneConfig)
 _ENCODING = Lock()  # the libraries' tokenizers keep what they are asked for, and workers may ask at the same time
+Initialisation = Literal["bart", "t5"]
 LENT = frozenset({"fuse", "decode", "pair"})  # abilities that trained parts can lend to any backbone, see `lent.py`
 
 
-class Backbone(nn.Module, ABC):
+class Backbone(nn.Module, ABC, Generic[C]):
     """A vision-language model described once, by its stacks; a task asks for what it needs of `abilities`.
 
     Abilities: `embed` (an image or a text alone, to be compared), `fuse` (a joint pass over both), `ground` (image
@@ -161,6 +47,7 @@ class Backbone(nn.Module, ABC):
     """
 
     Config: ClassVar[type[BackboneConfig]] = BackboneConfig
+    config: C
     sizes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # `family:size`: the options that it stands for
     abilities: frozenset[str]
     refusals: ClassVar[Mapping[str, str]] = {}  # an ability that is not there and cannot be lent: the reason
@@ -170,6 +57,11 @@ class Backbone(nn.Module, ABC):
     max_text: int  # longest text in tokens
     fused_attention: bool = True  # its attention calls torch's fused kernels where the recipe lets it
     trains_heads: bool = True  # its own heads train with every method
+    # Traits: what some methods choose by. A family declares them, and nobody guesses them from its modules.
+    initialisation: Initialisation = "bart"  # how authors draw what they insert: N(0, 0.02^2) and 0; t5: as torch does
+    norm_bias: bool = True  # its norms are layer norms, with a bias besides the gain
+    pooled_mark: bool = False  # in each tower alone, a marked token stands for the whole image or text
+    stacked_decoder: bool = False  # its decoder attends to an encoder: it is an `EncoderDecoder`, to be re-entered
     pretrained_hosts: bool = False  # its host parts come with pre-trained values, as a visual projection rarely does
 
     def __init__(self) -> None:
@@ -189,17 +81,17 @@ class Backbone(nn.Module, ABC):
         return cls.sizes[size]
 
     @classmethod
-    def configured(cls, name: str, options: Mapping[str, Any]) -> Any:
+    def configured(cls, name: str, options: Mapping[str, Any]) -> C:
         """The configuration that `name` (`family` or `family:size`) and further options make."""
-        return cls.Config(**{**cls.options_of(name.partition(":")[2]), **options})
+        return cast(C, cls.Config(**{**cls.options_of(name.partition(":")[2]), **options}))
 
     @classmethod
-    def abilities_of(cls, config: Any) -> frozenset[str]:
+    def abilities_of(cls, config: C) -> frozenset[str]:
         """The abilities of a backbone of this configuration."""
         return cls.abilities
 
     @classmethod
-    def files(cls, config: Any) -> list[Path]:
+    def files(cls, config: C) -> list[Path]:
         """The files that a backbone of this configuration reads (weights, tokenizer): results depend on their content.
 
         Asked before anything runs: published ones are fetched where they are not here. Raises UserError for one that
@@ -320,7 +212,7 @@ class Backbone(nn.Module, ABC):
 
         `images`: 2B, first images, then second ones in the same order; a row of both results is one sample, and `fuse`
         takes them as two parts. A family that can `pair` says here how; any other is lent its order in `lent.py`. A
-        wrapper asks the backbone inside, as `Extended` does: it never makes a pair of two `embed_image`, which would
+        wrapper asks the backbone inside, as `Wrapper` does: it never makes a pair of two `embed_image`, which would
         give every image the place of the first.
         """
         raise NotImplementedError(f"{type(self).__name__} does not tell two images apart")

@@ -32,11 +32,11 @@ from petlbench.backbones.beit3_weights import (
 )
 from petlbench.backbones.grids import whole_and_cells
 from petlbench.backbones.heads import Aligner
+from petlbench.backbones.masks import additive
 from petlbench.backbones.multiway import multiway_stack
 from petlbench.backbones.sentencepiece_codec import SentencePieceCodec
 from petlbench.backbones.sites import IMAGE, TEXT
 from petlbench.backbones.text import Codec, file_codec
-from petlbench.backbones.vision import additive
 from petlbench.backbones.weights import asset, load_into, on_meta, read_tensors
 from petlbench.errors import UserError
 
@@ -129,7 +129,7 @@ class RetrievalHeads(Aligner):
         return self.log_scale.exp()
 
 
-class BEiT3(Backbone):
+class BEiT3(Backbone[BEiT3Config]):
     """Both modalities through one stack, `encoder`: text alone, an image alone, or both in one pass."""
 
     Config = BEiT3Config
@@ -152,6 +152,7 @@ class BEiT3(Backbone):
         },
     }
     abilities = frozenset({"embed", "fuse", "ground"})
+    pooled_mark = True
 
     def __init__(self, config: BEiT3Config) -> None:
         super().__init__()

@@ -30,6 +30,8 @@ class TwiceNormed(SubLayer):
     those of the first time.
     """
 
+    norm_twice = True
+
     def forward(self, x: Tensor, context: Pass, tap: frozenset[str] = frozenset()) -> tuple[Tensor, dict[str, Tensor]]:
         t, taps = super().forward(x, context, tap)
         return self.norm(t + x), taps

@@ -27,10 +27,9 @@ from petlbench.backbones import open_clip_models as models
 from petlbench.backbones.base import Backbone, BackboneConfig, Images, Texts, Tokens, decoding_pass, plain_tokens
 from petlbench.backbones.grids import whole_and_cells
 from petlbench.backbones.heads import Aligner
-from petlbench.backbones.language import causal
+from petlbench.backbones.masks import additive, causal
 from petlbench.backbones.open_clip_parts import ImageTower, Reader, TextTower, caption_decoder, image_tower, text_tower
 from petlbench.backbones.sites import IMAGE, TEXT
-from petlbench.backbones.vision import additive
 from petlbench.backbones.weights import asset, load_into, on_meta, read_tensors
 from petlbench.errors import UserError
 from petlbench.registry import did_you_mean
@@ -87,7 +86,7 @@ class History:
     ids: Tensor | None = None
 
 
-class Clip(Backbone):
+class Clip(Backbone[ClipConfig]):
     """Two towers. Image tokens are what leaves the image tower: the class token (marked, at the image's centre), then
     patches; of CoCa, the tokens that its captions attend to, behind the one that it compares (marked and masked).
 
@@ -170,7 +169,7 @@ class Clip(Backbone):
         self.logit_bias = model.logit_bias
         if "decode" in self.abilities:
             self.stacks["decoder"], self.own_heads["captioning+vqa+pairs"] = caption_decoder(model.text_decoder)
-        self.width, self.marked, self.drop = image.width, image.marked, image.drop
+        self.width, self.pooled_mark, self.drop = image.width, image.marked, image.drop
         self.pooling, self.causal = text.pooling, text.causal
         self.tower_eos, self.tower_pad = text.eos_id, text.pad_id
         self.max_text = int(model.context_length)
@@ -202,7 +201,7 @@ class Clip(Backbone):
         if stack.embedding_norm is not None:
             x = stack.embedding_norm(x)
         entering = plain_tokens(x, torch.ones_like(x[..., 0], dtype=torch.bool), IMAGE)
-        mark = torch.zeros_like(entering.mask[:, 0], dtype=torch.long) if self.marked else None
+        mark = torch.zeros_like(entering.mask[:, 0], dtype=torch.long) if self.pooled_mark else None
         context = entering.context(task=task, mark=mark)
         x, _ = stack.run(x, context)
         x, centres = x[:, self.drop :], centres[:, self.drop :]
@@ -212,7 +211,7 @@ class Clip(Backbone):
         mask = torch.ones_like(x[..., 0], dtype=torch.bool)
         if self.resampler is not None:
             mask[:, 0] = False  # captions attend to all but the token that is compared
-        mark = torch.zeros_like(mask[:, 0], dtype=torch.long) if self.marked else None
+        mark = torch.zeros_like(mask[:, 0], dtype=torch.long) if self.pooled_mark else None
         return plain_tokens(x, mask, IMAGE, positions=centres, mark=mark)
 
     def embed_text(self, texts: Texts, *, task: str | None = None) -> Tokens:

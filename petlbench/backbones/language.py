@@ -1,91 +1,24 @@
-"""Language models with an encoder and a decoder, as hosts of visual tokens: what BART and T5 share, and BART."""
+"""BART (Lewis et al., 2020) from transformers' modules, as a host of visual tokens."""
 
 from __future__ import annotations
-
-from abc import abstractmethod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BartConfig, BartModel
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from petlbench.backbones.base import Backbone, Texts, Tokens, decoding_pass, join, plain_tokens
+from petlbench.backbones.base import C, Texts, Tokens, plain_tokens
+from petlbench.backbones.encoder_decoder import EncoderDecoder
 from petlbench.backbones.library_models import enlarged, library_model
+from petlbench.backbones.masks import additive, causal
 from petlbench.backbones.sites import TEXT, Stack
 from petlbench.backbones.transformers_parts import bart_decoder_layer, bart_encoder_layer
-from petlbench.backbones.vision import additive
 
 FIXED = ("encoder_attention_heads", "decoder_attention_heads", "activation_function", "scale_embedding")  # of BART
 
 
-class EncoderDecoder(Backbone):
-    """Encoder input is text tokens, then visual tokens; the decoder attends to all of them."""
-
-    token_embedding: nn.Embedding
-    dropout: float
-
-    @abstractmethod
-    def encoder_bias(self, tokens: Tokens) -> Tensor | None:
-        """What the encoder's attention adds to its scores: (B or 1, heads or 1, N or 1, N)."""
-
-    @abstractmethod
-    def decoder_bias(self, ids: Tensor, step: int, dtype: torch.dtype) -> Tensor | None:
-        """What the decoder's self-attention adds for `ids` (B, T) after `step` earlier ones: (1, …, T, step + T)."""
-
-    def memory_bias(self, memory: Tokens) -> Tensor | None:
-        """What the decoder's cross-attention adds to its scores: (B, 1, 1, N)."""
-        return additive(memory.mask, memory.states.dtype)
-
-    @abstractmethod
-    def embed_decoder(self, ids: Tensor, step: int) -> Tensor:
-        """(B, T) -> (B, T, width): the decoder's input states for ids that follow `step` earlier ones."""
-
-    @abstractmethod
-    def logits(self, states: Tensor) -> Tensor:
-        """(…, width) -> (…, vocabulary): the output head is the embedding table."""
-
-    def leave(self, states: Tensor) -> Tensor:
-        """States as they come out of a stack -> as the rest of the model sees them."""
-        return states
-
-    def fuse(self, *parts: Tokens, task: str) -> Tokens:
-        tokens = join(parts)
-        context = tokens.context(task=task, bias=self.encoder_bias(tokens))
-        states = F.dropout(tokens.states, self.dropout, self.training)
-        states = self.leave(self.stack("encoder").run(states, context)[0])
-        return Tokens(states, tokens.mask, tokens.types, tokens.positions, tokens.segments)
-
-    def new_cache(self) -> EncoderDecoderCache:
-        return EncoderDecoderCache(DynamicCache(), DynamicCache())
-
-    def reorder_cache(self, cache: EncoderDecoderCache, index: Tensor) -> EncoderDecoderCache:
-        cache.reorder_cache(index)
-        return cache
-
-    def decode(self, memory: Tokens, ids: Tensor, cache: Any = None, *, task: str) -> tuple[Tensor, Any]:
-        step = 0 if cache is None else int(cache.get_seq_length())
-        biases = {"bias": self.decoder_bias(ids, step, memory.states.dtype), "memory_bias": self.memory_bias(memory)}
-        context = decoding_pass(ids, memory, task=task, step=step, cache=cache, **biases)
-        states, _ = self.stack("decoder").run(self.embed_decoder(ids, step), context)
-        return self.logits(self.leave(states)), cache
-
-    def word_table(self) -> Tensor:
-        return self.token_embedding.weight
-
-
-def causal(ids: Tensor, step: int, dtype: torch.dtype) -> Tensor | None:
-    """(1, 1, T, step + T): ids (B, T) see what is before them, and `step` earlier ones."""
-    length = ids.shape[1]
-    if length == 1:
-        return None  # one new token sees everything before it
-    blocked = torch.ones(length, step + length, dtype=torch.bool, device=ids.device).triu(step + 1)
-    return blocked[None, None].to(dtype) * torch.finfo(dtype).min
-
-
-class BartHost(EncoderDecoder):
-    """BART (Lewis et al., 2020) from transformers' modules; subclasses add how an image becomes tokens."""
+class BartHost(EncoderDecoder[C]):
+    """Subclasses add how an image becomes tokens."""
 
     def build_bart(self, config: BartConfig, *, source: str = "none", added_rows: int = 0) -> None:
         """Take a library model apart into token table, positions and stacks.

@@ -11,19 +11,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BartConfig
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.models.bart.modeling_bart import BartDecoderLayer, BartEncoderLayer, BartLearnedPositionalEmbedding
 
-from petlbench.backbones.base import Backbone, Images, Texts, Tokens, decoding_pass, halves, join
-from petlbench.backbones.grids import Placement
-from petlbench.backbones.language import bart_config, causal, initialise_bart
+from petlbench.backbones.base import Backbone, Images, Tokens, decoding_pass, halves, join
+from petlbench.backbones.language import bart_config, initialise_bart
+from petlbench.backbones.masks import additive, causal
 from petlbench.backbones.sites import IMAGE, TEXT, Stack
 from petlbench.backbones.transformers_parts import bart_decoder_layer, bart_encoder_layer
-from petlbench.backbones.vision import additive
+from petlbench.backbones.wrapper import Wrapper
 
 LAYERS = 2
 HEAD_WIDTH = 64  # at least, as far as the backbone is so wide
@@ -124,85 +123,41 @@ class Order(nn.Module):
         return first, second
 
 
-class Extended(Backbone):
-    """A backbone, adapted or not, with lent parts; everything else is its own."""
+class Extended(Wrapper):
+    """A backbone, adapted or not, with lent parts."""
 
     def __init__(self, inner: Backbone, parts: dict[str, nn.Module]) -> None:
-        super().__init__()
-        self.inner, self.lent = inner, nn.ModuleDict(parts)
+        super().__init__(inner)
+        self.lent = nn.ModuleDict(parts)
         self.abilities = inner.abilities | {ABILITIES[name] for name in parts}
-        self.config = getattr(inner, "config", None)
-        self.note, self.width, self.codec, self.max_text = inner.note, inner.width, inner.codec, inner.max_text
-        self.trains_heads = inner.trains_heads
-        self.fused_attention = inner.fused_attention
-
-    @property
-    def text_width(self) -> int:
-        return self.inner.text_width
-
-    def roles(self) -> tuple[str, ...]:
-        return self.inner.roles()
-
-    def stack(self, role: str) -> Stack:
-        return self.inner.stack(role)
-
-    def pretrained_head(self, task: str) -> dict[str, Tensor]:
-        return self.inner.pretrained_head(task)
-
-    def word_table(self) -> Tensor:
-        return self.inner.word_table()
-
-    def host_parameters(self) -> set[str]:
-        return {f"inner.{name}" for name in self.inner.host_parameters()}
-
-    def fixed_parameters(self) -> set[str]:
-        return {f"inner.{name}" for name in self.inner.fixed_parameters()}
-
-    def undecayed_parameters(self) -> set[str]:
-        return {f"inner.{name}" for name in self.inner.undecayed_parameters()}
 
     def head_parameters(self) -> set[str]:
-        return {f"lent.{name}" for name, _ in self.lent.named_parameters()}
-
-    def images(self, images: Sequence[Image]) -> Images:
-        return self.inner.images(images)
-
-    def images_placed(self, images: Sequence[Image], placements: Sequence[Placement]) -> Images:
-        return self.inner.images_placed(images, placements)
-
-    def texts(self, texts: Sequence[str], max_length: int) -> Texts:
-        return self.inner.texts(texts, max_length)
-
-    def embed_image(self, images: Images, *, task: str | None = None) -> Tokens:
-        return self.inner.embed_image(images, task=task)
+        return super().head_parameters() | {f"lent.{name}" for name, _ in self.lent.named_parameters()}
 
     def embed_pair(self, images: Images, *, task: str | None = None) -> tuple[Tokens, Tokens]:
         if "order" not in self.lent:
-            return self.inner.embed_pair(images, task=task)
+            return super().embed_pair(images, task=task)
         told: tuple[Tokens, Tokens] = self.lent["order"](halves(self.inner.embed_image(images, task=task)))
         return told
 
-    def embed_text(self, texts: Texts, *, task: str | None = None) -> Tokens:
-        return self.inner.embed_text(texts, task=task)
-
     def fuse(self, *parts: Tokens, task: str) -> Tokens:
         if "fusion" not in self.lent:
-            return self.inner.fuse(*parts, task=task)
+            return super().fuse(*parts, task=task)
         fused: Tokens = self.lent["fusion"]([self.inner.fuse(part, task=task) for part in parts], task)
         return fused
 
     def new_cache(self) -> Any:
         if "decoder" not in self.lent:
-            return self.inner.new_cache()
+            return super().new_cache()
         return EncoderDecoderCache(DynamicCache(), DynamicCache())
 
     def reorder_cache(self, cache: Any, index: Tensor) -> Any:
         if "decoder" not in self.lent:
-            return self.inner.reorder_cache(cache, index)
+            return super().reorder_cache(cache, index)
         cache.reorder_cache(index)
         return cache
 
     def decode(self, memory: Tokens, ids: Tensor, cache: Any = None, *, task: str) -> tuple[Tensor, Any]:
         if "decoder" not in self.lent:
-            return self.inner.decode(memory, ids, cache, task=task)
+            return super().decode(memory, ids, cache, task=task)
         return self.lent["decoder"](memory, ids, self.word_table(), cache, task), cache

@@ -175,6 +175,10 @@ class SubLayer(nn.Module):
     `core(x, context)` computes F; `drop` is the host's dropout or drop-path on the branch.
     """
 
+    # Traits, which the family declares where it is otherwise.
+    norm_twice: bool = False  # the residual input is added, and the norm applied, once more behind it
+    score_scale: float | None = None  # of attention's scores; None: 1 / sqrt(width of a head)
+
     def __init__(
         self,
         core: nn.Module,

@@ -9,23 +9,25 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import T5Config, T5Model
 
-from petlbench.backbones.base import Texts, Tokens, plain_tokens
-from petlbench.backbones.language import EncoderDecoder, causal
+from petlbench.backbones.base import C, Texts, Tokens, plain_tokens
+from petlbench.backbones.encoder_decoder import EncoderDecoder
 from petlbench.backbones.library_models import enlarged, library_model
+from petlbench.backbones.masks import HIDDEN, MEMORY_HIDDEN, additive, causal
 from petlbench.backbones.sites import TEXT, Segments, Stack
 from petlbench.backbones.transformers_parts import t5_decoder_layer, t5_encoder_layer
-from petlbench.backbones.vision import additive
 
-HIDDEN, MEMORY_HIDDEN = -1e4, -1e9  # what T5 adds to the scores of hidden keys: in self- and in cross-attention
 FIXED = ("num_heads", "d_kv", "feed_forward_proj", "relative_attention_max_distance", "layer_norm_epsilon")
 
 
-class T5Host(EncoderDecoder):
+class T5Host(EncoderDecoder[C]):
     """Distances count between text tokens only: a relative bias is added for their pairs, and zero for all others.
 
     Each stack computes it once per pass, from the one table that its first layer holds. Subclasses add how an image
     becomes tokens.
     """
+
+    initialisation = "t5"
+    norm_bias = False
 
     def build_t5(self, config: T5Config, *, source: str = "none", added_rows: int = 0, longest: int) -> None:
         """Take a library model apart into token table and stacks.

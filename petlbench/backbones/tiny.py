@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from petlbench.backbones.base import BackboneConfig, Images, Tokens, plain_tokens
 from petlbench.backbones.language import BartHost, bart_config
+from petlbench.backbones.masks import additive
 from petlbench.backbones.sites import IMAGE
 from petlbench.backbones.text import file_codec
-from petlbench.backbones.vision import ImageTokenizer, additive, preprocess, vision_stack
+from petlbench.backbones.vision import ImageTokenizer, preprocess, vision_stack
 from petlbench.backbones.weights import asset, load_into, read_tensors
 
 
@@ -50,7 +51,7 @@ class VisualProjection(nn.Module):
         return self.norm(self.linear(features))
 
 
-class Tiny(BartHost):
+class Tiny(BartHost[TinyConfig]):
     """A laboratory animal of a million parameters, pre-trained on scenes of shapes; no claim about the real world."""
 
     Config = TinyConfig

@@ -136,7 +136,10 @@ def _t5_sublayer(part: nn.Module, core: nn.Module, projections: dict[str, Projec
 
 
 def _t5_attention(part: nn.Module, attention: nn.Module, core: type[SelfAttention]) -> SubLayer:
-    return _t5_sublayer(part, core(attention), {name: Projection(attention, name) for name in ("q", "k", "v", "o")})
+    projections = {name: Projection(attention, name) for name in ("q", "k", "v", "o")}
+    sublayer = _t5_sublayer(part, core(attention), projections)
+    sublayer.score_scale = 1.0
+    return sublayer
 
 
 def _t5_ffn(part: nn.Module) -> SubLayer:

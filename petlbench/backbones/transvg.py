@@ -31,10 +31,10 @@ from petlbench.backbones.detr import (
 from petlbench.backbones.grids import Placement, cell_centres
 from petlbench.backbones.heads import Grounder
 from petlbench.backbones.library_models import DeferredCodec, model_files, place_of, quiet, readable, tokenizer_files
+from petlbench.backbones.masks import additive
 from petlbench.backbones.sites import IMAGE, TEXT, Pass
 from petlbench.backbones.text import LibraryCodec, file_codec
 from petlbench.backbones.transvg_weights import BERT_SIZES, DETR_SIZES, encoder_tensors, from_transvg
-from petlbench.backbones.vision import additive
 from petlbench.backbones.weights import asset, load_into, on_meta, read_tensors
 from petlbench.errors import UserError
 
@@ -121,7 +121,7 @@ class BoxHead(Grounder):
         return self.layers[-1](x).sigmoid()
 
 
-class TransVG(Backbone):
+class TransVG(Backbone[TransVGConfig]):
     """Image and text each through their own encoder, then both and a [REG] token through a fusion encoder.
 
     Images lie in the middle of a square canvas, whose side is the unit of boxes.

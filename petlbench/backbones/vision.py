@@ -96,13 +96,6 @@ class ImageTokenizer(nn.Module):
         return x, mask, (cell_centres(rows, columns).to(x) * STRIDE).expand(batch, -1, -1)
 
 
-def additive(mask: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """(B, N) True-is-real -> (B, 1, 1, N) additive attention bias; None when nothing is masked, which is faster."""
-    if not mask.is_meta and bool(mask.all()):
-        return None
-    return (~mask)[:, None, None, :].to(dtype) * torch.finfo(dtype).min
-
-
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)

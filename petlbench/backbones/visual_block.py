@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from PIL.Image import Image
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from petlbench.backbones.base import BackboneConfig, Images, Tokens, plain_tokens
+from petlbench.backbones.encoder_decoder import EncoderDecoder
 from petlbench.backbones.grid_features import GridFeatures
-from petlbench.backbones.language import EncoderDecoder
 from petlbench.backbones.library_models import PUBLISHED, DeferredCodec, library_codec, model_files, tokenizer_files
 from petlbench.backbones.sites import IMAGE
 from petlbench.backbones.weights import asset, load_into, read_tensors
@@ -144,12 +144,14 @@ class VisualBlock(nn.Module):
         return (states + which + order).flatten(1, 2)
 
 
-class GridVision(EncoderDecoder):
+G = TypeVar("G", bound=GridTextConfig)
+
+
+class GridVision(EncoderDecoder[G]):
     """An encoder-decoder that reads images as grid features; subclasses say which language model."""
 
     abilities = frozenset({"embed", "fuse", "decode", "ground", "pair"})
     starts_from_pad: ClassVar[bool] = False  # decoding does, else from the end token
-    config: GridTextConfig
 
     def build_vision(self, norm: Callable[[int], nn.Module]) -> None:
         """The frozen CNN, the visual block, as torch draws it, and the codec."""
@@ -171,7 +173,7 @@ class GridVision(EncoderDecoder):
             load_into(self, read_tensors(path), path.name, optional=elsewhere)
 
     @classmethod
-    def files(cls, config: Any) -> list[Path]:
+    def files(cls, config: G) -> list[Path]:
         whole = config.whole()
         found = GridFeatures.files(config.cnn, config.part(config.vision_weights))
         found += [*model_files(config.text_source()), *tokenizer_files(config.tokenizer_source())]

@@ -28,7 +28,7 @@ class VLBartConfig(GridTextConfig):
     language: str = Field("facebook/bart-base", description="the published language model: a hub name")
 
 
-class VLBart(GridVision, BartHost):
+class VLBart(GridVision[VLBartConfig], BartHost[VLBartConfig]):
     """Text with learned positions and the embedding norm, then visual tokens with neither; post-norm layers."""
 
     Config = VLBartConfig

@@ -31,7 +31,7 @@ class VLT5Config(GridTextConfig):
     language: str = Field("google-t5/t5-base", description="the published language model: a hub name")
 
 
-class VLT5(GridVision, T5Host):
+class VLT5(GridVision[VLT5Config], T5Host[VLT5Config]):
     """Text with relative positions among its own tokens, then visual tokens without; pre-norm layers."""
 
     Config = VLT5Config

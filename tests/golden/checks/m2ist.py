@@ -18,9 +18,9 @@ from transformers.models.bert.modeling_bert import BertLayer
 from petlbench.backbones.base import Backbone, Tokens, plain_tokens
 from petlbench.backbones.bert import bert_config, bert_layer
 from petlbench.backbones.detr import detr_stack, sine_positions
+from petlbench.backbones.masks import additive
 from petlbench.backbones.sites import IMAGE, TEXT, Pass, Stack
 from petlbench.backbones.transvg import BoxHead, TransVG, TransVGConfig
-from petlbench.backbones.vision import additive
 from petlbench.metrics.boxes import acc_at, iou_cxcywh
 from tests.backbone_factory import Bare
 from tests.golden.arrays import SINGLE, TOLERANCE, Arrays, Difference, difference

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from petlbench.backbones.base import Backbone, Images, Texts, Tokens
 from petlbench.backbones.beit3 import BEiT3
 from petlbench.backbones.beit3_weights import UNUSED, resized_positions
+from petlbench.backbones.masks import additive
 from petlbench.backbones.multiway import multiway_stack
 from petlbench.backbones.sites import IMAGE, TEXT, Layer, Pass, Segments
-from petlbench.backbones.vision import additive
 from petlbench.metrics.recall import recall
 from petlbench.spec import Recipe
 from petlbench.training import rate

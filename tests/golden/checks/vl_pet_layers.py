@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.models.bart.modeling_bart import BartDecoderLayer, BartEncoderLayer
 from transformers.models.t5.modeling_t5 import T5Block
 
-from petlbench.backbones.language import causal
+from petlbench.backbones.masks import additive, causal
 from petlbench.backbones.sites import Layer, Pass, Stack, Taps
 from petlbench.backbones.t5 import t5_config
 from petlbench.backbones.transformers_parts import (
@@ -21,7 +21,6 @@ from petlbench.backbones.transformers_parts import (
     t5_decoder_layer,
     t5_encoder_layer,
 )
-from petlbench.backbones.vision import additive
 from tests.backbone_factory import Bare, bart_config
 from tests.golden.arrays import Arrays, Difference, difference
 from tests.golden.checks.vl_pet_models import (
