@@ -33,7 +33,7 @@ class AdaptFormerConfig(BottleneckConfig):
     init: Init = "zero"
 
 
-class AdaptFormer(BottleneckMethod):
+class AdaptFormer(BottleneckMethod[AdaptFormerConfig]):
     """y = x + drop(h) + s ( U drop_q( relu( D x + b_D ) ) + b_U ) beside every FFN; x its residual input, not normed.
 
     The branch is outside host dropout and drop-path; s = 0.1 multiplies b_U too; in a post-norm host the norm follows

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -17,6 +15,8 @@ from petlbench.backbones.base import Backbone
 from petlbench.backbones.sites import Parallel, Projection, Stack
 from petlbench.method import About, Method, StackedConfig
 from petlbench.registry import did_you_mean
+
+from .peft_library import FITTED, Sizes, library, quietly
 
 NAME = "default"  # of the one adapter in each of peft's layers
 NORMS = "ln_tuning"  # the type that goes into norms instead of projections
@@ -60,84 +60,6 @@ class Target:
         module = getattr(self.owner, self.name)
         assert isinstance(module, nn.Module)
         return module
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Shapes (in, out) of all projections that are adapted; a type's default sizes are made to fit them."""
-
-    shapes: Sequence[tuple[int, int]]
-
-    @property
-    def entries(self) -> int:
-        """Of the smallest weight."""
-        return min(d_in * d_out for d_in, d_out in self.shapes)
-
-    def rank(self, largest: int) -> int:
-        """`largest`, but at most a quarter of the narrowest width."""
-        return min(largest, max(1, min(map(min, self.shapes)) // 4))
-
-    def block(self, largest: int) -> int:
-        """The largest size that divides `largest` and every width."""
-        return math.gcd(largest, *(width for shape in self.shapes for width in shape))
-
-
-def _spectral(largest: int, sizes: Sizes) -> int:
-    return min(largest, max(1, sizes.entries // 64))
-
-
-def _fourier(sizes: Sizes) -> dict[str, Any]:
-    """The authors' 1000 frequencies at scale 150 belong to width 768: the update must keep its size beside a weight's
-    1 / sqrt(width)."""
-    count = _spectral(1000, sizes)
-    return {"n_frequency": count, "scaling": 150 * (sizes.entries / 768**2) ** 0.75 * math.sqrt(1000 / count)}
-
-
-# Options whose defaults in peft are for widths of 768 and more. AdaLoRA's schedule needs a call in each step: none.
-FITTED: Mapping[str, Callable[[Sizes], dict[str, Any]]] = {
-    "adalora": lambda sizes: {"init_r": sizes.rank(8), "target_r": sizes.rank(8), "total_step": 1},
-    "adamss": lambda sizes: {"r": sizes.rank(100)},
-    "c3a": lambda sizes: {"block_size": sizes.block(256)},
-    "fourierft": _fourier,
-    "gralora": lambda sizes: {"r": 2 * max(1, sizes.rank(32) // 2)},
-    "hira": lambda sizes: {"r": sizes.rank(32)},
-    "lily": lambda sizes: {"r": sizes.rank(32)},
-    "miss": lambda sizes: {"r": sizes.block(64)},
-    "oft": lambda sizes: {"oft_block_size": sizes.block(32)},
-    "peanut": lambda sizes: {"r": sizes.rank(32)},
-    "psoft": lambda sizes: {"r": sizes.rank(32)},
-    "randlora": lambda sizes: {"r": sizes.rank(32)},
-    "road": lambda sizes: {"group_size": sizes.block(64)},
-    "vblora": lambda sizes: {"vector_length": sizes.block(256)},
-    "waveft": lambda sizes: {"n_frequency": _spectral(2592, sizes)},
-}
-
-
-def library(kind: str) -> tuple[Any, Any]:
-    """peft's classes of configuration and tuner for a type. Raises ValueError where it is not installed, or too old."""
-    try:
-        import peft
-        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-    except ImportError as error:
-        raise ValueError(f"the library peft cannot be imported ({error}): `pip install peft`") from error
-    if kind.upper() not in PEFT_TYPE_TO_TUNER_MAPPING:
-        raise ValueError(f"the installed peft {peft.__version__} has no type '{kind}': upgrade it")
-    config: Any = PEFT_TYPE_TO_CONFIG_MAPPING[kind.upper()]  # type: ignore[index]
-    return config, PEFT_TYPE_TO_TUNER_MAPPING[kind.upper()]  # type: ignore[index]
-
-
-def quietly(make: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """What `make` gives, without peft's warnings. Raises ValueError, in one line, for sizes and values that it refuses
-    or would silently change."""
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        try:
-            made = make(*args, **options)
-        except Exception as error:  # somebody else's code may raise anything
-            raise ValueError(f"peft says: {' '.join(str(error).split()) or type(error).__name__}") from error
-    if changed := [str(one.message) for one in said if "Adjusted" in str(one.message)]:
-        raise ValueError(f"peft says: {' '.join(changed[0].split())}; give a size that divides")
-    return made
 
 
 class PeftConfig(StackedConfig):

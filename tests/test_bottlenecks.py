@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 import torch
 from petlbench.methods.adaptformer import AdaptFormer
-from petlbench.methods.bottlenecks import BottleneckMethod, Houlsby, ParallelAdapter, Pfeiffer
+from petlbench.methods.bottlenecks import BottleneckMethod
+from petlbench.methods.houlsby import Houlsby
+from petlbench.methods.parallel import ParallelAdapter
+from petlbench.methods.pfeiffer import Pfeiffer
 from pydantic import ValidationError
 from torch import Tensor, nn
 

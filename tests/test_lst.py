@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from petlbench.methods.lora import LoRA
-from petlbench.methods.lst import LST, LadderStack, LSTConfig, SideTuned, side_parts
-from petlbench.methods.lst_network import SideStack
-from petlbench.methods.lst_pruning import fisher, left, parts, pruned, selected
+from petlbench.methods.lst.method import LST, LadderStack, LSTConfig, SideTuned, side_parts
+from petlbench.methods.lst.network import SideStack
+from petlbench.methods.lst.pruning import fisher, left, parts, pruned, selected
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from petlbench.methods.m2ist import M2IST, M2ISTConfig
-from petlbench.methods.m2ist_ladder import Crossing, Ladder, SideTokens
-from petlbench.methods.m2ist_side import SideStack, paired_layers
+from petlbench.methods.m2ist.ladder import Crossing, Ladder, SideTokens
+from petlbench.methods.m2ist.method import M2IST, M2ISTConfig
+from petlbench.methods.m2ist.side import SideStack, paired_layers
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.bart.modeling_bart import BartEncoderLayer

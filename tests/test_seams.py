@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from petlbench.methods.lora import LoRA
-from petlbench.methods.lst import LST
-from petlbench.methods.m2ist import M2IST
+from petlbench.methods.lst.method import LST
+from petlbench.methods.m2ist.method import M2IST
 from petlbench.methods.prompt import Prompt
 from petlbench.methods.selective import BitFit, Full
 from petlbench.methods.vl_adapter import VLAdapter

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from petlbench.methods.lst import LST
-from petlbench.methods.m2ist import M2IST
+from petlbench.methods.lst.method import LST
+from petlbench.methods.m2ist.method import M2IST
 from petlbench.methods.prompt import Prompt
 from torch import nn
 

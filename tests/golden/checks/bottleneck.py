@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 from petlbench.methods.adaptformer import AdaptFormer, AdaptFormerConfig
-from petlbench.methods.bottlenecks import Houlsby, HubLayer, ParallelAdapter, Pfeiffer
+from petlbench.methods.bottlenecks import HubLayer
+from petlbench.methods.houlsby import Houlsby
+from petlbench.methods.parallel import ParallelAdapter
+from petlbench.methods.pfeiffer import Pfeiffer
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from petlbench.methods.lst import LST, LadderStack, LSTConfig, SideTuned
-from petlbench.methods.lst_pruning import fisher, parts, pruned
+from petlbench.methods.lst.method import LST, LadderStack, LSTConfig, SideTuned
+from petlbench.methods.lst.pruning import fisher, parts, pruned
 from torch import Tensor, nn
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertLayer

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from petlbench.methods.m2ist import M2IST, M2ISTConfig
-from petlbench.methods.m2ist_side import Adapters, SideStack, paired_layers
+from petlbench.methods.m2ist.method import M2IST, M2ISTConfig
+from petlbench.methods.m2ist.side import Adapters, SideStack, paired_layers
 from petlbench.tasks.rec import corners, generalised_iou
 from PIL import Image
 from torch import Tensor, nn

@@ -13,8 +13,8 @@ from petlbench.backbones.base import Tokens, decoding_pass, join
 from petlbench.backbones.encoder_decoder import EncoderDecoder
 from petlbench.backbones.wrapper import Wrapper
 
-from .layers import start_at_zero
-from .m2ist_side import SideStack
+from ..layers import start_at_zero
+from .side import SideStack
 
 KeysValues = tuple[Tensor, Tensor]
 

@@ -20,9 +20,9 @@ from petlbench.backbones.weights import asset, read_tensors
 from petlbench.backbones.wrapper import Wrapper
 from petlbench.method import About, Knob, Method, MethodConfig, place
 
-from .layers import draw_like_bart
-from .lst_network import SideCache, SideStack, divided, frozen_states
-from .lst_pruning import ROLES, layer_parts, left, parts, pruned
+from ..layers import draw_like_bart
+from .network import SideCache, SideStack, divided, frozen_states
+from .pruning import ROLES, layer_parts, left, parts, pruned
 
 
 class LSTConfig(MethodConfig):
@@ -39,7 +39,7 @@ class LSTConfig(MethodConfig):
     )
     importance: str = Field(
         "weights",
-        description="what pruning keeps the largest of: `weights`, or a safetensors file made by `lst_pruning.fisher`",
+        description="what pruning keeps the largest of: `weights`, or a safetensors file made by `pruning.fisher`",
     )
     pruning_steps: int = Field(1, gt=0, description="prune at once (the authors' v2), or in so many steps (v5: 10)")
 
@@ -195,7 +195,7 @@ class LST(Method[LSTConfig]):
     Beside an encoder-decoder (the authors' CLIP-T5): the frozen encoder sees text alone, the side encoder text and
     image, whose rows get no ladder; the side decoder attends to the side encoder, the frozen one to the frozen; a final
     norm of its own where the host has one; the head is the host's. D_in, D_l, W_up as torch draws linear layers, alpha
-    0, side layers pruned from the host's weights (`lst_pruning`). No gradient enters the backbone. Beside any other
+    0, side layers pruned from the host's weights (`pruning`). No gradient enters the backbone. Beside any other
     stack (the authors' CLIP-ViL, one stream of post-norm layers): ladders for all tokens, no bias in D_in, D_l, W_up,
     all drawn N(0, 0.02^2).
 

@@ -15,9 +15,9 @@ from petlbench.backbones.encoder_decoder import encodes_and_decodes
 from petlbench.backbones.sites import Stack
 from petlbench.method import About, Knob, Method, MethodConfig, place
 
-from .layers import REC_RECIPE, draw_like_bart, reduced, start_at_zero
-from .m2ist_ladder import Crossing, Ladder
-from .m2ist_side import Kind, Pairing, Side, SideStack, Sizes, paired_layers
+from ..layers import REC_RECIPE, draw_like_bart, reduced, start_at_zero
+from .ladder import Crossing, Ladder
+from .side import Kind, Pairing, Side, SideStack, Sizes, paired_layers
 
 ROLES: dict[str, tuple[Kind, ...]] = {  # the kinds of tokens in the stacks that can be paired
     "vision": ("image",),

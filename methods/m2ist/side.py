@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from petlbench.backbones.sites import IMAGE, TEXT, Pass, Place, Segments, Site, Stack, Taps, by_kind
 
-from .layers import Bottleneck
+from ..layers import Bottleneck
 
 Kind = Literal["text", "image"]
 KINDS: dict[int, Kind] = {TEXT: "text", IMAGE: "image"}

@@ -1,0 +1,43 @@
+"""The parallel adapter (He et al., ICLR 2022)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from petlbench.backbones.sites import SubLayer
+from petlbench.method import About, Knob
+
+from .bottlenecks import BottleneckConfig, BottleneckMethod, HubLayer, Init, ParallelLayer, Reduction, Scale
+
+
+class ParallelConfig(BottleneckConfig):
+    """Sizes, scale and initial values; the defaults are the adapters library's `par_bn`."""
+
+    reduction: Reduction = 2
+    scale: Scale = 4.0
+    init: Init = "zero"
+
+
+class ParallelAdapter(BottleneckMethod[ParallelConfig]):
+    """Beside the feed-forward network, z = drop(h): u = z + s (U relu(D x + b_D) + b_U), x its residual input.
+
+    He et al., "Towards a Unified View of Parameter-Efficient Transfer Learning" (ICLR 2022), as the adapters library
+    has it: s = 4, rank d/2; identity at the start. `scaled`: s is one number that is learned, from 1 on. Rates as for
+    `houlsby`.
+    """
+
+    Config = ParallelConfig
+    about = About(
+        paper="He et al., ICLR 2022",
+        trains="bottlenecks beside FFN; scaled: one scale each",
+        verified="adapters library: layers, gradients, counts",
+    )
+    variants: ClassVar[dict[str, dict[str, Any]]] = {"fixed": {}, "scaled": {"scale": "learned"}}
+    knob = Knob("reduction", (48, 24, 12, 8, 4, 2))
+
+    def __init__(self, config: ParallelConfig | None = None) -> None:
+        super().__init__(config)
+        self.identity = self.config.init == "zero"
+
+    def layer(self, sublayer: SubLayer) -> HubLayer:
+        return ParallelLayer(sublayer.width, self.config)
