@@ -11,11 +11,12 @@ from datasets import Dataset, Features, Value
 from PIL import Image
 from PIL.Image import Image as Picture
 
-from petlbench.datasets import images
+from petlbench.datasets import files, images
 from petlbench.datasets.files import FilesConfig, FileSource, held_out
 from petlbench.datasets.reader import Choice, Part, Reader, Skips
 from petlbench.errors import UserError
 from petlbench.registry import DATASETS, TASKS
+from petlbench.source_code import Closure
 from tests.miniatures import picture
 
 
@@ -187,14 +188,56 @@ def test_a_cache_that_cannot_be_written_costs_only_time(root: Path, monkeypatch:
     assert len(listed(root).load("rec", "test")) == 3
 
 
-def test_the_fingerprint_follows_content_options_and_missing_images_but_not_the_place(root: Path) -> None:
+def test_the_fingerprint_follows_content_and_missing_images_but_not_the_place(root: Path) -> None:
     before = listed(root).fingerprint("rec")
     moved = root.rename(root.parent / "elsewhere")
-    assert listed(moved).fingerprint("rec") == before != listed(moved, skip_broken=True).fingerprint("rec")
+    for options in ({}, {"skip_broken": True}, {"layout": "lines"}, {"hub": str(moved)}):
+        assert listed(moved, **options).fingerprint("rec") == before
+    assert listed(moved, columns={"image": "picture"}).fingerprint("rec") != before
+    found = [before]
     (moved / "pictures/test/b.png").unlink()
-    without = listed(moved).fingerprint("rec")
+    found.append(listed(moved).fingerprint("rec"))
+    assert listed(moved, skip_broken=True).fingerprint("rec") == found[-1]
+    (moved / "pictures/test/c.png").write_bytes(b"no picture")
+    found.append(listed(moved, skip_broken=True).fingerprint("rec"))
     (moved / "testA.txt").write_text("test/a.png")
-    assert len({before, without, listed(moved).fingerprint("rec")}) == 3
+    found.append(listed(moved).fingerprint("rec"))
+    assert len(set(found)) == 4
+
+
+def test_the_fingerprint_follows_what_splits_are_made_of(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = listed(root).fingerprint("rec")
+    choices = {"train": Choice(("train",)), "validation": Choice(("testA",)), "test": Choice(("testB",))}
+    monkeypatch.setattr(Listed, "choice", lambda self, task, split: choices[split])
+    assert listed(root).fingerprint("rec") != before
+
+
+def test_code_decides_what_is_kept_and_not_which_data_it_is(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, key = listed(root).fingerprint("rec"), listed(root)._key("rec", "train")
+    assert Lines.readings == ["train", "testA", "testB"]
+    real = files.closure_of
+
+    def another(kind: type) -> Closure | None:
+        found = real(kind)
+        return Closure(found.definitions, "another") if found and kind is Lines else found
+
+    monkeypatch.setattr(files, "closure_of", another)
+    assert listed(root).fingerprint("rec") == data and listed(root)._key("rec", "train") != key
+    assert Lines.readings == ["train", "testA", "testB"] * 2
+
+
+def test_rows_read_by_code_that_is_in_no_file_are_not_kept(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Listed, "__module__", "__main__")
+    for _ in range(2):
+        assert len(listed(root).load("rec", "test")) == 3
+    assert Lines.readings == ["testA", "testB"] * 2 and not (root.parent / "cache/tables").exists()
+
+
+def test_tables_of_files_with_other_names_are_kept_apart(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = listed(root)._key("rec", "testA")
+    (root / "testA.txt").rename(root / "renamed.txt")
+    monkeypatch.setattr(Lines, "files", lambda self, task, part: [self.root / "renamed.txt"])
+    assert listed(root)._key("rec", "testA") != key
 
 
 @pytest.mark.parametrize(

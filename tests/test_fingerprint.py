@@ -2,150 +2,81 @@
 
 from __future__ import annotations
 
-import ast
-import importlib
+import importlib.util
+import inspect
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 
 from petlbench import fingerprint
+from petlbench.datasets.files import FileSource
+from petlbench.datasets.gqa import GQA, GQAConfig
 from petlbench.errors import UserError
 from petlbench.fingerprint import changed, closure, code_fingerprints, fingerprints
 from petlbench.registry import BACKBONES, DATASETS, METHODS, TASKS, Registry
-from petlbench.spec import Cell
+from petlbench.source_code import closure_of, digest_of, of
+from petlbench.source_names import Definition
+from petlbench.source_silence import is_silent
+from petlbench.spec import Cell, Recipe
 from petlbench.states import fingerprints_of
 
+from .code_kit import forget, write
 from .record_factory import make_record
+from .test_gqa import miniature
 from .test_registry import install
 
 CELL = Cell(method="lora", task="captioning", dataset="digits", backbone="tiny")
 PARTS = {"method", "task", "metric", "backbone", "source", "training"}
+REGISTRIES: dict[str, Registry[Any]] = {"method": METHODS, "task": TASKS, "dataset": DATASETS, "backbone": BACKBONES}
+SMALL = {"train_scenes": 24, "validation_scenes": 12, "test_scenes": 12}
 FILES = {
-    "__init__.py": "",
-    "method.py": "import torch\nfrom .layers import Bottleneck\nclass Mine:\n    pass\n",
-    "layers.py": "from fpkit import sizes\nclass Bottleneck:\n    width = sizes.WIDTH\n",
-    "sizes.py": "WIDTH = 8\n",
-    "other.py": "class Other:\n    pass\n",
+    "method": "import torch\nfrom .layers import Bottleneck\nclass Mine(Bottleneck):\n    pass\n",
+    "layers": "from fpkit import sizes\nclass Bottleneck:\n    width = sizes.WIDTH\n",
+    "sizes": "WIDTH = 8\n",
+    "other": "class Other:\n    pass\n",
 }
 
-Code = tuple[tuple[str, str], ...]
-Kit = Callable[..., dict[str, Code]]
-
-
-def forget() -> None:
-    for cached in (fingerprint.closure, fingerprint._module, fingerprint.place_of):
-        cached.cache_clear()
-    importlib.invalidate_caches()
+Kit = Callable[..., None]
 
 
 @pytest.fixture
 def kit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kit:
-    """A third party's package of two methods. Call it with changed files for what each then consists of."""
+    """A third party's package of two methods. Call it with changed files."""
     points = {"mine": "fpkit.method:Mine", "other": "fpkit.other:Other"}
     install(tmp_path, "fp-kit", points, {}, group="petlbench.methods")
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "fpkit").mkdir()
-
-    def code(**files: str) -> dict[str, Code]:
-        for name, source in {**FILES, **{f"{name}.py": source for name, source in files.items()}}.items():
-            path = tmp_path / "fpkit" / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(source)
-        forget()
-        return {name: closure(METHODS.target(name).partition(":")[0]) for name in points}
-
-    return code
+    return lambda **files: write(tmp_path / "fpkit", {**FILES, **files})
 
 
-@pytest.mark.parametrize(
-    ("name", "source"),
-    [
-        ("sizes", "# how wide\nWIDTH=(  8\n)"),
-        ("sizes", '"""Sizes."""\n\nWIDTH = 8\n"""Of the bottleneck."""\n'),
-        ("method", 'import torch\nfrom .layers import (\n    Bottleneck,\n)\nclass Mine:\n    """Mine."""\n'),
-        ("other", "class Other:\n    x = 1\n"),
-    ],
-)
-def test_comments_docstrings_formatting_and_other_modules_leave_a_digest(kit: Kit, name: str, source: str) -> None:
-    assert kit()["mine"] == kit(**{name: source})["mine"]
+def cell(**names: str) -> Cell:
+    return CELL.model_copy(update=names)
 
 
-@pytest.mark.parametrize(
-    ("name", "source"),
-    [
-        ("sizes", "WIDTH = 9\n"),
-        ("sizes", "WIDTH = 8.0\n"),
-        ("sizes", "WIDTH = '8'\n"),
-        ("layers", FILES["layers.py"].replace("width", "height")),
-        ("layers", FILES["layers.py"] + "    def f(self, x: int = 3) -> int:\n        return x\n"),
-        ("__init__", "import os\n"),
-    ],
-)
-def test_a_change_two_imports_away_changes_that_method_alone(kit: Kit, name: str, source: str) -> None:
-    before, after = kit(), kit(**{name: source})
-    assert before["mine"] != after["mine"]
-    assert (before["other"] == after["other"]) is (name != "__init__")
-
-
-@pytest.mark.parametrize(
-    ("statement", "followed"),
-    [
-        ("from . import hidden", True),
-        ("from .hidden import X", True),
-        ("import fpkit.hidden", True),
-        ("from fpkit import hidden as h", True),
-        ("def f():\n    from .hidden import X", True),
-        ("try:\n    from .hidden import X\nexcept ImportError:\n    X = 0", True),
-        ("from .deep.below import Y", True),
-        ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .hidden import X", False),
-        ("import typing\nif typing.TYPE_CHECKING:\n    from .hidden import X", False),
-        ("if TYPE_CHECKING:\n    pass\nelse:\n    from .hidden import X", True),
-        ("if not TYPE_CHECKING:\n    from .hidden import X", True),
-        ("from ..hidden import X", False),
-        ("from .nowhere import X", False),
-        ("import hidden", False),
-    ],
-)
-def test_an_import_is_followed_where_it_runs(kit: Kit, statement: str, followed: bool) -> None:
-    deep = {"deep/__init__": "", "deep/below": "from ..hidden import X as Y\n"}
-    code = [kit(layers=statement + "\n", hidden=f"X = {value}\n", **deep)["mine"] for value in (1, 2)]
-    assert (code[0] != code[1]) is followed
+def stale(before: dict[str, str], after: dict[str, str]) -> set[str]:
+    return {part for part in PARTS if before[part] != after[part]}
 
 
 def test_only_the_method_differs_between_cells_of_two_methods(kit: Kit) -> None:
     kit()
-    mine, other, same = (code_fingerprints(CELL.model_copy(update={"method": m})) for m in ("mine", "other", "mine"))
-    assert mine == same
-    assert {part for part in PARTS if mine[part] != other[part]} == {"method"}
+    mine, other, same = (code_fingerprints(cell(method=name)) for name in ("mine", "other", "mine"))
+    assert mine == same and stale(mine, other) == {"method"}
     kit(sizes="WIDTH = 9\n")
-    later = code_fingerprints(CELL.model_copy(update={"method": "mine"}))
-    assert {part for part in PARTS if mine[part] != later[part]} == {"method"}
+    assert stale(mine, code_fingerprints(cell(method="mine"))) == {"method"}
+    assert code_fingerprints(cell(method="other")) == other
 
 
-def test_a_nested_namespace_package_is_followed(kit: Kit) -> None:
-    code = [kit(layers="from .bare import x\n", **{"bare/x": f"X = {value}\n"})["mine"] for value in (1, 2)]
-    assert code[0] != code[1]
-
-
-def test_a_plugin_depends_on_the_core_that_it_imports(kit: Kit) -> None:
-    kit(layers="from petlbench.method import Method\n")
-    names = {name for name, _ in closure("fpkit.method")}
-    assert {"fpkit.layers", "petlbench.method", "petlbench.backbones.sites"} <= names
-    assert not {"fpkit.other", "torch", "petlbench.runner"} & names
-
-
-@pytest.mark.parametrize("source", ["def f(:\n", "x = '\0'\n", "\xff\n"])
-def test_a_plugin_that_is_no_python_is_named_with_its_file(kit: Kit, tmp_path: Path, source: str) -> None:
-    kit()
-    (tmp_path / "fpkit" / "layers.py").write_bytes(source.encode("latin-1"))
-    forget()
-    with pytest.raises(UserError) as caught:
-        closure("fpkit.method")
-    assert str(caught.value).startswith(str(tmp_path / "fpkit" / "layers.py")) and "\n" not in str(caught.value)
+def test_a_plugin_depends_on_the_core_that_it_uses(kit: Kit) -> None:
+    kit(layers="from petlbench.method import Method\nclass Bottleneck(Method): pass")
+    names = set(closure("fpkit.method:Mine").names)
+    assert {"fpkit.layers:Bottleneck", "petlbench.method:Method"} <= names
+    assert not {name.partition(":")[0] for name in names} & {"fpkit.other", "torch", "petlbench.runner"}
 
 
 def test_a_plugin_without_its_module_and_an_unknown_method_are_named(kit: Kit, tmp_path: Path) -> None:
@@ -153,39 +84,244 @@ def test_a_plugin_without_its_module_and_an_unknown_method_are_named(kit: Kit, t
     (tmp_path / "fpkit" / "method.py").unlink()
     forget()
     with pytest.raises(UserError, match=r"module fpkit\.method"):
-        code_fingerprints(CELL.model_copy(update={"method": "mine"}))
+        code_fingerprints(cell(method="mine"))
     with pytest.raises(UserError, match="did you mean 'lora'"):
-        code_fingerprints(CELL.model_copy(update={"method": "lorra"}))
+        code_fingerprints(cell(method="lorra"))
 
 
-def test_a_digest_is_the_same_on_every_python() -> None:
-    """Python 3.12 parses f-strings anew, and later versions add fields to nodes; the digest is fixed here for all."""
-    source = r"""
-x = 3; w = 5; u = u"text"; big = 1e400, 1j, b"\xff", "\ue000\U0001fae8", ...
-a = f"a{{b}}{x!r:>{w}}" "tail" f"{x=}" f"{x = :>4}" "b" f"{{" rf"\d{x}\{x}" f"{x:%Y}" f"" "" f"{x}" ""
-def f(a, /, *rest, b=None, **k) -> "int":
-    match a:
-        case {"x": 1, **r} if r: return None
-        case [1, *_] | None: return {**k, "b": [lambda: (yield), *rest]}
-"""
-    assert fingerprint._digest(fingerprint._normalised(ast.parse(source))) == "116b6cb011a31b26"
+class Tree:
+    """A copy of petlbench's own source that is read in its place, to be edited."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "petlbench"
+        for name in ("petlbench", "petlbench.methods", "petlbench.tasks"):
+            found = importlib.util.find_spec(name)
+            assert found is not None and found.submodule_search_locations
+            place = folder / name.replace(".", "/")
+            for path in Path(found.submodule_search_locations[0]).rglob("*.py"):
+                copy = place / path.relative_to(found.submodule_search_locations[0])
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
+
+    def edit(self, name: str, old: str, new: str) -> None:
+        path = self.folder / f"{name}.py"
+        source = path.read_text()
+        assert old in source
+        path.write_text(source.replace(old, new))
+        forget()
+
+    def rename(self, old: str, new: str) -> None:
+        """A name, wherever it stands."""
+        found = 0
+        for path in self.folder.rglob("*.py"):
+            source = path.read_text()
+            found += source.count(old)
+            path.write_text(source.replace(old, new))
+        assert found > 1
+        forget()
 
 
-def test_a_sum_of_many_terms_is_no_error() -> None:
-    assert list(fingerprint._normalised(ast.parse("x = " + " + ".join(["1"] * 2000))))
+@pytest.fixture(scope="module")
+def before() -> dict[str, str]:
+    """The fingerprints of the code as it is."""
+    forget()
+    return code_fingerprints(CELL)
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tree]:
+    made = Tree(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    forget()
+    yield made
+    monkeypatch.undo()
+    forget()
+
+
+EDITS = {
+    "a method": ("methods/lora", "self.scale * (", "-self.scale * (", {"method"}),
+    "a part of a method": (
+        "methods/per_task",
+        "make() for task in tasks",
+        "make() for task in tasks if task",
+        {"method"},
+    ),
+    "a task": ("tasks/captioning", "rng.integers(len(", "rng.integers(1 + len(", {"task"}),
+    "a metric": ("metrics/cider", "SIGMA = 6.0", "SIGMA = 7.0", {"task", "metric"}),
+    "a loss": ("losses", 'reduction="none"', 'reduction="mean"', {"task"}),
+    "a loader": ("datasets/scenes", "QUESTIONS_PER_SCENE = 2", "QUESTIONS_PER_SCENE = 3", {"source"}),
+    "the loop": ("training", "else 0.1", "else 0.2", {"training"}),
+    "the optimizer": ("optimizers", "value=-size", "value=-2 * size", {"training"}),
+    "a backbone's part": ("backbones/vision", "std=0.02", "std=0.03", {"backbone"}),
+    "a schema": ("datasets/schemas", '"captions": List(', '"captions": list(', {"task", "source"}),
+}
+SILENT_EDITS = [
+    ("records", "choose another folder", "take another"),
+    ("registry", "did you mean", "perhaps"),
+    ("units", ":.3g", ":.4g"),
+    ("visual", "LINE_PIXELS = 17", "LINE_PIXELS = 18"),
+    ("training", '"""The share', '"""Part'),
+    ("training", "fallen", "sunk"),
+    ("methods/lora", 'description="', 'description="the '),
+    ("methods/lora", "Hu et al.", "Hu, Shen et al."),
+]
+
+
+@pytest.mark.parametrize("case", EDITS)
+def test_an_edit_of_the_code_makes_its_parts_stale(before: dict[str, str], tree: Tree, case: str) -> None:
+    name, old, new, expected = EDITS[case]
+    tree.edit(name, old, new)
+    assert stale(before, code_fingerprints(CELL)) == expected
+
+
+def test_what_people_are_told_leaves_every_part(before: dict[str, str], tree: Tree) -> None:
+    for edit in SILENT_EDITS:
+        tree.edit(*edit)
+    assert stale(before, code_fingerprints(CELL)) == set()
+
+
+def test_a_file_that_moves_and_names_that_change_leave_every_part(before: dict[str, str], tree: Tree) -> None:
+    (tree.folder / "pipeline").mkdir()
+    (tree.folder / "training.py").rename(tree.folder / "pipeline" / "loop.py")
+    (tree.folder / "pipeline" / "__init__.py").write_text("")
+    tree.rename("petlbench.training", "petlbench.pipeline.loop")
+    for old, new in {
+        "_forward(": "_pass_on(",
+        "LowRank": "Narrow",
+        "_insert(": "_put_in(",
+        "Setting": "Situation",
+    }.items():
+        tree.rename(old, new)
+    assert stale(before, code_fingerprints(CELL)) == set()
+    tree.edit("pipeline/loop", "else 0.1", "else 0.2")
+    assert stale(before, code_fingerprints(CELL)) == {"training"}
+
+
+FOREIGN = {"training": ("else 0.1", "else 0.2"), "precision": ("def computing", "def _f(): pass\ndef computing")}
+
+
+def test_no_data_set_depends_on_how_models_are_trained(tree: Tree) -> None:
+    def now() -> dict[str, str]:
+        found = {}
+        for name in DATASETS.names():
+            kind = DATASETS.get(name)
+            readers = kind.readers if issubclass(kind, FileSource) else ()
+            for one in (kind, *readers):
+                code = closure_of(one)
+                assert code is not None
+                assert not code.modules & {f"petlbench.{module}" for module in ("training", "assembly", "precision")}
+                assert "petlbench.backbones.lent" not in code.modules
+                found[f"{name} {one.__name__}"] = code.digest
+        return found
+
+    before = now()
+    tree.edit("training", "else 0.1", "else 0.2")
+    tree.edit("assembly", "TRIAL_SECONDS = 10.0", "TRIAL_SECONDS = 11.0")
+    assert now() == before
+    tree.edit("datasets/reading", "adapter.validate_json(data)", "adapter.validate_json(data + b'')")
+    changed_too = {name for name, digest in now().items() if digest != before[name]}
+    assert {"gqa BalancedQuestions", "vqav2 VQAv2"} & changed_too == {"gqa BalancedQuestions", "vqav2 VQAv2"}
+    assert not {name for name in changed_too if name.startswith(("digits", "shapes", "nlvr "))}
+
+
+def test_training_code_leaves_the_data_and_the_tables_of_a_data_set(
+    tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PETLBENCH_CACHE", str(tmp_path / "cache"))
+    root = miniature(tmp_path / "data")
+
+    def now() -> tuple[str, str | None]:
+        source = GQA(GQAConfig(), root)
+        return source.fingerprint("vqa"), source._key("vqa", "train_balanced")
+
+    data, key = now()
+    tree.edit("training", "else 0.1", "else 0.2")
+    assert now() == (data, key)
+    tree.edit("datasets/gqa", '"empty question"', '"no question"')
+    assert now()[0] == data and now()[1] != key
+
+
+REACHED = {
+    "petlbench.methods.m2ist.method:M2IST": ("methods.m2ist.side:SideStack", "methods.m2ist.ladder:Ladder"),
+    "petlbench.methods.lora:LoRA": ("methods.lora:LowRank", "method:Method", "methods.per_task:PerTask"),
+    "petlbench.tasks.vqa:VisualQuestionAnswering": ("metrics.vqa:vqa_accuracy", "losses:token_losses"),
+    "petlbench.tasks.captioning:Captioning": ("metrics.cider:cider_d", "generation:generated_texts"),
+    "petlbench.datasets.gqa:GQA": (
+        "datasets.gqa:BalancedQuestions",
+        "datasets.files:held_out",
+        "datasets.hub:HubParquet",
+    ),
+    "petlbench.backbones.tiny:Tiny": ("backbones.vision:vision_stack", "backbones.sites:Layer"),
+    fingerprint.TRAINING: ("training:rate", "training:optimizer", "optimizers:ReleasedAdamW", "measure.memory:account"),
+}
+OUT_OF_REACH = {
+    "petlbench.methods.lora:LoRA": ("petlbench.runner", "petlbench.tasks", "petlbench.metrics"),
+    "petlbench.tasks.captioning:Captioning": ("petlbench.metrics.boxes", "petlbench.training", "petlbench.visual"),
+    "petlbench.datasets.refer:RefCOCO": ("petlbench.training", "petlbench.assembly", "petlbench.spec"),
+    fingerprint.TRAINING: tuple(
+        f"petlbench.{name}"
+        for name in ("launch", "cli", "commands", "leaderboard", "plots", "statistics", "methods", "tasks", "metrics")
+    ),
+}
+
+
+@pytest.mark.parametrize("start", REACHED)
+def test_a_part_reaches_what_it_computes_with(start: str) -> None:
+    forget()
+    assert {f"petlbench.{name}" for name in REACHED[start]} - set(closure(start).names) == set()
+
+
+@pytest.mark.parametrize("start", OUT_OF_REACH)
+def test_a_part_does_not_reach_what_follows_or_starts_it(start: str) -> None:
+    forget()
+    assert [name for name in closure(start).names if name.startswith(OUT_OF_REACH[start])] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "task", "dataset"),
+    [
+        ("m2ist", "rec", "digits"),
+        ("lora", "vqa", "digits"),
+        ("lst", "captioning", "digits"),
+        ("vl_pet", "retrieval", "shapes"),
+        ("compacter", "pairs", "digit_pairs"),
+    ],
+)
+def test_all_that_a_cell_runs_is_in_one_of_its_parts(method: str, task: str, dataset: str, tmp_path: Path) -> None:
+    """Every function of petlbench that is called while a cell runs, but for those that are declared silent."""
+    from petlbench.runner import run_cell
+
+    recipe = Recipe(steps=4, batch_size=4, eval_batch_size=8, train_limit=16, eval_limit=8)
+    names = {"method": method, "task": task, "dataset": dataset}
+    one = CELL.model_copy(update={**names, "recipe": recipe, "dataset_config": SMALL})
+    known = dict.fromkeys(PARTS, "")  # so that finding the fingerprints is not part of what runs
+    ran: set[Definition] = set()
+
+    def note(frame: FrameType, event: str, argument: Any) -> None:
+        name, code = str(frame.f_globals.get("__name__")), frame.f_code
+        if event == "call" and name.startswith("petlbench.") and code.co_flags & inspect.CO_OPTIMIZED:
+            ran.add(Definition(name, code.co_qualname.partition(".")[0]))
+
+    threading.setprofile(note)
+    sys.setprofile(note)
+    try:
+        record = run_cell(one, tmp_path, device="cpu", fingerprints=known)
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
+    assert record.outcome == "ok" and len(ran) > 150
+    starts = [REGISTRIES[kind].target(name) for kind, name in {**names, "backbone": "tiny"}.items()]
+    covered = {found for start in [*starts, fingerprint.TRAINING] for found in closure(start).definitions}
+    missed = {one for one in ran - covered if not one.name.startswith(("<", "__create_fn__")) and not is_silent(one)}
+    assert missed == set()
 
 
 def test_every_builtin_entry_has_fingerprints() -> None:
     forget()
-    registries: dict[str, Registry[Any]] = {
-        "method": METHODS,
-        "task": TASKS,
-        "dataset": DATASETS,
-        "backbone": BACKBONES,
-    }
     builtin = {
         kind: [name for name in registry.names() if registry.target(name).startswith("petlbench.")]
-        for kind, registry in registries.items()
+        for kind, registry in REGISTRIES.items()
     }
     found = []
     for kind, names in builtin.items():
@@ -197,20 +333,12 @@ def test_every_builtin_entry_has_fingerprints() -> None:
     assert len({digests["task"] for digests in tasks}) == len({d["metric"] for d in tasks}) == len(builtin["task"])
 
 
-def test_a_metric_is_a_tasks_own_metrics_or_its_own_module() -> None:
+def test_a_metric_is_what_a_task_uses_of_metrics_or_the_task_itself(kit: Kit) -> None:
     forget()
-    own = {name: digest for name, digest in closure("petlbench.tasks.captioning") if "metrics" in name.split(".")}
-    assert "petlbench.metrics.cider" in own and "petlbench.metrics.boxes" not in own
-    expected = fingerprint._digest(f"{name} {digest}" for name, digest in own.items())
-    assert code_fingerprints(CELL)["metric"] == expected
-
-
-def test_what_follows_a_record_or_starts_a_cell_is_not_part_of_training() -> None:
-    forget()
-    names = [name for name, _ in closure(fingerprint.TRAINING)]
-    assert {"petlbench.training", "petlbench.task", "petlbench.measure.memory"} <= set(names)
-    barred = ("launch", "cli", "commands", "leaderboard", "plots", "statistics", "methods", "tasks", "metrics")
-    assert [name for name in names if name.startswith(tuple(f"petlbench.{part}" for part in barred))] == []
+    own = {one for one in closure("petlbench.tasks.captioning:Captioning").definitions if "metrics" in one.module}
+    assert "petlbench.metrics.cider" in {one.module for one in own}
+    assert code_fingerprints(CELL)["metric"] == digest_of(sorted(of(one).digest for one in own))
+    assert fingerprint.metric_digest(closure("petlbench.losses")) == closure("petlbench.losses").digest
 
 
 def test_neither_torch_nor_any_of_the_code_is_imported() -> None:

@@ -22,8 +22,8 @@ from petlbench.datasets import images, table_cache
 from petlbench.datasets.base import SPLITS, Source, SourceConfig, Split, cache_dir, data_root
 from petlbench.datasets.reader import Choice, Part, Reader, Skips
 from petlbench.errors import UserError
-from petlbench.fingerprint import closure
 from petlbench.registry import did_you_mean
+from petlbench.source_code import closure_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 HELD_OUT = 20  # one image in this many, where a validation split has to be taken from the training part
 SKIPS = b"skipped"
+PLACING = frozenset({"layout", "hub", "skip_broken"})  # options that say where rows are found, not which rows they are
 
 
 def existing_root(given: Path | None) -> Path | None:
@@ -122,14 +123,24 @@ class FileSource(Source):
         return tuple(self._notes)
 
     def fingerprint(self, task: str) -> str:
-        digest = hashlib.sha256(f"{task} {self.config.model_dump_json()}".encode())
+        """Of the content of the annotation files, the options that decide what is read, and the rows left out.
+
+        No code counts: records have digests of that, and the same files are the same data in every version.
+        """
+        options = self.config.model_dump(mode="json", exclude=set(PLACING))
+        said: list[object] = [self.name, self.reader.layout, task, options]
         for split in SPLITS:
             choice = self._choice(task, split)
-            for part in choice.parts:
-                digest.update(self._key(task, part).encode())
-            table = self.rows(task, split, choice)
-            digest.update("\n".join(sorted(map(os.path.basename, self._faults(task, table)))).encode())
-        return digest.hexdigest()
+            said.append([split, *choice.parts, choice.images])
+            said += [self.reader.digest(path) for part in choice.parts for path in self.reader.files(task, part)]
+            said.append(self._left_out(task, self.rows(task, split, choice)))
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+    def _left_out(self, task: str, table: pa.Table) -> list[str]:
+        """The samples one of whose images cannot be used."""
+        kept = self._without(table, task, self._faults(task, table))
+        gone = set(table["sample_id"].to_pylist()) - set(kept["sample_id"].to_pylist()) if kept is not table else set()
+        return sorted(gone)
 
     def _pictures(self, task: str) -> list[str]:
         return images.columns(self.features(task))
@@ -138,10 +149,20 @@ class FileSource(Source):
         """The reader of a task's rows, as a message names it."""
         return f"{self.name}: the reader of layout '{self.reader.layout}', for task '{task}',"
 
-    @property
-    def _in_modules(self) -> bool:
-        """Whether a change of the code that reads can be told: the code of a notebook or a script has no digest."""
-        return "__main__" not in {type(self).__module__, type(self.reader).__module__}
+    def _without(self, table: pa.Table, task: str, faults: Iterable[str]) -> pa.Table:
+        """The rows none of whose images is at one of these places."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        places = pa.array(list(faults), pa.string())
+        for name in self._pictures(task) if len(places) else ():
+            table = table.filter(pc.invert(pc.is_in(_paths(table, name), places)))
+        return table
+
+    @cached_property
+    def _in_files(self) -> bool:
+        """Whether a change of the code that reads can be told: the code of a notebook has no digest."""
+        return all(map(closure_of, (type(self), type(self.reader))))
 
     @cached_property
     def _held(self) -> dict[str, Part]:
@@ -174,19 +195,21 @@ class FileSource(Source):
 
     def _key(self, task: str, part: str) -> str:
         """Digest of all that the rows of a part depend on: the files' content, the code that reads them, options."""
-        code = [digest for _, digest in closure(type(self).__module__)] if self._in_modules else []
-        files = [self.reader.digest(path) for path in self.reader.files(task, part)]
+        code = [found.digest if found else "" for found in map(closure_of, (type(self), type(self.reader)))]
+        # Rows may name a file that they are from, so names count here, though not in the digest of the data.
+        found = self.reader.files(task, part)
+        files = [(os.path.relpath(path, self.reader.root), self.reader.digest(path)) for path in found]
         said = [self.name, self.reader.layout, task, part, self.config.model_dump(mode="json"), code, files]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     def part(self, task: str, part: str) -> Part:
         """Read, or taken from the cache."""
-        if not self._in_modules:
-            key = self._key(task, part)
+        key = self._key(task, part)
+        if not self._in_files:
             if key not in self._held:
                 self._held[key] = self.reader.read(task, part)
             return self._held[key]
-        path = cache_dir() / "tables" / f"{self._key(task, part)[:32]}.parquet"
+        path = cache_dir() / "tables" / f"{key[:32]}.parquet"
         table = table_cache.read(path)
         if table is not None and SKIPS in (table.schema.metadata or {}):
             found = json.loads(table.schema.metadata[SKIPS])
@@ -229,9 +252,6 @@ class FileSource(Source):
 
     def _present(self, task: str, split: Split, choice: Choice) -> pa.Table:
         """The rows whose images are there."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
         table = self.rows(task, split, choice)
         faults = self._faults(task, table)
         if not faults:
@@ -240,8 +260,7 @@ class FileSource(Source):
         told = f"{len(faults)} images of {self.name}, {split}, are missing or do not decode, first {first} ({reason})"
         if not self.config.skip_broken:
             raise UserError(f"{told}: get them again or set dataset_configs: {{{self.name}: {{skip_broken: true}}}}")
-        for name in self._pictures(task):
-            table = table.filter(pc.invert(pc.is_in(_paths(table, name), pa.array(list(faults)))))
+        table = self._without(table, task, faults)
         if not table.num_rows:
             raise UserError(f"{told}: none is left, get the images again")
         self._notes[f"skipped: {told}"] = None
