@@ -47,7 +47,7 @@ lint: tree ## ruff and mypy
 	cd build/tree && $(RUN) -m mypy --config-file "$(CURDIR)/setup.cfg" --cache-dir "$(CURDIR)/.mypy_cache" -p petlbench
 
 pretrain: $(READY) ## train the embedded backbone again
-	$(RUN) -m petlbench.pretrain
+	$(RUN) -m petlbench.commands.pretrain
 
 # The package as it is when installed: methods/ and tasks/ in their places, and its entry points. Made anew every time.
 tree: $(LINTERS)

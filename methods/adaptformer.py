@@ -6,8 +6,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from petlbench.backbones.sites import SubLayer
-from petlbench.method import About, Knob
+from petlbench.api.method import About, Knob
+from petlbench.api.sites import SubLayer
 
 from .bottlenecks import (
     BottleneckConfig,

@@ -11,9 +11,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from petlbench.backbones.base import Backbone
-from petlbench.backbones.sites import Place, SubLayer, current_pass, mean_of_real
-from petlbench.method import Method, StackedConfig, place, train
+from petlbench.api.backbone import Backbone
+from petlbench.api.method import Method, StackedConfig, place, train
+from petlbench.api.sites import Place, SubLayer, current_pass, mean_of_real
 
 from .layers import REC_RECIPE, Bottleneck, draw_like_bart, draw_like_lora, reduced
 

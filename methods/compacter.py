@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from petlbench.backbones.base import Backbone, Initialisation
-from petlbench.method import About, Knob
+from petlbench.api.backbone import Backbone, Initialisation
+from petlbench.api.method import About, Knob
 
 from .layers import gelu_tanh, reduced
 from .vl_adapter import Adapter, AfterSubLayers, AfterSubLayersConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from petlbench.method import About, Knob
+from petlbench.api.method import About, Knob
 
 from .bottlenecks import InAttention, Phi
 from .serial import SerialAdapter, SerialConfig

@@ -10,9 +10,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from petlbench.backbones.base import Backbone
-from petlbench.backbones.sites import Stack, current_pass
-from petlbench.method import About, Knob, place, train
+from petlbench.api.backbone import Backbone
+from petlbench.api.method import About, Knob, place, train
+from petlbench.api.sites import Stack, current_pass
 
 from .layers import gelu_tanh, reduced
 from .per_task import Tasked, TaskedConfig

@@ -10,9 +10,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from petlbench.backbones.base import Backbone
-from petlbench.backbones.sites import Projection
-from petlbench.method import About, Knob, train_biases
+from petlbench.api.backbone import Backbone
+from petlbench.api.method import About, Knob, train_biases
+from petlbench.api.sites import Projection
 
 from .per_task import PerTask, Tasked, TaskedConfig
 

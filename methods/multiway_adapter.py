@@ -10,10 +10,11 @@ from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from petlbench.backbones.base import Backbone
-from petlbench.backbones.multiway import Routed
-from petlbench.backbones.sites import IMAGE, TEXT, Layer, Stack, SubLayer, current_pass, inserted
-from petlbench.method import About, Knob, Method, StackedConfig, place, train
+from petlbench.api.backbone import Backbone
+from petlbench.api.method import About, Knob, Method, StackedConfig, place, train
+from petlbench.api.sites import IMAGE, TEXT, Layer, Stack, SubLayer, current_pass
+from petlbench.api.snapshot import inserted
+from petlbench.backbones.parts.multiway import Routed
 
 from .layers import Bottleneck, draw_like_lora, reduced, start_at_zero
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from petlbench.backbones.sites import SubLayer
-from petlbench.method import About, Knob
+from petlbench.api.method import About, Knob
+from petlbench.api.sites import SubLayer
 
 from .bottlenecks import BottleneckConfig, BottleneckMethod, HubLayer, Init, ParallelLayer, Reduction, Scale
 

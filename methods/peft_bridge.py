@@ -11,10 +11,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from petlbench.backbones.base import Backbone
-from petlbench.backbones.sites import Parallel, Projection, Stack
-from petlbench.method import About, Method, StackedConfig
-from petlbench.registry import did_you_mean
+from petlbench.api.backbone import Backbone
+from petlbench.api.method import About, Method, StackedConfig
+from petlbench.api.sites import Parallel, Projection, Stack
+from petlbench.core.messages import did_you_mean
 
 from .peft_library import FITTED, Sizes, library, quietly
 

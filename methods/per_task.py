@@ -8,10 +8,11 @@ from typing import ClassVar, TypeVar
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from petlbench.backbones.base import Backbone
-from petlbench.backbones.sites import current_pass
-from petlbench.method import Method, StackedConfig
-from petlbench.registry import TASKS, did_you_mean
+from petlbench.api.backbone import Backbone
+from petlbench.api.method import Method, StackedConfig
+from petlbench.api.registries import TASKS
+from petlbench.api.sites import current_pass
+from petlbench.core.messages import did_you_mean
 
 
 class PerTask(nn.Module):

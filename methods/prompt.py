@@ -10,10 +10,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from petlbench.backbones.base import Backbone, Tokens, plain_tokens
-from petlbench.backbones.sites import TEXT
-from petlbench.backbones.wrapper import Wrapper
-from petlbench.method import About, Knob, place
+from petlbench.api.backbone import Backbone
+from petlbench.api.method import About, Knob, place
+from petlbench.api.sites import TEXT
+from petlbench.api.tokens import Tokens, plain_tokens
+from petlbench.api.wrapper import Wrapper
 
 from .layers import draw_like_bart
 from .per_task import PerTask, Tasked, TaskedConfig

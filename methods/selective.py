@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from petlbench.backbones.base import Backbone
-from petlbench.method import About, Method, train_biases
+from petlbench.api.backbone import Backbone
+from petlbench.api.method import About, Method, train_biases
 
 
 class Full(Method):

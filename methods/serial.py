@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self, TypeVar
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from petlbench.backbones.sites import Place, SubLayer
+from petlbench.api.sites import Place, SubLayer
 
 from .bottlenecks import BottleneckConfig, BottleneckMethod, HubLayer
 

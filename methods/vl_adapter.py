@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 from pydantic import Field
 from torch import Tensor, nn
 
-from petlbench.backbones.base import Backbone, Initialisation
-from petlbench.method import About, Knob, place, train
+from petlbench.api.backbone import Backbone, Initialisation
+from petlbench.api.method import About, Knob, place, train
 
 from .layers import draw_like_bart, gelu_tanh, reduced
 from .per_task import Tasked, TaskedConfig

@@ -11,9 +11,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from petlbench.backbones.base import Backbone, Initialisation
-from petlbench.backbones.sites import Projection, SubLayer, current_pass, mean_of_real
-from petlbench.method import About, Knob, Method, StackedConfig, place, train
+from petlbench.api.backbone import Backbone, Initialisation
+from petlbench.api.method import About, Knob, Method, StackedConfig, place, train
+from petlbench.api.sites import Projection, SubLayer, current_pass, mean_of_real
 
 from .compacter import PHMBottleneck
 from .layers import Bottleneck, draw_like_bart, reduced, start_at_zero

@@ -1,6 +1,6 @@
 """`python -m petlbench`."""
 
-from petlbench.cli import entry
+from petlbench.commands.main import entry
 
 if __name__ == "__main__":
     entry()

@@ -9,12 +9,12 @@ import numpy as np
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from petlbench.backbones.base import Backbone, Tokens
-from petlbench.datasets import schemas
-from petlbench.generation import generated_texts
-from petlbench.losses import token_losses
+from petlbench.api import schemas
+from petlbench.api.backbone import Backbone
+from petlbench.api.decoding import generated_texts, token_losses
+from petlbench.api.task import Batch, Row, Scores, Task, enlarged
+from petlbench.api.tokens import Tokens
 from petlbench.metrics.captions import caption_scores
-from petlbench.task import Batch, Row, Scores, Task, enlarged
 
 MAX_CAPTION = 40  # tokens, special ones included
 

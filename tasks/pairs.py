@@ -11,12 +11,12 @@ from PIL import Image as Pictures
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from petlbench.backbones.base import Backbone, Tokens
-from petlbench.datasets import schemas
-from petlbench.errors import UserError
-from petlbench.generation import generated_texts
-from petlbench.losses import token_losses
-from petlbench.task import Batch, Row, Scores, Task, enlarged
+from petlbench.api import schemas
+from petlbench.api.backbone import Backbone
+from petlbench.api.decoding import generated_texts, token_losses
+from petlbench.api.task import Batch, Row, Scores, Task, enlarged
+from petlbench.api.tokens import Tokens
+from petlbench.core.errors import UserError
 
 MAX_QUESTION, MAX_ANSWER = 128, 10  # tokens, special ones included
 STATEMENT = "true/false"  # the answer type of what is answered by the one or the other

@@ -11,14 +11,16 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from petlbench.augmentation import transvg, transvg_released
-from petlbench.backbones.base import Backbone, Tokens
-from petlbench.backbones.heads import Grounder
-from petlbench.backbones.sites import IMAGE
-from petlbench.datasets import schemas
+from petlbench.api import schemas
+from petlbench.api.backbone import Backbone
+from petlbench.api.heads import Grounder
+from petlbench.api.sites import IMAGE
+from petlbench.api.task import Augmentation, Batch, Row, Scores, Task, enlarged, own_or
+from petlbench.api.tokens import Tokens
+from petlbench.core.drawing import draw_boxes
 from petlbench.metrics.boxes import acc_at, iou_xywh, mean_iou
-from petlbench.task import Augmentation, Batch, Row, Scores, Task, enlarged, own_or
-from petlbench.visual import draw_boxes
+
+from .rec_augmentation import transvg, transvg_released
 
 
 class PointingHead(nn.Module):

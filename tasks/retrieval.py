@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from petlbench.backbones.base import Backbone, Images, Texts, Tokens
-from petlbench.backbones.heads import Aligner
-from petlbench.datasets import schemas
+from petlbench.api import schemas
+from petlbench.api.backbone import Backbone
+from petlbench.api.heads import Aligner
+from petlbench.api.task import Batch, Row, Scores, Task, own_or
+from petlbench.api.tokens import Images, Texts, Tokens
 from petlbench.metrics.recall import fold_recall, ranks, summarise
-from petlbench.task import Batch, Row, Scores, Task, own_or
 
 MAX_CAPTION = 40  # tokens, special ones included
 CAPTIONS_PER_IMAGE = 2  # drawn per training step

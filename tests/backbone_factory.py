@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import BartConfig
 
-from petlbench.backbones.base import Backbone
-from petlbench.backbones.sites import Stack
+from petlbench.api.backbone import Backbone
+from petlbench.api.sites import Stack
 from petlbench.backbones.tiny import Tiny, TinyConfig
 
 SMALL: dict[str, Any] = {

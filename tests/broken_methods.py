@@ -10,9 +10,9 @@ from petlbench.methods.lora import LoRA
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from petlbench.backbones.base import Backbone
-from petlbench.backbones.sites import SubLayer
-from petlbench.method import Method
+from petlbench.api.backbone import Backbone
+from petlbench.api.method import Method
+from petlbench.api.sites import SubLayer
 
 
 class Gain(nn.Module):

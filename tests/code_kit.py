@@ -7,11 +7,11 @@ import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
-from petlbench import source_code, source_files, source_names, source_scopes, source_silence, source_text
+from petlbench.core.source_code import closure, files, names, scopes, silence, text
 
 CACHED = [
     value
-    for module in (source_code, source_files, source_names, source_scopes, source_silence, source_text)
+    for module in (closure, files, names, scopes, silence, text)
     for value in vars(module).values()
     if hasattr(value, "cache_clear")
 ]

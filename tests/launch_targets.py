@@ -14,22 +14,24 @@ from typing import Any
 
 import psutil
 
-from petlbench.errors import Unwritable
-from petlbench.records import Store
-from petlbench.spec import Cell, Record
+from petlbench.core.cell import Cell
+from petlbench.core.errors import Unwritable
+from petlbench.core.record import Record
+from petlbench.pipeline.options import RunOptions
+from petlbench.results.store import Store
 
 Report = Callable[[Any], None]
 STARTED_WITH = frozenset(sys.modules)  # this module is imported in a cell's process, after the server's imports
 
 
-def ok(cell: Cell, store_root: Path, *, report: Report, **options: Any) -> Record:
+def ok(cell: Cell, store_root: Path, options: RunOptions, *, report: Report, **more: Any) -> Record:
     report({"cell": cell.id, "phase": "train", "step": 1, "steps": 2, "score": 0.25, "loss": 1.5})
     record = Record(cell=cell, outcome="ok", main_metric="acc", metrics={"acc": 0.5})
     Store.open(store_root, create=False).save(record)
-    return record.model_copy(update={"environment": options})
+    return record.model_copy(update={"environment": {**vars(options), **more}})
 
 
-def probe(cell: Cell, store_root: Path, *, report: Report, **options: Any) -> Record:
+def probe(cell: Cell, store_root: Path, options: RunOptions, *, report: Report, **more: Any) -> Record:
     """What the process is like before it has done anything."""
     torch = sys.modules["torch"]
     found = {
@@ -47,7 +49,7 @@ def probe(cell: Cell, store_root: Path, *, report: Report, **options: Any) -> Re
     return Record(cell=cell, outcome="ok", environment=found)
 
 
-def by_seed(cell: Cell, store_root: Path, *, report: Report, **options: Any) -> Record:
+def by_seed(cell: Cell, store_root: Path, options: RunOptions, *, report: Report, **more: Any) -> Record:
     """Seed 0 does well; the others fail in a way of their own."""
     if cell.seed == 1:
         raise RuntimeError("no such thing")
@@ -55,15 +57,17 @@ def by_seed(cell: Cell, store_root: Path, *, report: Report, **options: Any) -> 
         os._exit(7)
     if cell.seed == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-    return ok(cell, store_root, report=report, **options)
+    return ok(cell, store_root, options, report=report, **more)
 
 
-def killed_after_its_record(cell: Cell, store_root: Path, *, report: Report, **options: Any) -> Record:
+def killed_after_its_record(
+    cell: Cell, store_root: Path, options: RunOptions, *, report: Report, **more: Any
+) -> Record:
     util.Finalize(None, os.kill, (os.getpid(), signal.SIGKILL), exitpriority=1)  # runs when the process winds up
-    return ok(cell, store_root, report=report, **options)
+    return ok(cell, store_root, options, report=report, **more)
 
 
-def endless(cell: Cell, store_root: Path, *, report: Report, **options: Any) -> Record:
+def endless(cell: Cell, store_root: Path, options: RunOptions, *, report: Report, **more: Any) -> Record:
     """Works until it is ended; an odd seed does not listen to requests. Cleans up behind itself if it can."""
     if cell.seed % 2:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -77,13 +81,13 @@ def endless(cell: Cell, store_root: Path, *, report: Report, **options: Any) -> 
     raise AssertionError("nobody has ended this process")
 
 
-def talkative(cell: Cell, store_root: Path, *, report: Report, **options: Any) -> Record:
+def talkative(cell: Cell, store_root: Path, options: RunOptions, *, report: Report, **more: Any) -> Record:
     while True:
         report({"cell": cell.id, "step": os.getpid()})
         time.sleep(0.01)
 
 
-def misfortunes(cell: Cell, store_root: Path, *, report: Report, **options: Any) -> Record:
+def misfortunes(cell: Cell, store_root: Path, options: RunOptions, *, report: Report, **more: Any) -> Record:
     """By seed: raises, diverges, sleeps, allocates without end; all others do well."""
     if cell.seed == 1:
         raise RuntimeError("no such thing")
@@ -95,7 +99,7 @@ def misfortunes(cell: Cell, store_root: Path, *, report: Report, **options: Any)
         time.sleep(120)
     if cell.seed == 4:
         hoard()
-    return ok(cell, store_root, report=report, **options)
+    return ok(cell, store_root, options, report=report, **more)
 
 
 def hoard() -> None:
@@ -104,7 +108,7 @@ def hoard() -> None:
     raise AssertionError(f"{len(hoarded)} pieces, and nobody has ended this process")
 
 
-def delegates(cell: Cell, store_root: Path, *, report: Report, **options: Any) -> Record:
+def delegates(cell: Cell, store_root: Path, options: RunOptions, *, report: Report, **more: Any) -> Record:
     """A program that it starts takes the memory."""
     code = "import time; kept = b'x' * 2**28; time.sleep(120)"
     program = subprocess.Popen([sys.executable, "-c", code])
@@ -113,7 +117,7 @@ def delegates(cell: Cell, store_root: Path, *, report: Report, **options: Any) -
     raise AssertionError("nobody has ended this process")
 
 
-def prints(cell: Cell, store_root: Path, *, report: Report, **options: Any) -> Record:
+def prints(cell: Cell, store_root: Path, options: RunOptions, *, report: Report, **more: Any) -> Record:
     """Through every door. Seed 0 does well; the others die amid it."""
     print("\x1b[1mfrom\x1b[0m Python")
     subprocess.run(["echo", "from a program"], check=True)
@@ -121,20 +125,20 @@ def prints(cell: Cell, store_root: Path, *, report: Report, **options: Any) -> R
     print("an unfinished line", end="", flush=True)
     if cell.seed:
         os.kill(os.getpid(), signal.SIGKILL)
-    return ok(cell, store_root, report=report, **options)
+    return ok(cell, store_root, options, report=report, **more)
 
 
-def crashes(cell: Cell, store_root: Path, *, report: Report, **options: Any) -> Record:
+def crashes(cell: Cell, store_root: Path, options: RunOptions, *, report: Report, **more: Any) -> Record:
     os.kill(os.getpid(), signal.SIGSEGV)
     raise AssertionError("unreachable")
 
 
-def once(cell: Cell, store_root: Path, *, report: Report, **options: Any) -> Record:
+def once(cell: Cell, store_root: Path, options: RunOptions, *, report: Report, **more: Any) -> Record:
     """Fails when the same cell has been run before."""
     (store_root / f"{cell.seed}.ran").touch(exist_ok=False)
     time.sleep(0.1)
-    return ok(cell, store_root, report=report, **options)
+    return ok(cell, store_root, options, report=report, **more)
 
 
-def unwritable(cell: Cell, store_root: Path, *, report: Report, **options: Any) -> Record:
+def unwritable(cell: Cell, store_root: Path, options: RunOptions, *, report: Report, **more: Any) -> Record:
     raise Unwritable("cannot write there: No space left on device")

@@ -13,8 +13,8 @@ from transformers.models.bart.modeling_bart import BartDecoderLayer, BartEncoder
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.t5.modeling_t5 import T5Block
 
-from petlbench.backbones.sites import Layer, Pass
-from petlbench.backbones.transformers_parts import (
+from petlbench.api.sites import Layer, Pass
+from petlbench.backbones.parts.transformers_parts import (
     bart_decoder_layer,
     bart_encoder_layer,
     clip_layer,

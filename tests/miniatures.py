@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from petlbench.runner import run_cell
-from petlbench.spec import Cell, Recipe, Record
+from petlbench.core.cell import Cell
+from petlbench.core.recipe import Recipe
+from petlbench.core.record import Record
+from petlbench.pipeline.cell import run_cell
+from petlbench.pipeline.options import RunOptions
 
 BATCH = 4
 
@@ -27,4 +30,4 @@ def one_epoch(task: str, dataset: str, root: Path, out: Path, *, rows: int, **ce
     """The record of a cell that trains on `rows` rows once, on `tiny` unless told otherwise, and is tested."""
     recipe = Recipe(steps=math.ceil(rows / BATCH), batch_size=BATCH, eval_batch_size=2 * BATCH)
     made = Cell(**{"method": "lora", "backbone": "tiny", "recipe": recipe, **cell}, task=task, dataset=dataset)
-    return run_cell(made, out, device="cpu", threads=1, data_root=root)
+    return run_cell(made, out, RunOptions(device="cpu", threads=1, data_root=root))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from petlbench.spec import Cell, Flops, Inference, Memory, Outcome, Parameters, Recipe, Record, Size, Timing
+from petlbench.core.cell import Cell
+from petlbench.core.recipe import Outcome, Recipe
+from petlbench.core.record import Flops, Inference, Memory, Parameters, Record, Size, Timing
 
 MIB = 2**20
 

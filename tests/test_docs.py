@@ -23,18 +23,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import petlbench
-from petlbench import cli
-from petlbench.backbones.base import Backbone
+from petlbench.api.backbone import Backbone
+from petlbench.api.method import Method, adapt
+from petlbench.api.source import Source
+from petlbench.api.task import Task
 from petlbench.backbones.tiny import Tiny, TinyConfig
-from petlbench.commands import KINDS
-from petlbench.datasets.base import Source
-from petlbench.datasets.files import FileSource
-from petlbench.leaderboard import COLUMNS
+from petlbench.commands import main
+from petlbench.commands.list import KINDS
+from petlbench.core.cell import Cell
+from petlbench.datasets.files.source import FileSource
 from petlbench.measure.clock import OTHER, PHASES
-from petlbench.method import Method, adapt
-from petlbench.spec import Cell
-from petlbench.suite import expand, load_suite, suite_names
-from petlbench.task import Task
+from petlbench.pipeline.plan.suite import expand, load_suite, suite_names
+from petlbench.results.leaderboard import COLUMNS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -53,7 +53,7 @@ def commands(text: str, program: str) -> list[list[str]]:
 
 
 def parsed(arguments: list[str]) -> Namespace:
-    return cli._parser().parse_args(cli._checked(arguments))
+    return main._parser().parse_args(main._checked(arguments))
 
 
 def cells_of(args: Namespace) -> list[Cell]:
@@ -182,7 +182,7 @@ def test_every_command_parses(text: str) -> None:
 
 
 def test_every_command_of_the_cli_has_an_example() -> None:
-    assert {arguments[0] for arguments in commands(README, "petlbench")} == set(cli.COMMANDS)
+    assert {arguments[0] for arguments in commands(README, "petlbench")} == set(main.COMMANDS)
 
 
 @pytest.mark.parametrize("arguments", [a for a in commands(README, "petlbench") if a[0] == "run"], ids=" ".join)

@@ -8,9 +8,10 @@ from typing import Any, ClassVar, Self
 
 import pyarrow as pa
 
-from petlbench.datasets.files import FileSource
-from petlbench.datasets.reader import Choice, Part, Reader, Skips
-from petlbench.errors import UserError
+from petlbench.core.errors import UserError
+from petlbench.datasets.files.declaration import Choice, Declaration
+from petlbench.datasets.files.reader import Part, Reader, Skips
+from petlbench.datasets.files.source import FileSource
 from tests.miniatures import picture
 
 SIZES = {"train": (40, 44), "val": (6, 6), "testA": (5, 5), "extra": (3, 3)}  # images, rows
@@ -32,11 +33,11 @@ class ToyReader(Reader):
     layout = "toy"
 
     @classmethod
-    def find(cls, source: FileSource, root: Path | None) -> Self | None:
+    def find(cls, source: Declaration, root: Path | None) -> Self | None:
         return cls(source, root) if root and any(root.glob("*.json")) else None
 
     @classmethod
-    def places(cls, source: FileSource) -> str:
+    def places(cls, source: Declaration) -> str:
         return "*.json"
 
     def parts(self, task: str) -> tuple[str, ...]:

@@ -12,13 +12,14 @@ from pydantic import Field, NonNegativeInt, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from petlbench.backbones.base import Backbone, Texts, Tokens, decoding_pass, join
-from petlbench.backbones.encoder_decoder import EncoderDecoder, encodes_and_decodes
-from petlbench.backbones.masks import HIDDEN, causal
-from petlbench.backbones.sites import TEXT, Layer, Pass, Site, Stack, Taps
-from petlbench.backbones.weights import asset, read_tensors
-from petlbench.backbones.wrapper import Wrapper
-from petlbench.method import About, Knob, Method, MethodConfig, place
+from petlbench.api.backbone import Backbone
+from petlbench.api.method import About, Knob, Method, MethodConfig, place
+from petlbench.api.sites import TEXT, Layer, Pass, Site, Stack, Taps
+from petlbench.api.tokens import Texts, Tokens, decoding_pass, join
+from petlbench.api.wrapper import Wrapper
+from petlbench.backbones.parts.encoder_decoder import EncoderDecoder, encodes_and_decodes
+from petlbench.backbones.parts.masks import HIDDEN, causal
+from petlbench.backbones.weights.tensors import asset, read_tensors
 
 from ..layers import draw_like_bart
 from .network import SideCache, SideStack, divided, frozen_states

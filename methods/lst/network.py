@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from petlbench.backbones.base import Tokens
-from petlbench.backbones.masks import HIDDEN, additive
-from petlbench.backbones.sites import TEXT, Layer, Pass, Projection, ProjectionPair, Segments, Stack, SubLayer
+from petlbench.api.sites import TEXT, Layer, Pass, Projection, ProjectionPair, Segments, Stack, SubLayer
+from petlbench.api.tokens import Tokens
+from petlbench.backbones.parts.masks import HIDDEN, additive
 
 TEMPERATURE = 0.1  # of the gates
 HEAD_COUNTS = ("num_heads", "n_heads", "heads", "num_attention_heads")  # what cores call how many heads they have

@@ -17,10 +17,10 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from petlbench.backbones.base import Texts
-from petlbench.backbones.encoder_decoder import EncoderDecoder
-from petlbench.backbones.sites import Layer
-from petlbench.losses import token_losses
+from petlbench.api.decoding import token_losses
+from petlbench.api.sites import Layer
+from petlbench.api.tokens import Texts
+from petlbench.backbones.parts.encoder_decoder import EncoderDecoder
 
 ROLES = ("encoder", "decoder")
 TABLE = "table"

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from petlbench.backbones.base import Tokens, decoding_pass, join
-from petlbench.backbones.encoder_decoder import EncoderDecoder
-from petlbench.backbones.wrapper import Wrapper
+from petlbench.api.tokens import Tokens, decoding_pass, join
+from petlbench.api.wrapper import Wrapper
+from petlbench.backbones.parts.encoder_decoder import EncoderDecoder
 
 from ..layers import start_at_zero
 from .side import SideStack

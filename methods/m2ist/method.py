@@ -10,10 +10,10 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from petlbench.backbones.base import Backbone
-from petlbench.backbones.encoder_decoder import encodes_and_decodes
-from petlbench.backbones.sites import Stack
-from petlbench.method import About, Knob, Method, MethodConfig, place
+from petlbench.api.backbone import Backbone
+from petlbench.api.method import About, Knob, Method, MethodConfig, place
+from petlbench.api.sites import Stack
+from petlbench.backbones.parts.encoder_decoder import encodes_and_decodes
 
 from ..layers import REC_RECIPE, draw_like_bart, reduced, start_at_zero
 from .ladder import Crossing, Ladder

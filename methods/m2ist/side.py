@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from petlbench.backbones.sites import IMAGE, TEXT, Pass, Place, Segments, Site, Stack, Taps, by_kind
+from petlbench.api.sites import IMAGE, TEXT, Pass, Place, Segments, Site, Stack, Taps, by_kind
 
 from ..layers import Bottleneck
 

@@ -20,7 +20,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from petlbench.backbones.base import Backbone, BackboneConfig, Images, Texts, Tokens, join, plain_tokens
+from petlbench.api.backbone import Backbone, BackboneConfig
+from petlbench.api.codec import Codec
+from petlbench.api.heads import Aligner
+from petlbench.api.sites import IMAGE, TEXT
+from petlbench.api.tokens import Images, Texts, Tokens, join, plain_tokens
 from petlbench.backbones.beit3_weights import (
     HEADS,
     IMAGE_POSITIONS,
@@ -30,15 +34,13 @@ from petlbench.backbones.beit3_weights import (
     tokenizer_file,
     weights_file,
 )
-from petlbench.backbones.grids import whole_and_cells
-from petlbench.backbones.heads import Aligner
-from petlbench.backbones.masks import additive
-from petlbench.backbones.multiway import multiway_stack
-from petlbench.backbones.sentencepiece_codec import SentencePieceCodec
-from petlbench.backbones.sites import IMAGE, TEXT
-from petlbench.backbones.text import Codec, file_codec
-from petlbench.backbones.weights import asset, load_into, on_meta, read_tensors
-from petlbench.errors import UserError
+from petlbench.backbones.parts.grids import whole_and_cells
+from petlbench.backbones.parts.masks import additive
+from petlbench.backbones.parts.multiway import multiway_stack
+from petlbench.backbones.weights.library_codec import file_codec
+from petlbench.backbones.weights.sentencepiece_codec import SentencePieceCodec
+from petlbench.backbones.weights.tensors import asset, load_into, on_meta, read_tensors
+from petlbench.core.errors import UserError
 
 
 class BEiT3Config(BackboneConfig):

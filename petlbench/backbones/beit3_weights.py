@@ -10,8 +10,8 @@ from huggingface_hub import constants as hub
 from torch import Tensor
 from torch.nn import functional as F
 
-from petlbench.backbones.weights import asset
-from petlbench.errors import UserError
+from petlbench.backbones.weights.tensors import asset
+from petlbench.core.errors import UserError
 
 RELEASE = "https://github.com/addf400/files/releases/download/beit3"
 TOKENIZER = "beit3.spm"

@@ -23,16 +23,24 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from petlbench.backbones import open_clip_models as models
-from petlbench.backbones.base import Backbone, BackboneConfig, Images, Texts, Tokens, decoding_pass, plain_tokens
-from petlbench.backbones.grids import whole_and_cells
-from petlbench.backbones.heads import Aligner
-from petlbench.backbones.masks import additive, causal
-from petlbench.backbones.open_clip_parts import ImageTower, Reader, TextTower, caption_decoder, image_tower, text_tower
-from petlbench.backbones.sites import IMAGE, TEXT
-from petlbench.backbones.weights import asset, load_into, on_meta, read_tensors
-from petlbench.errors import UserError
-from petlbench.registry import did_you_mean
+from petlbench.api.backbone import Backbone, BackboneConfig
+from petlbench.api.heads import Aligner
+from petlbench.api.sites import IMAGE, TEXT
+from petlbench.api.tokens import Images, Texts, Tokens, decoding_pass, plain_tokens
+from petlbench.backbones.parts.grids import whole_and_cells
+from petlbench.backbones.parts.masks import additive, causal
+from petlbench.backbones.parts.open_clip_towers import (
+    ImageTower,
+    Reader,
+    TextTower,
+    caption_decoder,
+    image_tower,
+    text_tower,
+)
+from petlbench.backbones.weights import open_clip_models as models
+from petlbench.backbones.weights.tensors import asset, load_into, on_meta, read_tensors
+from petlbench.core.errors import UserError
+from petlbench.core.messages import did_you_mean
 
 CAP = math.log(100.0)  # of the logarithm of the scale, as CLIP and open_clip train
 

@@ -9,13 +9,14 @@ from PIL.Image import Image
 from pydantic import Field
 from torch import Tensor, nn
 
-from petlbench.backbones.base import BackboneConfig, Images, Tokens, plain_tokens
-from petlbench.backbones.language import BartHost, bart_config
-from petlbench.backbones.masks import additive
-from petlbench.backbones.sites import IMAGE
-from petlbench.backbones.text import file_codec
-from petlbench.backbones.vision import ImageTokenizer, preprocess, vision_stack
-from petlbench.backbones.weights import asset, load_into, read_tensors
+from petlbench.api.backbone import BackboneConfig
+from petlbench.api.sites import IMAGE
+from petlbench.api.tokens import Images, Tokens, plain_tokens
+from petlbench.backbones.parts.language import BartHost, BartSizes
+from petlbench.backbones.parts.masks import additive
+from petlbench.backbones.parts.vision import ImageTokenizer, preprocess, vision_stack
+from petlbench.backbones.weights.library_codec import file_codec
+from petlbench.backbones.weights.tensors import asset, load_into, read_tensors
 
 
 class TinyConfig(BackboneConfig):
@@ -69,7 +70,7 @@ class Tiny(BartHost[TinyConfig]):
             c.vision_width, c.vision_layers, c.vision_heads, c.vision_ffn, c.dropout, c.attention
         )
         self.build_bart(
-            bart_config(
+            BartSizes(
                 vocabulary=len(self.codec),
                 width=c.width,
                 encoder_layers=c.encoder_layers,
@@ -79,7 +80,7 @@ class Tiny(BartHost[TinyConfig]):
                 positions=c.max_positions,
                 dropout=c.dropout,
                 attention=c.attention,
-            )
+            ).config()
         )
         self.pretrained_heads: dict[str, dict[str, Tensor]] = {}
         self.fused_attention = config.attention == "sdpa"

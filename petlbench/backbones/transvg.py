@@ -17,26 +17,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, BertConfig, BertModel, DetrModel
 
-from petlbench.backbones.base import Backbone, BackboneConfig, Images, Texts, Tokens, join, plain_tokens
-from petlbench.backbones.bert import bert_config, build_bert, from_bert
-from petlbench.backbones.detr import (
-    FIXED,
-    STRIDE,
-    detr_stack,
-    from_detr,
-    grid_mask,
-    resnet,
-    sine_positions,
-)
-from petlbench.backbones.grids import Placement, cell_centres
-from petlbench.backbones.heads import Grounder
-from petlbench.backbones.library_models import DeferredCodec, model_files, place_of, quiet, readable, tokenizer_files
-from petlbench.backbones.masks import additive
-from petlbench.backbones.sites import IMAGE, TEXT, Pass
-from petlbench.backbones.text import LibraryCodec, file_codec
+from petlbench.api.backbone import Backbone, BackboneConfig
+from petlbench.api.heads import Grounder
+from petlbench.api.sites import IMAGE, TEXT, Pass
+from petlbench.api.tokens import Images, Placement, Texts, Tokens, join, plain_tokens
+from petlbench.backbones.parts.bert import bert_config, build_bert, from_bert
+from petlbench.backbones.parts.detr import FIXED, STRIDE, detr_stack, from_detr, grid_mask, resnet, sine_positions
+from petlbench.backbones.parts.grids import cell_centres
+from petlbench.backbones.parts.masks import additive
 from petlbench.backbones.transvg_weights import BERT_SIZES, DETR_SIZES, encoder_tensors, from_transvg
-from petlbench.backbones.weights import asset, load_into, on_meta, read_tensors
-from petlbench.errors import UserError
+from petlbench.backbones.weights.library_codec import LibraryCodec, file_codec
+from petlbench.backbones.weights.library_models import (
+    DeferredCodec,
+    model_files,
+    place_of,
+    quiet,
+    readable,
+    tokenizer_files,
+)
+from petlbench.backbones.weights.tensors import asset, load_into, on_meta, read_tensors
+from petlbench.core.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 BERT = "google-bert/bert-base-uncased"

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from petlbench.backbones.base import BackboneConfig
-from petlbench.backbones.bert import from_bert
-from petlbench.backbones.detr import from_detr, from_layers
-from petlbench.backbones.library_models import place_of, quiet, readable
-from petlbench.backbones.weights import read_tensors
-from petlbench.errors import UserError
+from petlbench.api.backbone import BackboneConfig
+from petlbench.backbones.parts.bert import from_bert
+from petlbench.backbones.parts.detr import from_detr, from_layers
+from petlbench.backbones.weights.library_models import place_of, quiet, readable
+from petlbench.backbones.weights.tensors import read_tensors
+from petlbench.core.errors import UserError
 
 # Our options, and what the library calls them.
 DETR_SIZES = {

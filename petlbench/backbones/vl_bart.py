@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import nn
 
-from petlbench.backbones.language import BartHost, bart_config, initialise_bart
-from petlbench.backbones.visual_block import TINY, GridTextConfig, GridVision
+from petlbench.backbones.parts.language import BartHost, BartSizes, initialise_bart
+from petlbench.backbones.parts.visual_block import TINY, GridTextConfig, GridVision
 
 
 class VLBartConfig(GridTextConfig):
@@ -49,7 +49,7 @@ class VLBart(GridVision[VLBartConfig], BartHost[VLBartConfig]):
         super().__init__()
         self.config = c = config
         self.build_bart(
-            bart_config(
+            BartSizes(
                 vocabulary=c.vocabulary,
                 width=c.width,
                 encoder_layers=c.encoder_layers,
@@ -58,7 +58,7 @@ class VLBart(GridVision[VLBartConfig], BartHost[VLBartConfig]):
                 ffn=c.ffn,
                 positions=c.max_positions,
                 dropout=c.dropout,
-            ),
+            ).config(),
             source=c.text_source(),
             added_rows=c.added_rows,
         )

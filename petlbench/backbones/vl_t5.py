@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 from pydantic import Field
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from petlbench.backbones.t5 import T5Host, t5_config
-from petlbench.backbones.visual_block import TINY, GridTextConfig, GridVision
+from petlbench.backbones.parts.t5 import T5Host, T5Sizes
+from petlbench.backbones.parts.visual_block import TINY, GridTextConfig, GridVision
 
 
 class VLT5Config(GridTextConfig):
@@ -61,7 +61,7 @@ class VLT5(GridVision[VLT5Config], T5Host[VLT5Config]):
         super().__init__()
         self.config = c = config
         self.build_t5(
-            t5_config(
+            T5Sizes(
                 vocabulary=c.vocabulary,
                 width=c.width,
                 encoder_layers=c.encoder_layers,
@@ -72,7 +72,7 @@ class VLT5(GridVision[VLT5Config], T5Host[VLT5Config]):
                 dropout=c.dropout,
                 buckets=c.buckets,
                 max_distance=c.max_distance,
-            ),
+            ).config(),
             source=c.text_source(),
             added_rows=c.added_rows,
             longest=c.max_text,

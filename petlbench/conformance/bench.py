@@ -16,17 +16,21 @@ import torch
 from datasets import disable_progress_bars
 from torch import Tensor, nn
 
-from petlbench.assembly import Data, build_backbone, build_setting, equip, load_data, load_source
-from petlbench.backbones.base import Backbone
-from petlbench.backbones.sites import Layer, Parallel, Projection, Snapshot
-from petlbench.conformance.state import Inventory
-from petlbench.errors import UserError
-from petlbench.method import Method, make_method
-from petlbench.registry import DATASETS, METHODS, TASKS
-from petlbench.spec import Cell, Recipe
-from petlbench.suite import authors_recipe
-from petlbench.task import Batch, Row
-from petlbench.training import Setting
+from petlbench.api.backbone import Backbone
+from petlbench.api.method import Method, make_method
+from petlbench.api.registries import DATASETS, METHODS, TASKS
+from petlbench.api.sites import Layer, Parallel, Projection
+from petlbench.api.snapshot import Snapshot
+from petlbench.api.task import Batch, Row
+from petlbench.conformance.module_snapshot import Inventory
+from petlbench.core.cell import Cell
+from petlbench.core.errors import UserError
+from petlbench.core.recipe import Recipe
+from petlbench.pipeline.assembly import build_backbone, build_setting, equip
+from petlbench.pipeline.data import Data, load_data, load_source
+from petlbench.pipeline.plan.recipes import authors_recipe
+from petlbench.training.context import RunContext
+from petlbench.training.setup import Setting
 
 Place = tuple[str, str, str, int]  # layer, sub-layer, projection, and which of a pair
 ROWS = 4
@@ -56,7 +60,7 @@ def method_class(name: str) -> type[Method]:
     except (ImportError, AttributeError) as error:
         raise UserError(f"method '{name}' cannot be imported ({error}): give a name or module:Class") from error
     if not (isinstance(found, type) and issubclass(found, Method)):
-        raise UserError(f"'{name}' is not a subclass of petlbench.method.Method: give a name or module:Class")
+        raise UserError(f"'{name}' is not a subclass of petlbench.api.method.Method: give a name or module:Class")
     return found
 
 
@@ -145,7 +149,7 @@ class Bench:
         return build_backbone(self.cell, self.device)
 
     def setting(self, backbone: Backbone, method: Method) -> tuple[Setting, Snapshot]:
-        return build_setting(self.cell, backbone, self.task, self.device, method=method)
+        return build_setting(self.cell, backbone, self.task, RunContext.on(self.device), method=method)
 
     def batch(self, backbone: Backbone, rows: list[Row], *, training: bool, dtype: torch.dtype | None = None) -> Batch:
         """The same at every call, whatever was drawn before."""

@@ -8,9 +8,9 @@ from functools import partial
 from typing import TypeVar
 
 from petlbench.conformance.bench import distance
+from petlbench.conformance.module_snapshot import differing, some
 from petlbench.conformance.observation import Seen
 from petlbench.conformance.report import Finding
-from petlbench.conformance.state import differing, some
 
 T = TypeVar("T")
 Check = Callable[[Seen], str]

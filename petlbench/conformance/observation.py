@@ -10,17 +10,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from petlbench.assembly import build_method
-from petlbench.backbones.base import Backbone
-from petlbench.backbones.lent import like
-from petlbench.backbones.sites import Snapshot
+from petlbench.api.backbone import Backbone
+from petlbench.api.method import Method
+from petlbench.api.snapshot import Snapshot
+from petlbench.backbones.supplied import like
 from petlbench.conformance import watch
 from petlbench.conformance.bench import Bench, Outputs, Reference
-from petlbench.conformance.state import Inventory, differing, digests, tensors, values
+from petlbench.conformance.module_snapshot import Inventory, differing, digests, tensors, values
+from petlbench.core.messages import one_line
 from petlbench.measure.memory import storages
-from petlbench.method import Method
-from petlbench.registry import one_line
-from petlbench.training import Diverged, Fit, Setting, fit
+from petlbench.pipeline.assembly import build_method
+from petlbench.training.loop import Diverged, fit
+from petlbench.training.setup import Setting
+from petlbench.training.state import Fit
 
 
 @dataclass

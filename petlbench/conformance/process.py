@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from petlbench.spec import Cell
+from petlbench.core.cell import Cell
 
 
 def reload(adapters: Mapping[Path, Cell], device: str) -> dict[Path, dict[str, Any]]:
@@ -44,7 +44,7 @@ def main() -> None:
     """The new process: jobs from standard input, results as the last line of standard output."""
     import torch
 
-    from petlbench.registry import one_line
+    from petlbench.core.messages import one_line
 
     task = json.load(sys.stdin)
     torch.set_num_threads(task["threads"])
@@ -60,10 +60,10 @@ def main() -> None:
 def _outputs(cell: Cell, path: Path, device: str) -> dict[str, Any]:
     from safetensors.torch import load_file
 
-    from petlbench.assembly import build_method
     from petlbench.conformance.bench import Bench, method_class
-    from petlbench.conformance.state import values
-    from petlbench.training import load_state
+    from petlbench.conformance.module_snapshot import values
+    from petlbench.pipeline.assembly import build_method
+    from petlbench.training.evaluation import load_state
 
     bench, method = Bench(cell, device), build_method(cell, method_class(cell.method))
     setting, _ = bench.setting(bench.backbone(), method)

@@ -47,6 +47,16 @@ def _bias(attn_mask: Tensor | None, is_causal: bool, scores: Tensor) -> Tensor |
     return torch.zeros_like(attn_mask, dtype=scores.dtype).masked_fill_(~attn_mask, -torch.inf)
 
 
+def _scored(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, enable_gqa: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(…, L, E), (…, S, E), (…, S, Ev) -> scores (…, L, S), and values with as many heads (…, S, Ev)."""
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    return query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale), value
+
+
 def _attention(
     query: Tensor,
     key: Tensor,
@@ -54,14 +64,13 @@ def _attention(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
+    **options: Any,
 ) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention`: (…, L, E), (…, S, E), (…, S, Ev) -> (…, L, Ev)."""
-    if enable_gqa:
-        groups = query.shape[-3] // key.shape[-3]
-        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
-    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    """`torch.nn.functional.scaled_dot_product_attention`: (…, L, E), (…, S, E), (…, S, Ev) -> (…, L, Ev).
+
+    `options`: the two that torch takes by name alone, see `_scored`.
+    """
+    scores, value = _scored(query, key, value, **options)
     bias = _bias(attn_mask, is_causal, scores)
     if bias is not None:
         scores = scores + bias
@@ -103,7 +112,8 @@ def canonical() -> Iterator[None]:
     # The mode sees calls by whatever name, but is off inside torch functions written in Python: in backward, where
     # checkpointed layers run again, and in torch's attention layer. Those look the names up in this module.
     ordinary = F.dropout, F.scaled_dot_product_attention
-    F.dropout, F.scaled_dot_product_attention = _dropout, _attention
+    F.dropout = _dropout
+    F.scaled_dot_product_attention = _attention  # type: ignore[assignment]  # torch's types lack "by name alone"
     try:
         with _Canonical():
             yield

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from petlbench.core.record import Peak, Timing
 from petlbench.measure.memory import cuda_peaks, reset_cuda_peaks
-from petlbench.spec import Peak, Timing
 
 PHASES = (
     "load",

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import petlbench
+from petlbench.core.version import __version__
 
 PACKAGES = (  # distributions that can change a number; torch's version is asked of itself
     "torchvision",
@@ -49,7 +49,7 @@ def source_tree(root: Path | None = None) -> dict[str, Any]:
 
     `root` is where petlbench was imported from; a package merely installed below somebody's repository is not it.
     """
-    root = root or Path(petlbench.__file__).resolve().parents[1]
+    root = root or Path(__file__).resolve().parents[2]
     git = ("git", "-C", str(root))
     if not _output(*git, "ls-files", "--error-unmatch", "petlbench/__init__.py"):
         return {"git_commit": None, "git_dirty": None}
@@ -102,7 +102,7 @@ def describe(device: str, threads: int) -> dict[str, Any]:
     cuda = torch.device(device).type == "cuda"
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None
     return {
-        "petlbench": petlbench.__version__,
+        "petlbench": __version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # with its build, such as +cpu, which package metadata leaves out
         **{package: _version(package) for package in PACKAGES},

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from petlbench.core.record import Flops
 from petlbench.measure.canonical import canonical
-from petlbench.spec import Flops
 
 aten = torch.ops.aten
 
@@ -27,20 +27,10 @@ def _added_product(bias_shape: Sequence[int], x_shape: Sequence[int], y_shape: S
 
 
 def _convolution_backward(
-    grad_shape: Sequence[int],
-    x_shape: Sequence[int],
-    w_shape: Sequence[int],
-    bias_sizes: object,
-    stride: object,
-    padding: object,
-    dilation: object,
-    transposed: bool,
-    output_padding: object,
-    groups: int,
-    output_mask: Sequence[bool],
-    **rest: Any,
+    grad_shape: Sequence[int], x_shape: Sequence[int], w_shape: Sequence[int], *options: Any, **rest: Any
 ) -> int:
     """Each gradient, of the input and of the weight, costs what the forward convolution does."""
+    _bias_sizes, _stride, _padding, _dilation, transposed, _output_padding, _groups, output_mask = options
     return (output_mask[0] + output_mask[1]) * 2 * prod(x_shape if transposed else grad_shape) * prod(w_shape[1:])
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from petlbench.core.record import Memory, Peak
 from petlbench.measure.canonical import canonical
-from petlbench.spec import Memory, Peak
 
 Key = tuple[torch.device, int]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Set
 
 from torch import Tensor, nn
 
-from petlbench.spec import Parameters
+from petlbench.core.record import Parameters
 
 
 def count(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import islice
 
-from .bleu import ORDERS, bleu, check_pairs
-from .cider import cider_d
-from .ptb import tokenize_all
-from .rouge import rouge_l
+from petlbench.metrics.bleu import ORDERS, bleu, check_pairs
+from petlbench.metrics.cider import cider_d
+from petlbench.metrics.ptb import tokenize_all
+from petlbench.metrics.rouge import rouge_l
 
 
 def _words(tokens: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from .bleu import ORDERS, check_pairs, ngrams
+from petlbench.metrics.bleu import ORDERS, check_pairs, ngrams
 
 SIGMA = 6.0
 

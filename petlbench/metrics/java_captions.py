@@ -21,11 +21,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 
-from petlbench.errors import UserError
-
-from .bleu import check_pairs
-from .captions import tokenize_pairs
-from .cider import Scores
+from petlbench.core.errors import UserError
+from petlbench.metrics.bleu import check_pairs
+from petlbench.metrics.captions import tokenize_pairs
+from petlbench.metrics.cider import Scores
 
 REPLY_SECONDS = 120.0  # METEOR answers within milliseconds, after some seconds of loading its paraphrases
 SPICE_SECONDS = 6 * 3600.0

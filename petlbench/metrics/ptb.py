@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
-from .ptb_rules import FRAGMENTS, RULES
+from petlbench.metrics.ptb_rules import FRAGMENTS, RULES
 
 # What ptbtokenizer.py drops. Brackets are in lower case by then, so "-lrb-" survives "-LRB-", in the toolkit too.
 _DROPPED = "'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from .ptb_letters import DIGIT, LETTER, WORD_LETTER
+from petlbench.metrics.ptb_letters import DIGIT, LETTER, WORD_LETTER
 
 FRAGMENTS = {
     "LETTER": LETTER,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .bleu import check_pairs
-from .cider import Scores
+from petlbench.metrics.bleu import check_pairs
+from petlbench.metrics.cider import Scores
 
 BETA = 1.2
 

@@ -19,13 +19,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from petlbench.backbones.base import Tokens, decoding_pass, join, plain_tokens
-from petlbench.backbones.sites import IMAGE, TEXT
+from petlbench.api.method import adapt
+from petlbench.api.registries import METHODS
+from petlbench.api.sites import IMAGE, TEXT
+from petlbench.api.tokens import Tokens, decoding_pass, join, plain_tokens
 from petlbench.backbones.vl_bart import VLBart, VLBartConfig
-from petlbench.method import adapt
-from petlbench.registry import METHODS
-
-from . import holds, inline, sized
+from tests.benchmarks import holds, inline, sized
 
 LIMIT = 1.10  # of the ratio
 PAIRS, WARMUP = sized((30, 5), (2, 1))

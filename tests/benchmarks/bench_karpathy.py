@@ -24,12 +24,11 @@ import datasets  # noqa: F401 -- imported here, so that neither time nor memory 
 import psutil
 import pyarrow.parquet
 
-from petlbench.datasets.base import SPLITS
-from petlbench.datasets.coco_files import image_name
-from petlbench.datasets.files import FilesConfig
-from petlbench.datasets.karpathy import COCO
-
-from . import holds, sized
+from petlbench.api.source import SPLITS
+from petlbench.datasets.files.coco import image_name
+from petlbench.datasets.files.declaration import FilesConfig
+from petlbench.datasets.official.karpathy import COCO
+from tests.benchmarks import holds, sized
 
 LIMIT = 1.5  # of both ratios
 ROUNDS = sized(3, 1)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from . import sized
+from tests.benchmarks import sized
 
 IMAGES, WIDTH = sized(5000, 50), 512
 

@@ -27,7 +27,7 @@ import numpy as np
 import psutil
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from . import holds, sized
+from tests.benchmarks import holds, sized
 
 LIMIT = 1.5  # of each ratio
 SCALE, ROUNDS = sized((1.0, 3), (0.001, 1))
@@ -114,7 +114,7 @@ def by_standard_library(folder: Path) -> Any:
 
 
 def by_source(folder: Path) -> Any:
-    from petlbench.datasets.refer import RefCOCO
+    from petlbench.datasets.official.refer import RefCOCO
 
     return RefCOCO(RefCOCO.Config(), folder.parent).load("rec", "train")
 
@@ -125,7 +125,7 @@ def pickle_by_standard_library(folder: Path) -> Any:
 
 
 def pickle_by_ours(folder: Path) -> Any:
-    from petlbench.datasets.pickles import load_pickle
+    from petlbench.datasets.files.pickles import load_pickle
 
     return load_pickle(folder / "refs(unc).p")
 
@@ -141,7 +141,7 @@ def child(way: str, folder: Path) -> None:
     import pyarrow.compute
     import pyarrow.parquet  # noqa: F401
 
-    import petlbench.datasets.refer  # noqa: F401
+    import petlbench.datasets.official.refer  # noqa: F401
 
     before = psutil.Process().memory_info().rss
     started = perf_counter()

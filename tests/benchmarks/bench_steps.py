@@ -9,10 +9,11 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from petlbench.registry import METHODS
-from petlbench.training import WARMUP, Course, train_step
-
-from . import overhead, sized
+from petlbench.api.registries import METHODS
+from petlbench.measure.clock import WARMUP
+from petlbench.training.loop import train_step
+from petlbench.training.state import Course
+from tests.benchmarks import overhead, sized
 
 ROUNDS = sized(20, 1)
 

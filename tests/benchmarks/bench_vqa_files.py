@@ -20,10 +20,9 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 
-from petlbench.datasets.coco_files import image_name
-from petlbench.datasets.vqav2 import OfficialFiles, VQAv2, VQAv2Config
-
-from . import holds, sized
+from petlbench.datasets.files.coco import image_name
+from petlbench.datasets.official.vqav2 import OfficialFiles, VQAv2, VQAv2Config
+from tests.benchmarks import holds, sized
 
 LIMIT = 1.5  # of both ratios
 QUESTIONS, PER_IMAGE = sized(650_000, 650), 5

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from petlbench.backbones.sites import Layer, SubLayer
+from petlbench.api.sites import Layer, SubLayer
 
 TEXT_TOKENS = 20  # come first in the encoder's input
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
 from time import perf_counter
@@ -20,14 +20,17 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from petlbench.assembly import build_backbone, build_setting, load_source, load_split
+from petlbench.api.registries import TASKS
+from petlbench.core.cell import Cell
+from petlbench.describe.profile import profile_cells
 from petlbench.measure.clock import WARMUP
-from petlbench.profile import profile_cells
-from petlbench.registry import TASKS
-from petlbench.spec import Cell
-from petlbench.training import Setting, fit, optimizer, rate
-
-from . import holds, sized
+from petlbench.pipeline.assembly import build_backbone, build_setting
+from petlbench.pipeline.data import load_source, load_split
+from petlbench.training.context import RunContext
+from petlbench.training.loop import fit
+from petlbench.training.optimizers import optimizer, rate
+from petlbench.training.setup import Setting
+from tests.benchmarks import holds, sized
 
 LIMIT = 1.05  # of the ratio
 STEPS = sized(150, 12)
@@ -49,7 +52,7 @@ def prepare(method: str, batch_size: int = 8) -> tuple[Setting, Dataset]:
     cell: Cell = profile_cells([method], task="vqa", batch_size=batch_size)[0]
     task, device = TASKS.get(cell.task)(), torch.device("cpu")
     rows = load_split(cell, load_source(cell, None), task, "train")
-    setting, _ = build_setting(cell, build_backbone(cell, device), task, device)
+    setting, _ = build_setting(cell, build_backbone(cell, device), task, RunContext.on(device))
     return setting, rows
 
 
@@ -87,7 +90,7 @@ def measure(method: str = "lora", steps: int = STEPS, batch_size: int = 8) -> Ov
             next(hand)
             marks.append((ended, perf_counter()))
 
-    setting.report = report
+    setting.context = replace(setting.context, report=report)
     fit(setting, rows, rows.select(range(VALIDATION_ROWS)), setting.recipe.lr)
     timing = setting.clock.timing()
     pairs = [(b[0] - a[1], b[1] - b[0]) for a, b in pairwise(marks)][WARMUP:]

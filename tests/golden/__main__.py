@@ -15,8 +15,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from . import FOLDER, report
-from . import arrays as arrays
+from tests.golden import FOLDER, arrays, report
 
 
 def agrees(path: Path) -> bool:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-from petlbench.backbones.sites import Layer, Pass, Stack, SubLayer
-from petlbench.backbones.transformers_parts import clip_layer
-from petlbench.method import Method
+from petlbench.api.method import Method
+from petlbench.api.sites import Layer, Pass, Stack, SubLayer
+from petlbench.backbones.parts.transformers_parts import clip_layer
 from tests.backbone_factory import Bare
 from tests.golden.arrays import Arrays, Difference, difference
 

@@ -14,12 +14,12 @@ from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertLayer
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from petlbench.backbones.base import Images, Texts, Tokens, plain_tokens
-from petlbench.backbones.bert import bert_layer
-from petlbench.backbones.sites import IMAGE, Layer, Stack
-from petlbench.backbones.t5 import T5Host, t5_config
-from petlbench.backbones.visual_block import VisualBlock
-from petlbench.losses import token_losses
+from petlbench.api.decoding import token_losses
+from petlbench.api.sites import IMAGE, Layer, Stack
+from petlbench.api.tokens import Images, Texts, Tokens, plain_tokens
+from petlbench.backbones.parts.bert import bert_layer
+from petlbench.backbones.parts.t5 import T5Host, T5Sizes
+from petlbench.backbones.parts.visual_block import VisualBlock
 from tests.backbone_factory import Bare
 from tests.golden.arrays import Arrays, Difference, difference
 from tests.golden.checks.library_loops import beam, greedy
@@ -75,7 +75,7 @@ class Host(T5Host):
 
     def __init__(self, sizes: Mapping[str, Any], meta: Mapping[str, Any], features: int, cells: int) -> None:
         super().__init__()
-        config = t5_config(
+        config = T5Sizes(
             vocabulary=sizes["vocab_size"],
             width=sizes["d_model"],
             encoder_layers=sizes["num_layers"],
@@ -86,7 +86,7 @@ class Host(T5Host):
             dropout=0.0,
             buckets=sizes["relative_attention_num_buckets"],
             max_distance=meta.get("rel_max_distance", 128),
-        )
+        ).config()
         self.build_t5(config, longest=512)
         start = meta.get("decoder_start_id", sizes.get("decoder_start_token_id", 0))
         self.codec = Special(meta.get("pad_id", 0), start, meta.get("eos_id", 1))  # type: ignore[assignment]

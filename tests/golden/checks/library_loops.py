@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from petlbench.backbones.base import Backbone, Tokens
+from petlbench.api.backbone import Backbone
+from petlbench.api.tokens import Tokens
 
 Finished = list[tuple[float, list[int]]]
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.bert.modeling_bert import BertLayer
 
-from petlbench.backbones.base import Backbone, Tokens, plain_tokens
-from petlbench.backbones.bert import bert_config, bert_layer
-from petlbench.backbones.detr import detr_stack, sine_positions
-from petlbench.backbones.masks import additive
-from petlbench.backbones.sites import IMAGE, TEXT, Pass, Stack
+from petlbench.api.backbone import Backbone
+from petlbench.api.sites import IMAGE, TEXT, Pass, Stack
+from petlbench.api.tokens import Tokens, plain_tokens
+from petlbench.backbones.parts.bert import bert_config, bert_layer
+from petlbench.backbones.parts.detr import detr_stack, sine_positions
+from petlbench.backbones.parts.masks import additive
 from petlbench.backbones.transvg import BoxHead, TransVG, TransVGConfig
 from petlbench.metrics.boxes import acc_at, iou_cxcywh
 from tests.backbone_factory import Bare

@@ -17,15 +17,16 @@ from petlbench.methods.multiway_adapter import (
 from petlbench.tasks.retrieval import contrastive_loss
 from torch import Tensor, nn
 
-from petlbench.backbones.base import Backbone, Images, Texts, Tokens
+from petlbench.api.backbone import Backbone
+from petlbench.api.sites import IMAGE, TEXT, Layer, Pass, Segments
+from petlbench.api.tokens import Images, Texts, Tokens
 from petlbench.backbones.beit3 import BEiT3
 from petlbench.backbones.beit3_weights import UNUSED, resized_positions
-from petlbench.backbones.masks import additive
-from petlbench.backbones.multiway import multiway_stack
-from petlbench.backbones.sites import IMAGE, TEXT, Layer, Pass, Segments
+from petlbench.backbones.parts.masks import additive
+from petlbench.backbones.parts.multiway import multiway_stack
+from petlbench.core.recipe import Recipe
 from petlbench.metrics.recall import recall
-from petlbench.spec import Recipe
-from petlbench.training import rate
+from petlbench.training.optimizers import rate
 from tests.backbone_factory import Bare
 from tests.golden.arrays import SINGLE, Arrays, Difference, difference
 

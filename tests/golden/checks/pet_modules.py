@@ -14,10 +14,10 @@ from petlbench.methods.vl_adapter import Adapter, VLAdapter
 from torch import Tensor, nn
 from transformers.models.bart.modeling_bart import BartDecoderLayer, BartEncoderLayer
 
-from petlbench.backbones.masks import additive, causal
-from petlbench.backbones.sites import Layer, Pass, Projection, Stack, SubLayer
-from petlbench.backbones.transformers_parts import bart_decoder_layer, bart_encoder_layer
-from petlbench.method import make_method
+from petlbench.api.method import make_method
+from petlbench.api.sites import Layer, Pass, Projection, Stack, SubLayer
+from petlbench.backbones.parts.masks import additive, causal
+from petlbench.backbones.parts.transformers_parts import bart_decoder_layer, bart_encoder_layer
 from tests.backbone_factory import Bare, bart_config
 from tests.golden.arrays import Arrays, Difference, difference
 from tests.golden.checks.pet_names import (

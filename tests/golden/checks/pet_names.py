@@ -21,9 +21,9 @@ from petlbench.methods.selective import BitFit, Full
 from petlbench.methods.vl_adapter import Adapter, VLAdapter
 from torch import nn
 
-from petlbench.backbones.base import Backbone
-from petlbench.backbones.sites import Parallel, SubLayer
-from petlbench.method import Method, make_method
+from petlbench.api.backbone import Backbone
+from petlbench.api.method import Method, make_method
+from petlbench.api.sites import Parallel, SubLayer
 
 Meta = Mapping[str, Any]
 Named = dict[str, nn.Parameter]

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers.models.bart.modeling_bart import BartDecoderLayer, BartEncoderLayer
 from transformers.models.t5.modeling_t5 import T5Block
 
-from petlbench.backbones.masks import additive, causal
-from petlbench.backbones.sites import Layer, Pass, Stack, Taps
-from petlbench.backbones.t5 import t5_config
-from petlbench.backbones.transformers_parts import (
+from petlbench.api.sites import Layer, Pass, Stack, Taps
+from petlbench.backbones.parts.masks import additive, causal
+from petlbench.backbones.parts.t5 import T5Sizes
+from petlbench.backbones.parts.transformers_parts import (
     bart_decoder_layer,
     bart_encoder_layer,
     t5_decoder_layer,
@@ -60,10 +60,10 @@ def _t5(arrays: Arrays, decoder: bool) -> T5Block:
     width, heads = arrays.meta["d"], arrays.meta["heads_attn"]
     query = next(value for key, value in arrays.items() if key.endswith("q.W"))
     ffn = len(arrays["p/ffn.in.W"]) if "p/ffn.in.W" in arrays else 1
-    config = t5_config(
+    config = T5Sizes(
         vocabulary=3, width=width, encoder_layers=1, decoder_layers=1, heads=heads, head_width=len(query) // heads,
         ffn=ffn, dropout=0.0,
-    )  # fmt: skip
+    ).config()  # fmt: skip
     config.is_decoder = decoder
     return T5Block(config, has_relative_attention_bias=False, layer_idx=0)
 

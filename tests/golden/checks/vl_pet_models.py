@@ -16,17 +16,17 @@ from petlbench.methods.vl_pet import VLPET, GranularityControl, VLPETConfig
 from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from petlbench.backbones import visual_block
-from petlbench.backbones.base import Backbone, Images, Texts, Tokens, plain_tokens
-from petlbench.backbones.sites import IMAGE, Parallel, SubLayer
-from petlbench.backbones.visual_block import VisualBlock, pooled
+from petlbench.api.backbone import Backbone
+from petlbench.api.decoding import generate, token_losses
+from petlbench.api.method import Method
+from petlbench.api.sites import IMAGE, Parallel, SubLayer
+from petlbench.api.tokens import Images, Texts, Tokens, plain_tokens
+from petlbench.backbones.parts import visual_block
+from petlbench.backbones.parts.visual_block import VisualBlock, pooled
 from petlbench.backbones.vl_bart import VLBart
 from petlbench.backbones.vl_t5 import VLT5
-from petlbench.generation import generate
-from petlbench.losses import token_losses
-from petlbench.method import Method
-from petlbench.spec import Recipe
-from petlbench.training import optimizer, rate
+from petlbench.core.recipe import Recipe
+from petlbench.training.optimizers import optimizer, rate
 from tests.golden import FOLDER
 from tests.golden.arrays import Arrays, Difference, difference
 from tests.golden.checks.pet_names import ADAPTED, Adapted

@@ -15,14 +15,15 @@ from pydantic import Field, TypeAdapter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from petlbench.backbones.base import Backbone
-from petlbench.datasets import images
-from petlbench.datasets.base import Source, Split
-from petlbench.datasets.files import FileSource
-from petlbench.datasets.reader import Choice, Part, Reader, Skips
-from petlbench.datasets.reading import read_json
-from petlbench.method import Method, MethodConfig
-from petlbench.task import Batch, Row, Scores, Task
+from petlbench.api.backbone import Backbone
+from petlbench.api.method import Method, MethodConfig
+from petlbench.api.source import Source, Split
+from petlbench.api.task import Batch, Row, Scores, Task
+from petlbench.datasets.files import images
+from petlbench.datasets.files.declaration import Choice
+from petlbench.datasets.files.reader import Part, Reader, Skips
+from petlbench.datasets.files.reading import read_json
+from petlbench.datasets.files.source import FileSource
 
 MOST = 4  # squares in an image
 

@@ -1,0 +1,27 @@
+"""The table of results folders."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from petlbench.commands.output import print_table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results", nargs="+", type=Path)
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write it as CSV")
+
+
+def command(args: argparse.Namespace) -> int:
+    """The table of results folders."""
+    from petlbench.pipeline.freshness import stale_parts
+    from petlbench.results import leaderboard
+    from petlbench.results.leaderboard_table import render
+    from petlbench.results.store import find
+
+    table = leaderboard.table(find(args.results), stale=stale_parts)
+    if args.csv:
+        leaderboard.write_csv(table, args.csv)
+    print_table(render(table))
+    return 0

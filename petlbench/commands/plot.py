@@ -1,0 +1,27 @@
+"""The plots of results folders."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from petlbench.api.registries import METHODS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("plots"), metavar="DIR", help="default: %(default)s")
+
+
+def command(args: argparse.Namespace) -> int:
+    """The plots of results folders."""
+    from petlbench.describe.variants import declaring
+    from petlbench.pipeline.freshness import stale_parts
+    from petlbench.results import leaderboard
+    from petlbench.results.plots import figures
+    from petlbench.results.store import find
+
+    table = leaderboard.table(find(args.results), stale=stale_parts)
+    for path in figures.draw(table, args.out, declaring(METHODS, table["method"], "floor")):
+        print(path)
+    return 0

@@ -1,0 +1,25 @@
+"""Set aside what a results folder cannot hold."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from petlbench.core.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results", type=Path)
+
+
+def command(args: argparse.Namespace) -> int:
+    """Set aside what does not belong."""
+    from petlbench.pipeline.launch.claims import idle
+    from petlbench.results.repair import repair
+    from petlbench.results.store import Store
+
+    store = Store.open(args.results, create=False)
+    if not idle(store.claims):
+        raise UserError(f"a run is at work in {args.results}: repair it once that has ended")
+    print("\n".join(repair(store)) or f"{args.results}: nothing to repair")
+    return 0

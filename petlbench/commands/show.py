@@ -1,0 +1,28 @@
+"""Contact sheets of predictions."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from petlbench.commands.options import positive
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("pictures"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument(
+        "--count", type=positive, default=16, metavar="N", help="samples a sheet (default: %(default)s)"
+    )
+    parser.add_argument("--data-root", type=Path, metavar="DIR", help="where data sets lie (default: PETLBENCH_DATA)")
+
+
+def command(args: argparse.Namespace) -> int:
+    """Contact sheets of predictions."""
+    from petlbench.describe import predictions
+    from petlbench.results.store import Store
+
+    store = Store.open(args.results, create=False)
+    for path in predictions.show(store, args.out, count=args.count, data_root=args.data_root):
+        print(path)
+    return 0

@@ -1,0 +1,69 @@
+"""Rows of referring expressions: which can be used, and why the others cannot."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from petlbench.datasets.files.reader import Part, Skips
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+FAULTS = (
+    "reference without a sentence",
+    "empty sentence",
+    "box on another image",
+    "box that is not finite",
+    "box without area",
+    "box outside of the image",
+)
+
+
+def boxed(boxes: np.ndarray[Any, Any], *, whole: bool) -> np.ndarray[Any, Any]:
+    """Boxes (n, 4) as the schema has them, in single precision; `whole`: truncated, as TransVG's loader does."""
+    import numpy as np
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        return (np.trunc(boxes) if whole else boxes).astype(np.float32)
+
+
+def box_faults(boxes: np.ndarray[Any, Any], extents: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Of boxes x, y, width, height (n, 4) in images of width, height (n, 2): the place in FAULTS, or -1."""
+    import numpy as np
+
+    start, side = boxes[:, :2], boxes[:, 2:]
+    with np.errstate(over="ignore", invalid="ignore"):
+        outside = ((start + side <= 0) | (start >= extents)).any(1)
+    told = {
+        "box that is not finite": ~np.isfinite(boxes).all(1),
+        "box without area": (side <= 0).any(1),
+        "box outside of the image": outside,
+    }
+    return np.select(list(told.values()), [FAULTS.index(name) for name in told], -1)
+
+
+def rec_table(
+    boxes: np.ndarray[Any, Any], faults: np.ndarray[Any, Any], expression: pa.Array, **columns: pa.Array
+) -> pa.Table:
+    """The columns of the schema, and `fault`: the place in FAULTS, or -1."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    blank = pc.equal(pc.utf8_trim_whitespace(expression), "").fill_null(False).to_numpy(zero_copy_only=False)
+    faults[blank] = FAULTS.index("empty sentence")
+    faults[expression.is_null().to_numpy(zero_copy_only=False)] = FAULTS.index("reference without a sentence")
+    box = pa.FixedSizeListArray.from_arrays(pa.array(boxes.reshape(-1)), 4)
+    return pa.table({**columns, "expression": expression, "box": box, "fault": pa.array(faults)})
+
+
+def usable(table: pa.Table) -> Part:
+    """The rows without a fault; the others counted."""
+    import pyarrow.compute as pc
+
+    skips = Skips()
+    for code, fault in enumerate(FAULTS):
+        faulty = table.filter(pc.equal(table["fault"], code))
+        if faulty.num_rows:
+            skips.add(fault, faulty["sample_id"][0].as_py(), faulty.num_rows)
+    return Part(table.filter(pc.equal(table["fault"], -1)).drop_columns("fault"), skips)

@@ -1,0 +1,74 @@
+"""METEOR and SPICE of captions that were kept: computed after a run, so that no result hangs on an installed Java."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from petlbench.api.registries import TASKS
+from petlbench.core.cell import MethodSpec
+from petlbench.core.errors import UserError
+from petlbench.core.record import Record
+from petlbench.core.units import score_text
+from petlbench.describe.variants import attribute, declaring
+from petlbench.metrics import java_captions
+from petlbench.pipeline.data import tested_rows
+from petlbench.results.store import Store
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+CELL = ("method", "backbone", "dataset", "seed")  # columns
+
+
+def score(store: Store, metrics: Sequence[str], data_root: Path | None = None) -> pd.DataFrame:
+    """A row per record that kept captions, its task's predictions: its cell, main metric as recorded, then `metrics`.
+
+    These are of the corpus. Nothing is written to the store. Raises UserError when a metric is unknown or cannot be
+    computed here, when no record kept captions, or when the data is not what was tested on.
+    """
+    java_captions.check(metrics)
+    ended = [record for record in store.load() if record.outcome == "ok" and record.samples is not None]
+    tasks = declaring(TASKS, [record.cell.task for record in ended], "caption_references")
+    records = [record for record in ended if record.cell.task in tasks]
+    if not records:
+        able = ", ".join(declaring(TASKS, TASKS.names(), "caption_references"))
+        raise UserError(f"no record in {store.root} kept captions: run cells of a task that does first ({able})")
+    rows = [_row(record, store, metrics, data_root) for record in records]
+    own = dict.fromkeys(attribute(TASKS, task, "main_metric") for task in tasks)
+    return pd.DataFrame(rows, columns=[*CELL, *own, *metrics])
+
+
+def _row(record: Record, store: Store, metrics: Sequence[str], data_root: Path | None) -> dict[str, object]:
+    cell = record.cell
+    rows, samples = tested_rows(record, store, data_root)
+    captions = samples.get("predictions")
+    if not isinstance(captions, list) or len(captions) != len(rows):
+        raise UserError(f"{cell.label} kept no caption for each of its {len(rows)} test rows: run it again")
+    references = list(rows[attribute(TASKS, cell.task, "caption_references")])
+    scores = {name: java_captions.METRICS[name](captions, references).corpus for name in metrics}
+    method = MethodSpec(name=cell.method, variant=cell.variant).label
+    named = dict(zip(CELL, (method, cell.backbone, cell.dataset, cell.seed), strict=True))
+    own = attribute(TASKS, cell.task, "main_metric")
+    return {**named, own: record.metrics.get(own, math.nan), **scores}
+
+
+def render(frame: pd.DataFrame) -> Table:
+    """For a terminal; a task's own metric in its unit, as in a record."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    for name in frame.columns:
+        table.add_column(str(name), justify="left" if name in CELL else "right", no_wrap=name not in CELL)
+    for row in frame.itertuples(index=False):
+        texts = [
+            str(value) if name in CELL else score_text(value) for name, value in zip(frame.columns, row, strict=True)
+        ]
+        table.add_row(*map(Text, texts))
+    return table

@@ -1,0 +1,64 @@
+"""An inventory of a data set, for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from petlbench.describe.dataset import Entry, Inventory
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+SHOWN = 5  # of the images of a part that cannot be used
+
+
+def render(inventory: Inventory) -> Group:
+    """A line for each part and split; below, what is wrong, and what was left out."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    entries = inventory.entries
+    columns = list(dict.fromkeys(what for entry in entries for what in entry.counts))
+    parted = any(entry.made_of for entry in entries)
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    for title in ["part", *(["made of"] if parted else []), *columns, "left out", "opened", "verdict"]:
+        table.add_column(title, justify="right" if title in (*columns, "left out", "opened") else "left")
+    for entry in entries:
+        sizes = [_size(entry, what) for what in columns]
+        left_out = f"{sum(entry.left_out.values()):,}" if entry.left_out else ""
+        opened = f"{entry.opened:,}" if entry.opened else ""
+        verdict = entry.verdict + ("" if entry.needed else " (not needed)")
+        name = f"split {entry.name}" if entry.made_of else entry.name
+        texts = [name, *([entry.made_of] if parted else []), *sizes, left_out, opened, verdict]
+        table.add_row(*map(Text, texts), style="" if entry.ok else "bold red" if entry.needed else "dim")
+    heading = Text(f"{inventory.task}:{inventory.dataset}", style="italic")
+    return Group(heading, table, *(Text(line, overflow="fold") for line in _told(inventory)))
+
+
+def _size(entry: Entry, what: str) -> str:
+    if what not in entry.counts:
+        return ""
+    published = f" (published {entry.published[what]:,})" if what in entry.differing else ""
+    return f"{entry.counts[what]:,}{published}"
+
+
+def _told(inventory: Inventory) -> Iterator[str]:
+    """What is wrong, each thing once, with the parts that it concerns; then what a reader of results must know."""
+    errors: dict[str, list[str]] = {}
+    for entry in inventory.entries:
+        if entry.error:
+            errors.setdefault(entry.error, []).append(entry.name)
+    for error, names in errors.items():
+        yield f"{', '.join(dict.fromkeys(names))}: {error}"
+    for entry in inventory.entries:
+        for number, (image, reason) in enumerate(entry.faults.items()):
+            if number == SHOWN:
+                yield f"{entry.name}: and {len(entry.faults) - SHOWN:,} more: --json lists all"
+                break
+            yield f"{entry.name}: {reason if image in reason else f'{image}: {reason}'}"
+    yield from inventory.notes
+    if inventory.origin and any(entry.faults for entry in inventory.entries):
+        yield f"to be had: {inventory.origin}"

@@ -1,0 +1,221 @@
+"""What a method costs, without training it: parameters, bytes, operations, and seconds of a few real steps."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from petlbench.api.backbone import Backbone
+from petlbench.api.registries import TASKS
+from petlbench.api.source import Source
+from petlbench.api.task import Task
+from petlbench.core.cell import Cell, MethodSpec, Suite
+from petlbench.core.errors import UserError
+from petlbench.core.record import Parameters
+from petlbench.describe.cost_table import Costs
+from petlbench.measure.clock import IN_STEP, TRAINING, WARMUP
+from petlbench.measure.environment import describe
+from petlbench.measure.memory import planned, with_peaks, with_saved
+from petlbench.pipeline.assembly import build_backbone, build_setting
+from petlbench.pipeline.data import load_source, load_split
+from petlbench.pipeline.plan.suite import expand
+from petlbench.pipeline.plan.variants import method_specs
+from petlbench.training.context import RunContext
+from petlbench.training.loop import Diverged, train_step
+from petlbench.training.setup import Setting
+from petlbench.training.state import Course
+from petlbench.training.step_costs import (
+    canonical_saved_bytes,
+    counted,
+    effective,
+    extra_at_inference,
+    first_batch,
+    inference,
+    training_flops,
+)
+
+TURNS = 2  # in which the timed steps of the methods alternate, so that a machine's drift hits them alike
+SECONDS_OF_ENERGY = 1.0  # a GPU's driver renews its counter about ten times a second: less time gives no figure
+
+
+def profile_cells(
+    methods: Sequence[str],
+    *,
+    task: str,
+    backbone: str = "tiny",
+    batch_size: int = 32,
+    data_root: Path | None = None,
+) -> list[Cell]:
+    """One cell per method (names and wildcards, default configurations), with just the rows that a profile needs.
+
+    `task` is a name or `task:dataset`. Raises UserError for a name that does not exist or a pair that cannot work.
+    """
+    suite = Suite.model_validate(
+        {
+            "name": "profile",
+            "methods": [spec.model_dump() for spec in method_specs(methods)],
+            "tasks": [task],
+            "backbones": [backbone],
+            "recipe": {"batch_size": batch_size, "eval_batch_size": batch_size},
+        }
+    )
+    return expand(suite, limit=batch_size, data_root=data_root)
+
+
+def profile(
+    cells: Sequence[Cell],
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    steps: int = 6,
+    meta: bool = False,
+    data_root: Path | None = None,
+) -> list[Costs]:
+    """The costs of each cell, in the cells' order; `steps` training steps are timed.
+
+    With `meta` nothing is allocated or run: parameters and planned bytes only, of any size of backbone. `threads`:
+    torch's own number where None. Raises UserError for a method that does not fit the backbone.
+    """
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = torch.device("meta" if meta else where if device == "auto" else device)
+    found: dict[str, Costs] = {}
+    with _threads(threads), warnings.catch_warnings():
+        # Weights that are read into a backbone without memory go nowhere, as they should.
+        warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
+        environment = {} if meta else describe(str(chosen), torch.get_num_threads())
+        for _, group in groupby(sorted(cells, key=_shared), key=_shared):
+            subjects = _subjects(list(group), chosen)
+            if meta:
+                for subject in subjects:
+                    subject.plan()
+            else:
+                _measure(subjects, load_source(subjects[0].cell, data_root), steps)
+            found |= {subject.cell.id: subject.costs(environment) for subject in subjects}
+    return [found[cell.id] for cell in cells]
+
+
+def _measure(subjects: Sequence[_Subject], source: Source, steps: int) -> None:
+    rows: dict[int | None, Dataset] = {}
+    for subject in subjects:
+        limit = subject.cell.recipe.train_limit
+        if limit not in rows:
+            rows[limit] = load_split(subject.cell, source, subject.task, "train")
+        subject.measure(rows[limit])
+    turns = max(1, min(TURNS, steps))
+    for turn in range(turns):
+        for subject in subjects:
+            subject.train(steps // turns + (turn < steps % turns))
+    for subject in subjects:  # last, when nobody's is the first call of anything
+        subject.predict()
+
+
+def _shared(cell: Cell) -> str:
+    """Equal for cells that differ in nothing but method and recipe: they are measured on one backbone."""
+    return cell.model_dump_json(exclude={"method", "variant", "method_config", "recipe"})
+
+
+def _subjects(cells: Sequence[Cell], device: torch.device) -> list[_Subject]:
+    task, backbone = TASKS.get(cells[0].task)(), build_backbone(cells[0], device)
+    return [_Subject(cell, backbone, task, device) for cell in cells]
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Subject:
+    """One cell while it is measured, on a backbone that it borrows."""
+
+    def __init__(self, cell: Cell, backbone: Backbone, task: Task, device: torch.device) -> None:
+        self.cell, self.backbone, self.task, self.device = cell, backbone, task, device
+        self.untouched = sum(p.numel() for p in backbone.parameters())
+        self.context = RunContext.on(device)
+        self.known: dict[str, Any] = {"cell": cell, "method": MethodSpec(name=cell.method, variant=cell.variant).label}
+        self.joules: list[tuple[float, int]] = []  # by turn: of so many steps
+
+    @contextmanager
+    def _adapted(self) -> Iterator[Setting]:
+        """The cell's setting; afterwards the backbone is as it was."""
+        cell = self.cell
+        try:
+            setting, handle = build_setting(cell, self.backbone, self.task, self.context)
+        except ValueError as error:
+            raise UserError(f"method '{cell.method}' does not fit backbone '{cell.backbone}': {error}") from error
+        try:
+            yield setting
+        finally:
+            handle.restore()
+
+    def plan(self) -> None:
+        """What is known without running anything."""
+        with self._adapted() as setting:
+            self.memory = planned(setting.modules().values())
+            self.known["parameters"] = _counted(setting)
+            if setting.method is not None and setting.method.mergeable:
+                setting.method.merge()
+            self._count_extra(setting)
+
+    def measure(self, rows: Dataset) -> None:
+        """What is the same on every machine, for batches of `rows`."""
+        self.rows = rows
+        with self._adapted() as setting:
+            batch = first_batch(self.rows, setting)
+            reached = effective(setting, batch)
+            self.known["parameters"] = _counted(setting).model_copy(update={"effective": reached})
+            self.saved = canonical_saved_bytes(setting, batch)
+            self.known["flops"] = training_flops(setting, batch)
+
+    def predict(self) -> None:
+        with self._adapted() as setting:
+            self.known["inference"] = inference(setting, self.rows, self.cell.recipe.eval_batch_size)
+            self._count_extra(setting)
+
+    def _count_extra(self, merged: Setting) -> None:
+        extra = extra_at_inference(merged, self.untouched)
+        self.known["parameters"] = self.known["parameters"].model_copy(update={"inference_extra": extra})
+
+    def train(self, steps: int) -> None:
+        """A turn of `steps` timed steps after the untimed ones; the first is where memory is accounted."""
+        with self._adapted() as setting:
+            # The rate changes no cost, but a schedule shorter than the turn would fall below zero.
+            setting.recipe = setting.recipe.model_copy(update={"schedule": "constant"})
+            course = Course(setting, self.rows, setting.recipe.lr)
+            untimed = 1 if self.joules else WARMUP  # by the second turn only the optimizer's state is new
+            self.context.clock.warm_up(untimed)
+            try:
+                for _ in range(untimed + steps):
+                    train_step(course)
+            except Diverged as error:
+                raise UserError(f"method '{self.cell.method}' cannot be profiled: {error}; lower its rate") from error
+            assert course.memory is not None
+            self.memory = with_saved(course.memory, self.saved)
+            self.joules.append(course.joules)
+
+    def costs(self, environment: dict[str, Any]) -> Costs:
+        timing = self.context.clock.timing()
+        seconds = {f"{name}_seconds": getattr(timing, f"{name}_seconds") for name in ("step", *IN_STEP)}
+        joules, steps = (sum(values) for values in zip(*self.joules, strict=True)) if self.joules else (0.0, 0)
+        telling = steps * (timing.step_seconds or 0.0) >= SECONDS_OF_ENERGY
+        energy = joules / steps if telling and joules else None
+        # Clocks share the device's peaks: only those of phases that end before another clock runs are this cell's.
+        peaks = {name: peak for name, peak in self.context.clock.peaks().items() if name in TRAINING}
+        memory = with_peaks(self.memory, peaks)
+        return Costs(**self.known, **seconds, memory=memory, step_joules=energy, environment=environment)
+
+
+def _counted(setting: Setting) -> Parameters:
+    stored_bytes = sum(p.numel() * p.element_size() for p in setting.trainable().values())
+    return counted(setting).model_copy(update={"stored_bytes": stored_bytes})

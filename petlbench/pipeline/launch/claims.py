@@ -1,0 +1,81 @@
+"""Claims: a lock file per cell, so that several runs on one results folder never work on the same cell."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable
+from multiprocessing import reduction
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from petlbench.core.errors import UserError
+
+
+class Claim:
+    """The right to run a cell. It lives as long as any process that holds it, and vanishes with the last one.
+
+    Given to a process of the `forkserver` context as an argument, it is held by that process too: the lock belongs to
+    the open file description, which the two then share.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.path = path
+        self._file = file
+
+    def release(self) -> None:
+        """Give the cell up for all who hold this claim, and remove the lock file. A second call does nothing."""
+        if self._file.closed:
+            return
+        # Removed while locked: whoever opened the same file before sees, once it has the lock, that the path has gone.
+        self.path.unlink(missing_ok=True)
+        fcntl.flock(self._file, fcntl.LOCK_UN)
+        self._file.close()
+
+    def __reduce__(self) -> tuple[Callable[..., Claim], tuple[Path, object]]:
+        return _received, (self.path, reduction.DupFd(self._file.fileno()))
+
+
+def _received(path: Path, handle: Any) -> Claim:
+    descriptor = handle.detach()
+    os.set_inheritable(descriptor, False)  # programs that the cell starts must not hold it any longer
+    return Claim(path, os.fdopen(descriptor, "ab"))
+
+
+def take(path: Path) -> Claim | None:
+    """The claim at `path` (its folder exists), or None while another one holds it.
+
+    Raises UserError where the file cannot be written or its file system has no locks.
+    """
+    while True:
+        try:
+            file = open(path, "ab")  # noqa: SIM115 - it stays open as long as the claim
+        except OSError as error:
+            raise UserError(
+                f"cannot write {path}: {error.strerror}; free it or choose another results folder"
+            ) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return Claim(path, file)
+        except BlockingIOError:
+            file.close()
+            return None
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            file.close()
+            raise UserError(
+                f"cannot lock {path}: {error.strerror}; choose a results folder on a file system with locks"
+            ) from error
+        file.close()  # removed between opening and locking: the lock is of no use, the next file counts
+
+
+def idle(folder: Path) -> bool:
+    """Whether nobody holds a claim in `folder`. Lock files that nobody holds any more are removed."""
+    for path in folder.glob("*.lock"):
+        claim = take(path)
+        if claim is None:
+            return False
+        claim.release()
+    return True

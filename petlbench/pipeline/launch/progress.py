@@ -1,0 +1,150 @@
+"""What a person sees while cells run: bars on a terminal, one line per start and end elsewhere."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, TypedDict
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+from petlbench.core.cell import Cell
+from petlbench.core.record import Record
+
+
+class Event(TypedDict, total=False):
+    """What a running cell tells; every key but `cell` may be missing."""
+
+    cell: str  # its id
+    phase: str  # such as `train` or `test`
+    step: int
+    steps: int
+    score: float | None  # the last validation score
+    loss: float | None
+
+
+class Progress:
+    """The listener of a run. This one says nothing."""
+
+    def started(self, index: int, cell: Cell) -> None:
+        """The cell at `index` (from 0) of the run has begun."""
+
+    def event(self, index: int, event: Event) -> None:
+        """A running cell has told something."""
+
+    def finished(self, index: int, record: Record, seconds: float) -> None:
+        """A cell has left its record after `seconds`."""
+
+    def found(self, index: int, record: Record) -> None:
+        """A cell need not be run: another run has left its record meanwhile."""
+
+    def waiting(self, count: int) -> None:
+        """There is nothing left to do but to wait for `count` cells that another run works on."""
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the terminal as it was."""
+
+
+def outcome_line(index: int, total: int, record: Record, seconds: float) -> str:
+    """`[3/20] lora on rec:digits (tiny, seed 0): ok acc_50 0.612 in 41 s`, or the outcome with its reason."""
+    return _line(index, total, record, f" in {seconds:.0f} s")
+
+
+def _line(index: int, total: int, record: Record, how: str) -> str:
+    score = record.metrics.get(record.main_metric)
+    shown = f" {record.main_metric} {score:.3f}" if score is not None else ""
+    reason = f": {' '.join(record.reason.split())}" if record.reason else ""
+    return f"[{index + 1}/{total}] {record.cell.label}: {record.outcome}{shown}{how}{reason}"
+
+
+class Lines(Progress):
+    """One line when a cell starts and one when it ends, whatever the width."""
+
+    def __init__(self, total: int, console: Console) -> None:
+        self.total = total
+        self.console = console
+        self._waiting = 0
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def started(self, index: int, cell: Cell) -> None:
+        self._print(f"[{index + 1}/{self.total}] {cell.label}: started")
+
+    def finished(self, index: int, record: Record, seconds: float) -> None:
+        self._print(outcome_line(index, self.total, record, seconds))
+
+    def found(self, index: int, record: Record) -> None:
+        self._print(_line(index, self.total, record, " by another run"))
+
+    def waiting(self, count: int) -> None:
+        if count != self._waiting:  # asked again and again, said once
+            self._waiting = count
+            self._print(f"waiting for {count} {'cell' if count == 1 else 'cells'} that another run works on")
+
+
+class TerminalBars(Lines):
+    """A bar for the whole run, one per running cell, and the line of every cell that has ended above them."""
+
+    def __init__(self, total: int, console: Console) -> None:
+        super().__init__(total, console)
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[detail]}", markup=False),
+            TimeRemainingColumn(),
+        )
+        # Cells take minutes: the time left must not forget all but the last half minute, as it does by default.
+        self._bars = Bars(*columns, console=console, transient=True, speed_estimate_period=86400)
+        self._overall = self._bars.add_task("cells", total=total, detail=f"0/{total}")
+        self._running: dict[int, TaskID] = {}
+        self._done = 0
+
+    def started(self, index: int, cell: Cell) -> None:
+        self._running[index] = self._bars.add_task(cell.label, total=None, detail="")
+
+    def event(self, index: int, event: Event) -> None:
+        known: dict[str, Any] = {"completed": event.get("step"), "total": event.get("steps")}
+        self._bars.update(self._running[index], detail=_detail(event), **known)
+
+    def finished(self, index: int, record: Record, seconds: float) -> None:
+        self._bars.remove_task(self._running.pop(index))
+        self._count()
+        super().finished(index, record, seconds)
+
+    def found(self, index: int, record: Record) -> None:
+        self._count()
+        super().found(index, record)
+
+    def _count(self) -> None:
+        self._done += 1
+        self._bars.update(self._overall, completed=self._done, detail=f"{self._done}/{self.total}")
+
+    def __enter__(self) -> TerminalBars:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+
+def _detail(event: Event) -> str:
+    """`train 10/300, score 0.500, loss 1.234`: what is known of it."""
+    phase, step, steps = event.get("phase", ""), event.get("step"), event.get("steps")
+    where = phase if step is None else f"{phase} {step}/{steps}" if steps else f"{phase} {step}"
+    score, loss = event.get("score"), event.get("loss")
+    parts = (where, f"score {score:.3f}" if score is not None else "", f"loss {loss:.3f}" if loss is not None else "")
+    return ", ".join(part for part in parts if part)
+
+
+def progress_on(console: Console, total: int) -> Progress:
+    """Bars when `console` is a terminal, plain lines otherwise."""
+    return TerminalBars(total, console) if console.is_terminal else Lines(total, console)

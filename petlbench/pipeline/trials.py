@@ -1,0 +1,132 @@
+"""The learning rates of a cell, tried one after the other; survives being killed at any moment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from petlbench.api.backbone import Backbone
+from petlbench.api.snapshot import Snapshot
+from petlbench.api.task import Task
+from petlbench.core.cell import Cell
+from petlbench.core.record import Memory, Trial
+from petlbench.pipeline.assembly import build_setting
+from petlbench.pipeline.data import Data
+from petlbench.training.checkpoint import Checkpoint, State, prefixed
+from petlbench.training.context import RunContext
+from petlbench.training.loop import Diverged, fit
+from petlbench.training.setup import Setting
+from petlbench.training.state import Course, Fit
+
+
+@dataclass(frozen=True)
+class Winner:
+    """The best trial on validation so far."""
+
+    score: float
+    lr: float
+    fit: Fit
+
+    def state(self) -> State:
+        """All of it, for a checkpoint."""
+        fields = {name: getattr(self.fit, name) for name in ("validation", "best_step", "losses", "step_joules")}
+        memory = self.fit.memory.model_dump() if self.fit.memory else None
+        return State(self.fit.state, {"score": self.score, "lr": self.lr, "fit": {**fields, "memory": memory}})
+
+    @classmethod
+    def restored(cls, state: State) -> Winner:
+        """The inverse of `state`."""
+        rest = dict(state.rest["fit"])
+        memory = rest.pop("memory")
+        losses = tuple((int(step), float(loss)) for step, loss in rest.pop("losses"))
+        fitted = Fit(state=state.tensors, losses=losses, memory=Memory(**memory) if memory else None, **rest)
+        return cls(state.rest["score"], state.rest["lr"], fitted)
+
+
+class Search:
+    """One trial per rate, all from the same start; the best on validation wins."""
+
+    def __init__(
+        self,
+        cell: Cell,
+        backbone: Backbone,
+        task: Task,
+        context: RunContext,
+        checkpoint: Checkpoint,
+        inspect: Callable[[Setting], None] = lambda setting: None,
+    ) -> None:
+        """`inspect` is shown every setting as soon as it is built."""
+        self._cell, self._backbone, self._task = cell, backbone, task
+        self._context, self._checkpoint, self._inspect = context, checkpoint, inspect
+        self._setting: tuple[Setting, Snapshot] | None = None
+        self._winner: Winner | None = None
+        self.trials: list[Trial] = []
+
+    def run(self, data: Data) -> tuple[Setting, Fit, float]:
+        """The setting, what training left (to be loaded into it), and the rate, of the best trial.
+
+        Goes on from the checkpoint, if there is one. Raises Diverged when all trials do.
+        """
+        rates = [self._cell.recipe.lr * factor for factor in self._cell.recipe.lr_factors]
+        resume = self._resumed()
+        for lr in rates[len(self.trials) :]:
+            setting = self._start()
+            try:
+                fitted = fit(setting, data.train, data.validation, lr, resume=resume, keep=self._keep)
+            except Diverged:
+                self.trials.append(Trial(lr=lr, outcome="diverged"))
+                if self._winner is None and len(self.trials) == len(rates):
+                    raise
+            else:
+                self._finished(lr, fitted)
+            resume = None
+        assert self._winner is not None
+        last = self._winner.lr == rates[-1]
+        return (setting if last else self._start()), self._winner.fit, self._winner.lr
+
+    def _start(self) -> Setting:
+        """The setting as it is before training, whatever an earlier trial left in the backbone."""
+        with self._context.clock.phase("build"):
+            if self._setting:
+                self._setting[1].restore()
+            self._setting = build_setting(self._cell, self._backbone, self._task, self._context)
+            self._inspect(self._setting[0])
+        return self._setting[0]
+
+    def _finished(self, lr: float, fitted: Fit) -> None:
+        trial = Trial(
+            lr=lr, outcome="ok", validation=fitted.validation, best_step=fitted.best_step, losses=fitted.losses
+        )
+        self.trials.append(trial)
+        score = fitted.validation[self._task.main_metric]
+        if self._winner is None or score > self._winner.score:
+            self._winner = Winner(score, lr, fitted)
+
+    def _keep(self, course: Course) -> None:
+        """Write the checkpoint when it is due."""
+        if not self._checkpoint.due():
+            return
+        with self._context.clock.phase("checkpoint"):
+            here, winner = course.state(), self._winner.state() if self._winner else State()
+            rest: dict[str, Any] = {
+                "course": here.rest,
+                "winner": winner.rest,
+                "trials": [trial.model_dump(mode="json") for trial in self.trials],
+                "clock": self._context.clock.state(),
+            }
+            tensors = {**prefixed("course", here.tensors), **prefixed("winner", winner.tensors)}
+            self._checkpoint.save(State(tensors, rest))
+
+    def _resumed(self) -> State | None:
+        """Take up what an earlier process left; the state of the trial it was in."""
+        saved = self._checkpoint.load()
+        if saved is None:
+            return None
+        rest = saved.rest
+        self._context.clock.restore(rest["clock"])
+        self.trials = [Trial.model_validate(trial) for trial in rest["trials"]]
+        if rest["winner"]:
+            self._winner = Winner.restored(State(saved.under("winner"), rest["winner"]))
+        self._context.report({"phase": "resume", "step": rest["course"]["step"], "steps": self._cell.recipe.steps})
+        return State(saved.under("course"), rest["course"])

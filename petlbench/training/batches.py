@@ -1,0 +1,74 @@
+"""Training batches, each by its number alone; made ahead by threads."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
+
+import numpy as np
+from datasets import Dataset
+
+from petlbench.api.task import Batch
+from petlbench.training.setup import Setting
+
+
+class Batches:
+    """Endless training batches from `start` on: each epoch a new permutation, what does not fill a batch carried over.
+
+    A batch depends on the seed and its number alone, so that any can be made at any time, by any thread.
+    """
+
+    def __init__(self, rows: Dataset, setting: Setting, start: int = 0) -> None:
+        self._rows, self._setting = rows, setting
+        self._epochs: dict[int, np.ndarray] = {}
+        self._made = ahead(self._make, count(start), setting.context.workers)
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> Batch:
+        with self._setting.clock.phase("data"):
+            return next(self._made).to(self._setting.device)
+
+    def close(self) -> None:
+        """Make no more of them."""
+        self._made.close()
+
+    def _make(self, step: int) -> Batch:
+        setting, size = self._setting, self._setting.recipe.batch_size
+        rng = np.random.default_rng([setting.seed, 1, step])
+        rows = [self._rows[self._place(i)] for i in range(step * size, (step + 1) * size)]
+        drawn = setting.task.augmented(rows, setting.recipe.augment, rng)
+        return setting.prepared(setting.task.collate(drawn, setting.backbone, rng))
+
+    def _place(self, i: int) -> int:
+        """The row that comes as the `i`-th of all epochs."""
+        epoch, within = divmod(i, len(self._rows))
+        if epoch not in self._epochs:  # two threads may both draw it: they draw the same
+            order = np.random.default_rng([self._setting.seed, 0, epoch]).permutation(len(self._rows))
+            self._epochs = {number: o for number, o in self._epochs.items() if number >= epoch - 1} | {epoch: order}
+        return int(self._epochs[epoch][within])
+
+
+def ahead(make: Callable[[int], Batch], numbers: Iterable[int], workers: int) -> Generator[Batch, None, None]:
+    """`make` of each number, in their order, by `workers` threads that stay a batch each ahead.
+
+    Decoding and resizing images run outside of Python's lock, so threads are enough. An error of `make` is raised where
+    its batch is due. Without workers, each batch is made when it is due.
+    """
+    if not workers:
+        yield from map(make, numbers)
+        return
+    pool = ThreadPoolExecutor(workers)
+    try:
+        waiting: deque[Future[Batch]] = deque()
+        for number in numbers:
+            waiting.append(pool.submit(make, number))
+            if len(waiting) > workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:  # without waiting: the collector may be what ends this, in a thread that a worker waits for
+        pool.shutdown(wait=False, cancel_futures=True)

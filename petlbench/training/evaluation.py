@@ -1,0 +1,48 @@
+"""Scores and predictions on a split."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from datasets import Dataset, Image
+from torch import Tensor
+
+from petlbench.api.task import Batch, Row, Scores
+from petlbench.training.batches import ahead
+from petlbench.training.precision import computing
+from petlbench.training.setup import Setting
+
+
+def without_images(rows: Dataset) -> list[Row]:
+    """All rows as plain data."""
+    pictures = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
+    plain: list[Row] = rows.remove_columns(pictures).to_list()
+    return plain
+
+
+@torch.no_grad()
+def evaluate(setting: Setting, rows: Dataset) -> tuple[Scores, list[Any]]:
+    """Scores and predictions on all `rows`, in evaluation mode; in their order."""
+    task, size = setting.task, setting.recipe.eval_batch_size
+    setting.modules().eval()
+    predictions: list[Any] = []
+
+    def make(start: int) -> Batch:
+        chosen = [rows[i] for i in range(start, min(start + size, len(rows)))]
+        return setting.prepared(task.collate(chosen, setting.backbone, None))
+
+    starts = range(0, len(rows), size)
+    for made in ahead(make, starts, setting.context.workers):
+        batch = made.to(setting.device)
+        with computing(setting.recipe, setting.device):
+            predictions += task.predict(setting.backbone, setting.head, batch, beams=setting.recipe.beams)
+    return task.score(without_images(rows), predictions), predictions
+
+
+@torch.no_grad()
+def load_state(setting: Setting, state: dict[str, Tensor]) -> None:
+    """Put the values of a state back into the trainable parameters. Raises KeyError for a name that is not one."""
+    parameters = setting.trainable()
+    for name, value in state.items():
+        parameters[name].copy_(value)

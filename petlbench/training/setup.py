@@ -1,0 +1,56 @@
+"""What is trained and evaluated, and on what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from petlbench.api.backbone import Backbone
+from petlbench.api.method import Method
+from petlbench.api.task import Batch, Task
+from petlbench.core.recipe import Recipe
+from petlbench.measure.clock import PhaseClock
+from petlbench.measure.parameters import of_method
+from petlbench.training.context import RunContext
+
+
+@dataclass
+class Setting:
+    """What is trained and evaluated, and in what context."""
+
+    backbone: Backbone
+    head: nn.Module
+    task: Task
+    recipe: Recipe
+    seed: int
+    context: RunContext
+    method: Method | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.context.device
+
+    @property
+    def clock(self) -> PhaseClock:
+        return self.context.clock
+
+    def prepared(self, batch: Batch) -> Batch:
+        """In memory from which a GPU reads while it computes."""
+        return batch.pinned() if self.device.type == "cuda" else batch
+
+    def modules(self) -> nn.ModuleDict:
+        """Both trained modules under the names that an adapter file uses."""
+        return nn.ModuleDict({"backbone": self.backbone, "head": self.head})
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters by name; a shared one once."""
+        return {name: p for name, p in self.modules().named_parameters() if p.requires_grad}
+
+    def own(self) -> set[str]:
+        """Names of the trainable parameters that are neither a head's nor a host part's: the method's."""
+        backbone = self.backbone
+        own = of_method(backbone, self.head, backbone.host_parameters(), backbone.head_parameters())
+        ids = {id(p) for p in own}
+        return {name for name, p in self.trainable().items() if id(p) in ids}

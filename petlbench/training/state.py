@@ -1,0 +1,111 @@
+"""Where training stands: all that its next step depends on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from petlbench.core.record import Memory
+from petlbench.measure.energy import energy_counter
+from petlbench.training.batches import Batches
+from petlbench.training.checkpoint import State, prefixed
+from petlbench.training.optimizers import optimizer
+from petlbench.training.precision import scaler
+from petlbench.training.seeds import rng_state, set_rng_state
+from petlbench.training.setup import Setting
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What training left: the best state on validation, and how it got there."""
+
+    state: dict[str, Tensor]
+    validation: dict[str, float]
+    best_step: int
+    losses: tuple[tuple[int, float], ...]
+    memory: Memory | None
+    step_joules: float | None = None
+
+
+class Course:
+    """Where training stands: all that its next step, and its result, depend on."""
+
+    def __init__(self, setting: Setting, train: Dataset, lr: float) -> None:
+        self.setting, self.lr = setting, lr
+        self.modules = setting.modules().train()
+        self.parameters = setting.trainable()
+        self.optimizer = optimizer(self.parameters, setting.recipe, lr, setting.backbone, setting.own())
+        self.scaler = scaler(setting.recipe, setting.device)
+        self.train = train
+        self.batches = Batches(train, setting)
+        self.step = 0
+        self.losses: list[tuple[int, float]] = []
+        self.memory: Memory | None = None
+        self.meter = energy_counter(setting.device)
+        self.joules: tuple[float, int] = (0.0, 0)  # of so many steps after warm-up
+        self.best: Best | None = None
+
+    def _values(self) -> dict[str, Tensor]:
+        """What training can change of the modules; not the buffers of those that stay in evaluation mode, like a CNN
+        that only makes features."""
+        moving = [(prefix, module) for prefix, module in self.modules.named_modules() if module.training]
+        buffers = {f"{prefix}.{name}": b for prefix, m in moving for name, b in m.named_buffers(recurse=False)}
+        return {**self.parameters, **buffers}
+
+    def state(self) -> State:
+        """A copy on disk of this is enough to go on as if nothing had happened."""
+        best = self.best
+        moments = {
+            f"{index}/{key}": value
+            for index, state in self.optimizer.state_dict()["state"].items()
+            for key, value in state.items()
+        }
+        tensors = {
+            **prefixed("values", self._values()),
+            **prefixed("optimizer", moments),
+            **prefixed("rng", rng_state(self.setting.device)),
+            **prefixed("best", best.state if best else {}),
+        }
+        rest = {
+            "step": self.step,
+            "losses": self.losses,
+            "scaler": self.scaler.state_dict(),
+            "memory": self.memory.model_dump() if self.memory else None,
+            "joules": self.joules,
+            "best": {"score": best.score, "step": best.step, "metrics": best.metrics} if best else None,
+        }
+        return State(tensors, rest)
+
+    @torch.no_grad()
+    def restore(self, state: State) -> None:
+        """Go back to where `state` was taken."""
+        rest = state.rest
+        saved = state.under("values")
+        for name, value in self._values().items():
+            value.copy_(saved[name])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in state.under("optimizer").items():
+            index, _, key = name.partition("/")
+            moments.setdefault(int(index), {})[key] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        set_rng_state(state.under("rng"), self.setting.device)
+        self.step = rest["step"]
+        self.batches = Batches(self.train, self.setting, self.step)
+        self.losses = [(int(step), float(loss)) for step, loss in rest["losses"]]
+        self.scaler.load_state_dict(rest["scaler"])
+        self.memory = Memory(**rest["memory"]) if rest["memory"] else None
+        self.joules = (float(rest["joules"][0]), int(rest["joules"][1]))
+        self.best = Best(**rest["best"], state=state.under("best")) if rest["best"] else None
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best state on validation so far."""
+
+    score: float
+    step: int
+    metrics: dict[str, float]
+    state: dict[str, Tensor]
