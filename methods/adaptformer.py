@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from petlbench.api.method import About, Knob
+from petlbench.api.method import About, SizeOption
 from petlbench.api.sites import SubLayer
 
 from .bottlenecks import (
@@ -56,7 +56,7 @@ class AdaptFormer(BottleneckMethod[AdaptFormerConfig]):
         "video": {"init": "normal", "init_std": 0.02, "inner_dropout": 0.0},
         "sequential": {"form": "sequential"},
     }
-    knob = Knob("reduction", (48, 24, 12, 8, 4, 2))
+    size_option = SizeOption("reduction", (48, 24, 12, 8, 4, 2))
 
     def __init__(self, config: AdaptFormerConfig | None = None) -> None:
         super().__init__(config)

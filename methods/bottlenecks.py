@@ -91,7 +91,7 @@ class HubLayer(nn.Module):
         if options.inner_dropout:
             phi = nn.Sequential(phi, nn.Dropout(options.inner_dropout))
         self.bottleneck = Bottleneck(width, rank, phi)
-        draw(self.bottleneck, options.init, options.init_std)
+        initialise(self.bottleneck, options.init, options.init_std)
         self.norm_in = nn.LayerNorm(width) if options.norm_in else None
         self.norm_out = nn.LayerNorm(width) if options.norm_out else None
         self.gate = nn.Linear(width, 1) if options.gate else None
@@ -140,7 +140,7 @@ class ParallelLayer(HubLayer):
         return self.add(x, value)
 
 
-def draw(bottleneck: Bottleneck, init: str, std: float) -> None:
+def initialise(bottleneck: Bottleneck, init: str, std: float) -> None:
     """Both weights as `init` says, see its description; biases 0."""
     if init == "zero":
         draw_like_lora(bottleneck)

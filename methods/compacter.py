@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from petlbench.api.backbone import Backbone, Initialisation
-from petlbench.api.method import About, Knob
+from petlbench.api.method import About, SizeOption
 
 from .layers import gelu_tanh, reduced
 from .vl_adapter import Adapter, AfterSubLayers, AfterSubLayersConfig
@@ -117,7 +117,7 @@ class Compacter(AfterSubLayers[CompacterConfig]):
         "factorized": {"n": 4, "factor_rank": 1, "shared_rule": True},
     }
     recipe: ClassVar[dict[str, Any]] = {"lr": 1e-3}
-    knob = Knob("reduction", (48, 24, 12, 8, 4, 2))
+    size_option = SizeOption("reduction", (48, 24, 12, 8, 4, 2))
 
     def __init__(self, config: CompacterConfig | None = None) -> None:
         super().__init__(config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from petlbench.api.method import About, Knob
+from petlbench.api.method import About, SizeOption
 
 from .bottlenecks import InAttention, Phi
 from .serial import SerialAdapter, SerialConfig
@@ -46,4 +46,4 @@ class Houlsby(SerialAdapter[HoulsbyConfig]):
             "train_norms": True,
         },
     }
-    knob = Knob("reduction", (48, 24, 16, 8, 4, 2))
+    size_option = SizeOption("reduction", (48, 24, 16, 8, 4, 2))

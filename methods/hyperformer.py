@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from petlbench.api.backbone import Backbone
-from petlbench.api.method import About, Knob, place, train
+from petlbench.api.method import About, SizeOption, place, train
 from petlbench.api.sites import Stack, current_pass
 
 from .layers import gelu_tanh, reduced
@@ -115,7 +115,7 @@ class Hyperformer(Tasked[HyperformerConfig]):
         verified="authors' code: generated weights and adapters, counts",
     )
     recipe: ClassVar[dict[str, Any]] = {"lr": 1e-3}
-    knob = Knob("reduction", (48, 24, 12, 8, 4, 2))
+    size_option = SizeOption("reduction", (48, 24, 12, 8, 4, 2))
     own = "*.network.tasks.{task}"
 
     def adapt(self, backbone: Backbone) -> Backbone:

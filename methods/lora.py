@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from petlbench.api.backbone import Backbone
-from petlbench.api.method import About, Knob, train_biases
+from petlbench.api.method import About, SizeOption, train_biases
 from petlbench.api.sites import Projection
 
 from .per_task import PerTask, Tasked, TaskedConfig
@@ -74,7 +74,7 @@ class LoRA(Tasked[LoRAConfig]):
     }
     recipe: ClassVar[dict[str, Any]] = {"lr": 1e-3}
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {"vl_t5": {"lr": 3e-4}}
-    knob = Knob("rank", (1, 2, 4, 8, 16, 32))
+    size_option = SizeOption("rank", (1, 2, 4, 8, 16, 32))
     own = "*.path.tasks.{task}.*"
     identity = True
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from petlbench.api.backbone import Backbone
-from petlbench.api.method import About, Knob, Method, StackedConfig, place, train
+from petlbench.api.method import About, Method, SizeOption, StackedConfig, place, train
 from petlbench.api.sites import IMAGE, TEXT, Layer, Stack, SubLayer, current_pass
 from petlbench.api.snapshot import inserted
 from petlbench.backbones.parts.multiway import Routed
@@ -229,7 +229,7 @@ class MultiWayAdapter(Method[MultiWayAdapterConfig]):
         "vl_bart": {"lr": 1e-3, "lr_floor": 1e-3},
         "vl_t5": {"lr": 1e-3, "lr_floor": 1e-3},
     }
-    knob = Knob("reduction", (48, 24, 12, 6, 3))
+    size_option = SizeOption("reduction", (48, 24, 12, 6, 3))
 
     def __init__(self, config: MultiWayAdapterConfig | None = None) -> None:
         super().__init__(config)

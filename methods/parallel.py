@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from petlbench.api.method import About, Knob
+from petlbench.api.method import About, SizeOption
 from petlbench.api.sites import SubLayer
 
 from .bottlenecks import BottleneckConfig, BottleneckMethod, HubLayer, Init, ParallelLayer, Reduction, Scale
@@ -33,7 +33,7 @@ class ParallelAdapter(BottleneckMethod[ParallelConfig]):
         verified="adapters library: layers, gradients, counts",
     )
     variants: ClassVar[dict[str, dict[str, Any]]] = {"fixed": {}, "scaled": {"scale": "learned"}}
-    knob = Knob("reduction", (48, 24, 12, 8, 4, 2))
+    size_option = SizeOption("reduction", (48, 24, 12, 8, 4, 2))
 
     def __init__(self, config: ParallelConfig | None = None) -> None:
         super().__init__(config)

@@ -16,7 +16,7 @@ from petlbench.api.method import About, Method, StackedConfig
 from petlbench.api.sites import Parallel, Projection, Stack
 from petlbench.core.messages import did_you_mean
 
-from .peft_library import FITTED, Sizes, library, quietly
+from .peft_library import FITTED, FittedSizes, library, quietly
 
 NAME = "default"  # of the one adapter in each of peft's layers
 NORMS = "ln_tuning"  # the type that goes into norms instead of projections
@@ -263,7 +263,7 @@ class Peft(Method[PeftConfig]):
             found["feedforward_modules"] = [role for role in roles if role.rpartition("_")[0].endswith("_out")]
         if kind in FITTED:
             shapes = [(m.in_features, m.out_features) for m in modules if isinstance(m, nn.Linear)]
-            found |= FITTED[kind](Sizes(shapes))
+            found |= FITTED[kind](FittedSizes(shapes))
         return found | self.config.options
 
 
@@ -287,7 +287,7 @@ def _norms(stack: Stack, name: str) -> Iterator[Target]:
 
 def _train_original(layer: nn.Module, norm: nn.Module) -> None:
     """peft trains a copy of the norm and keeps the norm; the other way round, what trains is the backbone's own."""
-    layer.brought = True  # type: ignore[assignment]
+    layer.is_side_module = True  # type: ignore[assignment]
     copies = layer.ln_tuning_layers
     assert isinstance(copies, nn.ModuleDict)
     layer.base_layer, copies[NAME] = copies[NAME].requires_grad_(False), norm.requires_grad_(True)

@@ -10,7 +10,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Sizes:
+class FittedSizes:
     """Shapes (in, out) of all projections that are adapted; a type's default sizes are made to fit them."""
 
     shapes: Sequence[tuple[int, int]]
@@ -29,11 +29,11 @@ class Sizes:
         return math.gcd(largest, *(width for shape in self.shapes for width in shape))
 
 
-def _spectral(largest: int, sizes: Sizes) -> int:
+def _spectral(largest: int, sizes: FittedSizes) -> int:
     return min(largest, max(1, sizes.entries // 64))
 
 
-def _fourier(sizes: Sizes) -> dict[str, Any]:
+def _fourier(sizes: FittedSizes) -> dict[str, Any]:
     """The authors' 1000 frequencies at scale 150 belong to width 768: the update must keep its size beside a weight's
     1 / sqrt(width)."""
     count = _spectral(1000, sizes)
@@ -41,7 +41,7 @@ def _fourier(sizes: Sizes) -> dict[str, Any]:
 
 
 # Options whose defaults in peft are for widths of 768 and more. AdaLoRA's schedule needs a call in each step: none.
-FITTED: Mapping[str, Callable[[Sizes], dict[str, Any]]] = {
+FITTED: Mapping[str, Callable[[FittedSizes], dict[str, Any]]] = {
     "adalora": lambda sizes: {"init_r": sizes.rank(8), "target_r": sizes.rank(8), "total_step": 1},
     "adamss": lambda sizes: {"r": sizes.rank(100)},
     "c3a": lambda sizes: {"block_size": sizes.block(256)},

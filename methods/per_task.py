@@ -80,7 +80,9 @@ class Tasked(Method[T]):
             if not self.all_tasks():
                 raise ValueError("it has modules for each task, and was told of no task: make it with `make_method`")
             others = self.all_tasks()[len(self.tasks) :]
-            self.dead = {self.own.format(task=task): "the cell does not train on this task" for task in others}
+            self.unused_parameters = {
+                self.own.format(task=task): "the cell does not train on this task" for task in others
+            }
         backbone.freeze()
 
     def per_task(self, make: Callable[[], nn.Module], *, shared: bool) -> nn.Module:

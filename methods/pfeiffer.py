@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from petlbench.api.method import About, Knob
+from petlbench.api.method import About, SizeOption
 
 from .serial import NormBefore, SerialAdapter, SerialConfig
 
@@ -46,4 +46,4 @@ class Pfeiffer(SerialAdapter[PfeifferConfig]):
             "init_std": 0.01,
         },
     }
-    knob = Knob("reduction", (96, 48, 24, 16, 8, 4, 2))
+    size_option = SizeOption("reduction", (96, 48, 24, 16, 8, 4, 2))

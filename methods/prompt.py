@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from petlbench.api.backbone import Backbone
-from petlbench.api.method import About, Knob, place
+from petlbench.api.method import About, SizeOption, place
 from petlbench.api.sites import TEXT
 from petlbench.api.tokens import Tokens, plain_tokens
 from petlbench.api.wrapper import Wrapper
@@ -23,7 +23,7 @@ from .per_task import PerTask, Tasked, TaskedConfig
 class PromptTokens(nn.Module):
     """P = W_2 tanh(W_1 E + b_1) + b_2 (length, width); E (length, width), W_1 (mid, width), W_2 (width, mid)."""
 
-    brought = True  # it stands at no site
+    is_side_module = True  # it stands at no site
 
     def __init__(self, length: int, width: int, mid: int) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class Prompt(Tasked[PromptConfig]):
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"single": {}, "multiple": {"sharing": "multiple"}}
     recipe: ClassVar[dict[str, Any]] = {"lr": 1e-3}
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {"vl_t5": {"lr": 3e-3}}
-    knob = Knob("length", (1, 5, 10, 20, 40, 80))
+    size_option = SizeOption("length", (1, 5, 10, 20, 40, 80))
     own = "*prompts.tasks.{task}.*"
 
     def shares_all(self) -> bool:

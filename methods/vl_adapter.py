@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from petlbench.api.backbone import Backbone, Initialisation
-from petlbench.api.method import About, Knob, place, train
+from petlbench.api.method import About, SizeOption, place, train
 
 from .layers import draw_like_bart, gelu_tanh, reduced
 from .per_task import Tasked, TaskedConfig
@@ -106,7 +106,7 @@ class VLAdapter(AfterSubLayers[VLAdapterConfig]):
     }
     recipe: ClassVar[dict[str, Any]] = {"lr": 1e-3}
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {"vl_t5": {"lr": 3e-4}}
-    knob = Knob("reduction", (48, 24, 12, 8, 4, 2))
+    size_option = SizeOption("reduction", (48, 24, 12, 8, 4, 2))
 
     def default_recipe(self, family: str) -> dict[str, Any]:
         found = super().default_recipe(family)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from petlbench.api.backbone import Backbone, Initialisation
-from petlbench.api.method import About, Knob, Method, StackedConfig, place, train
+from petlbench.api.method import About, Method, SizeOption, StackedConfig, place, train
 from petlbench.api.sites import Projection, SubLayer, current_pass, mean_of_real
 
 from .compacter import PHMBottleneck
@@ -191,7 +191,7 @@ class VLPET(Method[VLPETConfig]):
     }
     recipe: ClassVar[dict[str, Any]] = {"lr": 1e-3}
     recipes: ClassVar[dict[str, dict[str, Any]]] = {"vl_t5": {"lr": 3e-4}}
-    knob = Knob("reduction", (24, 12, 8, 6, 4, 2))
+    size_option = SizeOption("reduction", (24, 12, 8, 6, 4, 2))
 
     def __init__(self, config: VLPETConfig | None = None) -> None:
         super().__init__(config)

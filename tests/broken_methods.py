@@ -101,7 +101,7 @@ class DeclaredDeadParameter(Gains):
     """Sound: it says what gets no gradient, and why."""
 
     module = UselessGain
-    dead: ClassVar[dict[str, str]] = {"*.useless": "shows how to declare it"}
+    unused_parameters: ClassVar[dict[str, str]] = {"*.useless": "shows how to declare it"}
 
 
 class FalselyConditional(Gains):
@@ -112,7 +112,10 @@ class FalselyConditional(Gains):
 
 
 class StaleDeclarations(Gains):
-    dead: ClassVar[dict[str, str]] = {"*.long_gone": "it was removed", "*.attention.sites.output.0.s": "it is alive"}
+    unused_parameters: ClassVar[dict[str, str]] = {
+        "*.long_gone": "it was removed",
+        "*.attention.sites.output.0.s": "it is alive",
+    }
 
 
 class LargeGain(Gain):
@@ -157,7 +160,7 @@ class Tail(nn.Module):
 class DetachedTail(Method):
     """Sound: everything that trains comes after the frozen encoder."""
 
-    detached = True
+    no_backbone_gradient = True
 
     def adapt(self, backbone: Backbone) -> Backbone:
         backbone.requires_grad_(False)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from petlbench.api.backbone import Backbone
-from petlbench.api.method import About, Knob, Method, MethodConfig, place
+from petlbench.api.method import About, Method, MethodConfig, SizeOption, place
 from petlbench.api.sites import TEXT, Layer, Pass, Site, Stack, Taps
 from petlbench.api.tokens import Texts, Tokens, decoding_pass, join
 from petlbench.api.wrapper import Wrapper
@@ -22,7 +22,7 @@ from petlbench.backbones.parts.masks import HIDDEN, causal
 from petlbench.backbones.weights.tensors import asset, read_tensors
 
 from ..layers import draw_like_bart
-from .network import SideCache, SideStack, divided, frozen_states
+from .network import LSTSideStack, SideCache, divided, frozen_states
 from .pruning import ROLES, layer_parts, left, parts, pruned
 
 
@@ -55,12 +55,12 @@ class LSTConfig(MethodConfig):
 class SideNetwork(nn.Module):
     """Two side stacks beside an encoder and a decoder, and W_up of everything that leaves them."""
 
-    brought = True
+    is_side_module = True
 
     def __init__(self, host: EncoderDecoder, config: LSTConfig) -> None:
         super().__init__()
         self.encoder, self.decoder = (
-            SideStack(host.stack(role), role, config.reduction, config.layers.get(role), bias=True) for role in ROLES
+            LSTSideStack(host.stack(role), role, config.reduction, config.layers.get(role), bias=True) for role in ROLES
         )
         self.up = nn.Linear(self.decoder.width, host.width)
 
@@ -168,7 +168,7 @@ class SideTuned(Wrapper):
 class LadderStack(Stack):
     """The frozen layers of a stack with a side stack along them; W_up of its result takes the place of the stack's."""
 
-    def __init__(self, host: Stack, side: SideStack, up: nn.Linear) -> None:
+    def __init__(self, host: Stack, side: LSTSideStack, up: nn.Linear) -> None:
         around = {"embedding_norm": host.embedding_norm, "final_norm": host.final_norm}
         super().__init__(list(host), width=host.width, **around)
         self.side, self.up = side, up
@@ -226,8 +226,8 @@ class LST(Method[LSTConfig]):
         "vl_t5": {"lr": 3e-3, "weight_decay": 0.03, "released": True},
         "beit3": {"lr": 5e-4, "warmup": 0.05},
     }
-    knob = Knob("reduction", (8, 4, 2))
-    detached = True
+    size_option = SizeOption("reduction", (8, 4, 2))
+    no_backbone_gradient = True
     conditional: Mapping[str, str] = {
         "*side.decoder.*": "beside a decoder, which not every task runs",
         "*stacks.text.*": "beside a tower of words, which not every task runs",
@@ -235,7 +235,7 @@ class LST(Method[LSTConfig]):
 
     def __init__(self, config: LSTConfig | None = None) -> None:
         super().__init__(config)
-        self.dead = {
+        self.unused_parameters = {
             f"*{role}*gates.{index}": "its layer has no side layer; the authors' code counts the gate"
             for role, kept in self.config.layers.items()
             for index in set(range(max(kept))) - set(kept)
@@ -258,7 +258,7 @@ class LST(Method[LSTConfig]):
 
     def _ladder(self, host: Stack, role: str) -> LadderStack:
         with _drawn(host):
-            side = SideStack(host, role, self.config.reduction, self.config.layers.get(role), bias=False)
+            side = LSTSideStack(host, role, self.config.reduction, self.config.layers.get(role), bias=False)
             up = nn.Linear(side.width, host.width, bias=False)
             for module in (side, up):
                 draw_like_bart(module)

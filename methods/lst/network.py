@@ -177,14 +177,14 @@ def _thin_feed_forward(host: SubLayer, thin: Linears) -> SideFeedForward:
     return SideFeedForward(thin, copy.deepcopy(next(leaves)), rate)
 
 
-class SideStack(nn.Module):
+class LSTSideStack(nn.Module):
     """side_0 = D_in drop(E_0);  z = mu_l side + (1 - mu_l) D_l E_l, side = block_l(z);  mu_l = sigma(alpha_l / T).
 
     One block for each layer l of `kept`; a layer without one still has its gate, as the authors' code counts it. Where
     the host's layers end with a norm, so does the side's, in its own width.
     """
 
-    brought = True
+    is_side_module = True
 
     def __init__(self, host: Stack, role: str, reduction: int, kept: Collection[int] | None, *, bias: bool) -> None:
         super().__init__()

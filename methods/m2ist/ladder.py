@@ -38,7 +38,7 @@ class LadderCache:
 class Crossing(nn.Module):
     """O softmax(Q s_d (K z)^T / sqrt r) V z with z = LN(s_e); one head of width r; starts at zero."""
 
-    brought = True
+    is_side_module = True
 
     def __init__(self, width: int, memory_width: int, rank: int) -> None:
         super().__init__()

@@ -11,13 +11,13 @@ from pydantic import Field
 from torch import nn
 
 from petlbench.api.backbone import Backbone
-from petlbench.api.method import About, Knob, Method, MethodConfig, place
+from petlbench.api.method import About, Method, MethodConfig, SizeOption, place
 from petlbench.api.sites import Stack
 from petlbench.backbones.parts.encoder_decoder import encodes_and_decodes
 
 from ..layers import REC_RECIPE, draw_like_bart, reduced, start_at_zero
 from .ladder import Crossing, Ladder
-from .side import Kind, Pairing, Side, SideStack, Sizes, paired_layers
+from .side import Kind, Pairing, Side, SideSizes, SideStack, paired_layers
 
 ROLES: dict[str, tuple[Kind, ...]] = {  # the kinds of tokens in the stacks that can be paired
     "vision": ("image",),
@@ -121,7 +121,7 @@ class M2IST(Method[M2ISTConfig]):
         "*.crossings.*": "beside a decoder: no gradient where nothing is decoded",
         "*.side.gate": "in the adapted output of an encoder: no gradient where a decoder's side reads it alone",
     }
-    knob = Knob("reduction", (48, 24, 12, 6, 3))
+    size_option = SizeOption("reduction", (48, 24, 12, 6, 3))
 
     def __init__(self, config: M2ISTConfig | None = None) -> None:
         super().__init__(config)
@@ -131,8 +131,10 @@ class M2IST(Method[M2ISTConfig]):
     def _claim(self, released: bool, start: str | None, *, traversed: bool) -> None:
         """What it says of itself; `adapt` says it again, for some of it depends on the backbone."""
         self.identity = not released and start != "embedding" and not self.config.text_norms
-        self.detached = not traversed
-        self.dead = {"*.side.unused.*": "the released code instantiates it and reads it nowhere"} if released else {}
+        self.no_backbone_gradient = not traversed
+        self.unused_parameters = (
+            {"*.side.unused.*": "the released code instantiates it and reads it nowhere"} if released else {}
+        )
 
     def host_options(self, family: str) -> dict[str, Any]:
         return {"released": self.config.variant != "clean"} if family == HOME else {}
@@ -209,10 +211,10 @@ class M2IST(Method[M2ISTConfig]):
             raise ValueError("variant clean is for transvg with released: false")
         return twice
 
-    def _sizes(self, role: str, plan: Plan) -> Sizes:
+    def _sizes(self, role: str, plan: Plan) -> SideSizes:
         c, tower = self.config, role == "text" and _post_norm_text(plan.stacks)
         norms = tower and (plan.released if c.text_norms is None else c.text_norms)
-        return Sizes(plan.rank, c.scale, plan.start, "normed" if tower else "output", norms)
+        return SideSizes(plan.rank, c.scale, plan.start, "normed" if tower else "output", norms)
 
     def _beside(self, role: str, stack: Stack, side: Side, plan: Plan) -> SideStack:
         layers = paired_layers(self.config.pairing, plan.pairs, len(stack.layers))

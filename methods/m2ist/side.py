@@ -71,7 +71,7 @@ class Adapters(nn.Module):
 
 
 @dataclass(frozen=True)
-class Sizes:
+class SideSizes:
     """Of every adapter, and what of its host's a side network reads and adds."""
 
     rank: int
@@ -84,7 +84,7 @@ class Sizes:
 class Rung(nn.ModuleDict):
     """The adapters of one pair beside one stack, by the kind of token."""
 
-    def __init__(self, width: int, kinds: Sequence[Kind], shared: nn.Linear, sizes: Sizes) -> None:
+    def __init__(self, width: int, kinds: Sequence[Kind], shared: nn.Linear, sizes: SideSizes) -> None:
         super().__init__({kind: Adapters(width, sizes.rank, shared, sizes.scale) for kind in kinds})
 
     def of(self, kind: int) -> Adapters:
@@ -105,9 +105,9 @@ class Side(nn.Module):
     `unused` is what only the released code instantiates.
     """
 
-    brought = True
+    is_side_module = True
 
-    def __init__(self, width: int, kinds: Sequence[Kind], shared: Sequence[nn.Linear], sizes: Sizes) -> None:
+    def __init__(self, width: int, kinds: Sequence[Kind], shared: Sequence[nn.Linear], sizes: SideSizes) -> None:
         super().__init__()
         self.sizes = sizes
         self.rungs = nn.ModuleList([Rung(width, kinds, s, sizes) for s in shared])

@@ -29,7 +29,7 @@ class BackboneConfig(BaseModel):
 C = TypeVar("C", bound=BackboneConfig)
 _ENCODING = Lock()  # the libraries' tokenizers keep what they are asked for, and workers may ask at the same time
 Initialisation = Literal["bart", "t5"]
-LENT = frozenset({"fuse", "decode", "pair"})  # abilities that trained parts can lend to any backbone, see `lent.py`
+SUPPLIED = frozenset({"fuse", "decode", "pair"})  # abilities that trained parts can lend to any backbone, see `lent.py`
 
 
 class Backbone(nn.Module, ABC, Generic[C]):

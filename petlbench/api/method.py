@@ -13,6 +13,7 @@ from torch import nn
 from petlbench.api.backbone import Backbone
 from petlbench.api.sites import Stack
 from petlbench.api.snapshot import Snapshot
+from petlbench.core.former_names import FormerNames, warn_of
 
 
 class MethodConfig(BaseModel):
@@ -32,7 +33,7 @@ class StackedConfig(MethodConfig):
 
 
 @dataclass(frozen=True)
-class Knob:
+class SizeOption:
     """The option that sets a method's size, and the values that a curve runs through, small to large."""
 
     field: str
@@ -53,13 +54,25 @@ class About:
 C = TypeVar("C", bound=MethodConfig)
 
 
-class Method(ABC, Generic[C]):
+def __getattr__(name: str) -> Any:
+    if name != "Knob":
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    warn_of("Knob", "SizeOption")
+    return SizeOption
+
+
+class Method(FormerNames, ABC, Generic[C]):
     """One way of adapting a backbone. Knows sites; knows no task's code, data set, optimizer or device.
 
     What a method claims of itself is an attribute, and `petlbench check` holds it to that; where a claim depends on the
     configuration, `__init__` sets it on the instance.
     """
 
+    former_names: ClassVar[Mapping[str, str]] = {
+        "knob": "size_option",
+        "dead": "unused_parameters",
+        "detached": "no_backbone_gradient",
+    }
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     config: C
     tasks: tuple[str, ...] = ()  # of its cell, by name, as a pass says them; see `make_method`
@@ -69,11 +82,11 @@ class Method(ABC, Generic[C]):
     impossible: ClassVar[Mapping[str, str]] = {}  # variants that one would expect, and why they cannot be
     recipe: ClassVar[Mapping[str, Any]] = {}  # its authors' training options, where they differ from the default
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # the same on one family of backbones, by its name
-    knob: ClassVar[Knob | None] = None
+    size_option: ClassVar[SizeOption | None] = None
     identity: bool = False  # before training, the adapted backbone computes what the untouched one does
     mergeable: bool = False  # `merge` folds it into the weights
-    detached: bool = False  # no gradient enters the backbone, and none of its activations is saved
-    dead: Mapping[str, str] = {}  # wildcard of trainable names that never get a gradient: the reason
+    no_backbone_gradient: bool = False  # no gradient enters the backbone, and none of its activations is saved
+    unused_parameters: Mapping[str, str] = {}  # wildcard of trainable names that never get a gradient: the reason
     # Wildcard of trainable names that get one on some tasks only (a decoder's, a modality's): the reason.
     conditional: Mapping[str, str] = {}
     floor: ClassVar[bool] = False  # its score counts as no gain

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from petlbench.api.sites import Layer, Parallel, Stack, SubLayer
+from petlbench.core.former_names import warn_of
 
 
 def inserted(module: nn.Module) -> Iterator[nn.Module]:
     """What methods brought into a module tree: at sites, beside projections, behind layers, and whatever else says so
-    by an attribute `brought` (a side network, say)."""
+    by an attribute `is_side_module` (a side network, say)."""
     for child in module.modules():
         if isinstance(child, SubLayer):
             yield from (one for place in child.sites.children() for one in place.children())
@@ -20,7 +21,10 @@ def inserted(module: nn.Module) -> Iterator[nn.Module]:
             yield child.path
         elif isinstance(child, Layer):
             yield from child.tail
+        elif getattr(child, "is_side_module", False):
+            yield child
         elif getattr(child, "brought", False):
+            warn_of(f"{type(child).__name__}.brought", "is_side_module")
             yield child
 
 

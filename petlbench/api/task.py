@@ -13,7 +13,7 @@ from datasets import Features
 from PIL.Image import Image, Resampling
 from torch import Tensor, nn
 
-from petlbench.api.backbone import LENT, Backbone
+from petlbench.api.backbone import SUPPLIED, Backbone
 from petlbench.api.tokens import Images, Texts
 
 Row = dict[str, Any]  # one row of a data source, in the task's schema
@@ -64,7 +64,7 @@ class Task(ABC):
 
     def refuses(self, backbone: type[Backbone], config: Any) -> str | None:
         """Why a backbone of this configuration cannot serve this task, or None."""
-        lacking = sorted(self.needs - backbone.abilities_of(config) - (LENT - backbone.refusals.keys()))
+        lacking = sorted(self.needs - backbone.abilities_of(config) - (SUPPLIED - backbone.refusals.keys()))
         reasons = [f" ({backbone.refusals[ability]})" if ability in backbone.refusals else "" for ability in lacking]
         said = [ability + reason for ability, reason in zip(lacking, reasons, strict=True)]
         return f"it cannot {' or '.join(said)}" if said else None

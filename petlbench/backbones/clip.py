@@ -31,8 +31,8 @@ from petlbench.backbones.parts.grids import whole_and_cells
 from petlbench.backbones.parts.masks import additive, causal
 from petlbench.backbones.parts.open_clip_towers import (
     ImageTower,
-    Reader,
     TextTower,
+    TokenPooler,
     caption_decoder,
     image_tower,
     text_tower,
@@ -73,7 +73,7 @@ class ClipConfig(BackboneConfig):
 class ClipAligner(Aligner):
     """The model's own projections of its pooled tokens, and its scale, which is capped at 100 as in training."""
 
-    def __init__(self, image: Reader, text: Reader, logit_scale: nn.Parameter) -> None:
+    def __init__(self, image: TokenPooler, text: TokenPooler, logit_scale: nn.Parameter) -> None:
         super().__init__()
         self.image, self.text, self.logit_scale = image, text, logit_scale
 
@@ -129,7 +129,7 @@ class Clip(Backbone[ClipConfig]):
         if not size or size in cls.sizes:
             return super().options_of(size)
         if models.architecture(size) is None:
-            hint = did_you_mean(size, models.names()) or ": see open_clip.list_models()"
+            hint = did_you_mean(size, models.model_names()) or ": see open_clip.list_models()"
             raise UserError(f"open_clip has no model '{size}'{hint}")
         return {"model": size}
 

@@ -32,7 +32,7 @@ LONGEST = 128  # tokens that can be decoded
 DROPOUT = 0.1
 
 
-def lend(backbone: Backbone, needs: frozenset[str]) -> Backbone:
+def supply(backbone: Backbone, needs: frozenset[str]) -> Backbone:
     """`backbone` with what it lacks of `needs`, as far as it can be lent; itself where it lacks nothing."""
     lacking = needs - backbone.abilities
     parts: dict[str, nn.Module] = {}
@@ -42,12 +42,12 @@ def lend(backbone: Backbone, needs: frozenset[str]) -> Backbone:
         parts["decoder"] = Decoder(backbone.word_table().shape[1], backbone.width)
     if "pair" in lacking:
         parts["order"] = Order(backbone.width)
-    return Extended(backbone, parts) if parts else backbone
+    return SuppliedBackbone(backbone, parts) if parts else backbone
 
 
-def like(backbone: Backbone, other: Backbone) -> Backbone:
+def with_parts_of(backbone: Backbone, other: Backbone) -> Backbone:
     """`backbone` with the very parts that are lent to `other`, if any: to compare both beneath the same ones."""
-    return Extended(backbone, dict(other.lent.items())) if isinstance(other, Extended) else backbone
+    return SuppliedBackbone(backbone, dict(other.supplied.items())) if isinstance(other, SuppliedBackbone) else backbone
 
 
 def _config(width: int) -> BartConfig:
@@ -124,41 +124,41 @@ class Order(nn.Module):
         return first, second
 
 
-class Extended(Wrapper):
+class SuppliedBackbone(Wrapper):
     """A backbone, adapted or not, with lent parts."""
 
     def __init__(self, inner: Backbone, parts: dict[str, nn.Module]) -> None:
         super().__init__(inner)
-        self.lent = nn.ModuleDict(parts)
+        self.supplied = nn.ModuleDict(parts)
         self.abilities = inner.abilities | {ABILITIES[name] for name in parts}
 
     def head_parameters(self) -> set[str]:
-        return super().head_parameters() | {f"lent.{name}" for name, _ in self.lent.named_parameters()}
+        return super().head_parameters() | {f"supplied.{name}" for name, _ in self.supplied.named_parameters()}
 
     def embed_pair(self, images: Images, *, task: str | None = None) -> tuple[Tokens, Tokens]:
-        if "order" not in self.lent:
+        if "order" not in self.supplied:
             return super().embed_pair(images, task=task)
-        told: tuple[Tokens, Tokens] = self.lent["order"](halves(self.inner.embed_image(images, task=task)))
+        told: tuple[Tokens, Tokens] = self.supplied["order"](halves(self.inner.embed_image(images, task=task)))
         return told
 
     def fuse(self, *parts: Tokens, task: str) -> Tokens:
-        if "fusion" not in self.lent:
+        if "fusion" not in self.supplied:
             return super().fuse(*parts, task=task)
-        fused: Tokens = self.lent["fusion"]([self.inner.fuse(part, task=task) for part in parts], task)
+        fused: Tokens = self.supplied["fusion"]([self.inner.fuse(part, task=task) for part in parts], task)
         return fused
 
     def new_cache(self) -> Any:
-        if "decoder" not in self.lent:
+        if "decoder" not in self.supplied:
             return super().new_cache()
         return EncoderDecoderCache(DynamicCache(), DynamicCache())
 
     def reorder_cache(self, cache: Any, index: Tensor) -> Any:
-        if "decoder" not in self.lent:
+        if "decoder" not in self.supplied:
             return super().reorder_cache(cache, index)
         cache.reorder_cache(index)
         return cache
 
     def decode(self, memory: Tokens, ids: Tensor, cache: Any = None, *, task: str) -> tuple[Tensor, Any]:
-        if "decoder" not in self.lent:
+        if "decoder" not in self.supplied:
             return super().decode(memory, ids, cache, task=task)
-        return self.lent["decoder"](memory, ids, self.word_table(), cache, task), cache
+        return self.supplied["decoder"](memory, ids, self.word_table(), cache, task), cache

@@ -22,7 +22,7 @@ from petlbench.api.heads import Grounder
 from petlbench.api.sites import IMAGE, TEXT, Pass
 from petlbench.api.tokens import Images, Placement, Texts, Tokens, join, plain_tokens
 from petlbench.backbones.parts.bert import bert_config, build_bert, from_bert
-from petlbench.backbones.parts.detr import FIXED, STRIDE, detr_stack, from_detr, grid_mask, resnet, sine_positions
+from petlbench.backbones.parts.detr import FIXED, STRIDE, detr_sine_positions, detr_stack, from_detr, grid_mask, resnet
 from petlbench.backbones.parts.grids import cell_centres
 from petlbench.backbones.parts.masks import additive
 from petlbench.backbones.transvg_weights import BERT_SIZES, DETR_SIZES, encoder_tensors, from_transvg
@@ -30,7 +30,7 @@ from petlbench.backbones.weights.library_codec import LibraryCodec, file_codec
 from petlbench.backbones.weights.library_models import (
     DeferredCodec,
     model_files,
-    place_of,
+    model_location,
     quiet,
     readable,
     tokenizer_files,
@@ -250,7 +250,7 @@ class TransVG(Backbone[TransVGConfig]):
             IMAGE,
             positions=places.expand(len(mask), -1, -1),
         )
-        return tokens, _pass(tokens, positions=sine_positions(mask, self.width).to(grid), task=task)
+        return tokens, _pass(tokens, positions=detr_sine_positions(mask, self.width).to(grid), task=task)
 
     def text_input(self, texts: Texts, task: str | None = None) -> tuple[Tokens, Pass]:
         """What enters BERT's layers, padded to `text_length`, and their pass."""
@@ -325,7 +325,7 @@ def _codec(config: TransVGConfig) -> LibraryCodec:
     if source.endswith(".json"):
         codec = file_codec(asset(source))
     else:
-        place = place_of(source)
+        place = model_location(source)
         with quiet(), readable(source, "a tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(place)
         codec = LibraryCodec(tokenizer, start_id=tokenizer.cls_token_id, eos_id=tokenizer.sep_token_id)

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from petlbench.api.backbone import BackboneConfig
 from petlbench.backbones.parts.bert import from_bert
 from petlbench.backbones.parts.detr import from_detr, from_layers
-from petlbench.backbones.weights.library_models import place_of, quiet, readable
+from petlbench.backbones.weights.library_models import model_location, quiet, readable
 from petlbench.backbones.weights.tensors import read_tensors
 from petlbench.core.errors import UserError
 
@@ -41,7 +41,7 @@ def encoder_tensors(kind: Any, source: str, config: BackboneConfig, sizes: Mappi
     """
     if Path(source).expanduser().is_file():
         return read_tensors(Path(source).expanduser())
-    place, what = place_of(source), f"a {kind.__name__}"
+    place, what = model_location(source), f"a {kind.__name__}"
     with quiet(), readable(source, what), torch.device("cpu"):
         theirs = PretrainedConfig.get_config_dict(place)[0]
         known = kind.config_class.from_dict(theirs)

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def command(args: argparse.Namespace) -> int:
     """Conformance; 1 when the method fails a check."""
     from petlbench.conformance import check_method
-    from petlbench.conformance.report import render
+    from petlbench.conformance.report import check_table
 
     config = json_object(args.config, '{"rank": 4}')
     reports = check_method.check_all(_subjects(args.method), backbone=args.backbone, tasks=args.tasks, config=config)
@@ -30,7 +30,7 @@ def command(args: argparse.Namespace) -> int:
         print(json.dumps(found if len(found) > 1 else found[0], indent=1))
     else:
         for report in reports:
-            print_table(render(report))
+            print_table(check_table(report))
     return int(not all(report.ok for report in reports))
 
 

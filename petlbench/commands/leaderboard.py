@@ -17,11 +17,11 @@ def command(args: argparse.Namespace) -> int:
     """The table of results folders."""
     from petlbench.pipeline.freshness import stale_parts
     from petlbench.results import leaderboard
-    from petlbench.results.leaderboard_table import render
+    from petlbench.results.leaderboard_table import leaderboard_table
     from petlbench.results.store import find
 
     table = leaderboard.table(find(args.results), stale=stale_parts)
     if args.csv:
         leaderboard.write_csv(table, args.csv)
-    print_table(render(table))
+    print_table(leaderboard_table(table))
     return 0

@@ -78,9 +78,9 @@ def _table_of_methods(args: argparse.Namespace) -> int:
 
 def _variants(pattern: str, *, plain: bool) -> list[dict[str, Any]]:
     """The variants that `method:variant` names, those that cannot be with the reason; texts unless `plain`."""
-    from petlbench.describe.variants import listed
+    from petlbench.describe.variants import list_variants
 
-    return [one.as_json() if plain else one.as_row() for one in listed(pattern)]
+    return [one.as_json() if plain else one.as_row() for one in list_variants(pattern)]
 
 
 def _list_backbones(args: argparse.Namespace) -> int:
@@ -91,7 +91,7 @@ def _list_backbones(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([entry.as_json() for entry in found], indent=1))
     else:
-        print_table(backbones.render_matrix(found) if args.matrix else backbones.render(found))
+        print_table(backbones.task_matrix(found) if args.matrix else backbones.family_table(found))
     return int(args.check and any(entry.error for entry in found))
 
 

@@ -97,12 +97,12 @@ def _parsed(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _add_verb(parser: argparse.ArgumentParser, verb: str) -> None:
-    module = module_of(verb)
+    module = verb_module(verb)
     module.add_arguments(parser)
     parser.set_defaults(command=module.command)
 
 
-def module_of(verb: str) -> ModuleType:
+def verb_module(verb: str) -> ModuleType:
     """The module that parses and carries out a verb: `add_arguments(parser)` and `command(args) -> exit status`."""
     return import_module(f"{__package__}.{verb.replace(' ', '_')}")
 

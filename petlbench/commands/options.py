@@ -53,13 +53,13 @@ def byte_count(text: str) -> int:
     return value
 
 
-def count(text: str) -> int:
+def whole_number(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"a whole number is needed, not '{text}'")
     return int(text)
 
 
-def positive(text: str) -> int:
+def positive_number(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"a positive whole number is needed, not '{text}'")
     return int(text)

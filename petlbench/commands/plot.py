@@ -22,6 +22,6 @@ def command(args: argparse.Namespace) -> int:
     from petlbench.results.store import find
 
     table = leaderboard.table(find(args.results), stale=stale_parts)
-    for path in figures.draw(table, args.out, declaring(METHODS, table["method"], "floor")):
+    for path in figures.draw_plots(table, args.out, declaring(METHODS, table["method"], "floor")):
         print(path)
     return 0

@@ -124,7 +124,7 @@ def noise(text: str, rng: np.random.Generator) -> str:
     return " ".join("<unk>" if rng.random() < 0.2 else word for word in text.split())
 
 
-def rate(recipe: PretrainRecipe, step: int) -> float:
+def pretraining_rate(recipe: PretrainRecipe, step: int) -> float:
     """Linear warm-up, then a cosine down to one per cent."""
     if step < recipe.warmup_steps:
         return (step + 1) / recipe.warmup_steps
@@ -203,7 +203,7 @@ class Pretraining:
         rng = np.random.default_rng([self.recipe.seed, 3, self.step])
         losses = self.losses(self.rows.batch(self.step), rng)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.lr * rate(self.recipe, self.step)
+            group["lr"] = self.recipe.lr * pretraining_rate(self.recipe, self.step)
         self.optimizer.zero_grad(set_to_none=True)
         torch.stack(list(losses.values())).sum().backward()
         nn.utils.clip_grad_norm_([*self.backbone.parameters(), *self.heads.parameters()], self.recipe.clip_norm)

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from petlbench.api.registries import METHODS
-from petlbench.commands.options import names, positive
+from petlbench.commands.options import names, positive_number
 from petlbench.commands.output import print_table
 
 
@@ -15,10 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", type=names, required=True, metavar="A,B", help="names or wildcards")
     parser.add_argument("--backbone", default="tiny", metavar="NAME", help="default: %(default)s")
     parser.add_argument("--task", default="vqa", metavar="TASK", help="task, or task:dataset (default: %(default)s)")
-    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="default: %(default)s")
-    parser.add_argument("--steps", type=positive, default=6, metavar="N", help="timed (default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive_number, default=32, metavar="N", help="default: %(default)s")
+    parser.add_argument("--steps", type=positive_number, default=6, metavar="N", help="timed (default: %(default)s)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: %(default)s")
-    parser.add_argument("--threads", type=positive, metavar="N", help="default: all cores")
+    parser.add_argument("--threads", type=positive_number, metavar="N", help="default: all cores")
     parser.add_argument("--meta", action="store_true", help="only what needs no memory: counts and planned bytes")
     parser.add_argument("--json", action="store_true", help="machine-readable")
     parser.add_argument("--data-root", type=Path, metavar="DIR", help="where data sets lie (default: PETLBENCH_DATA)")
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def command(args: argparse.Namespace) -> int:
     """Costs without training."""
     from petlbench.describe import profile
-    from petlbench.describe.cost_table import render
+    from petlbench.describe.cost_table import cost_table
     from petlbench.describe.variants import declaring
     from petlbench.pipeline.options import need_device
 
@@ -41,5 +41,5 @@ def command(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([cost.model_dump(mode="json") for cost in costs], indent=1))
     else:
-        print_table(render(costs, declaring(METHODS, [cost.cell.method for cost in costs], "baseline")))
+        print_table(cost_table(costs, declaring(METHODS, [cost.cell.method for cost in costs], "baseline")))
     return 0

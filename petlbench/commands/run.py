@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from petlbench.api.registries import METHODS
-from petlbench.commands.options import byte_count, count, names, positive, seconds, seconds_or_zero, seeds
+from petlbench.commands.options import byte_count, names, positive_number, seconds, seconds_or_zero, seeds, whole_number
 from petlbench.commands.output import print_table
 
 if TYPE_CHECKING:
@@ -27,12 +27,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=seeds, metavar="0,1", help="instead of the suite's")
     parser.add_argument("--out", type=Path, metavar="DIR", help="results folder (default: runs/<suite>)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: %(default)s")
-    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="cells at a time (default: %(default)s)")
-    parser.add_argument("--threads", type=positive, metavar="N", help="threads of each cell")
     parser.add_argument(
-        "--workers", type=count, metavar="N", help="threads that make batches meanwhile (default: 4 on CUDA, else 0)"
+        "--jobs", type=positive_number, default=1, metavar="N", help="cells at a time (default: %(default)s)"
     )
-    parser.add_argument("--limit", type=positive, metavar="N", help="rows used of each split")
+    parser.add_argument("--threads", type=positive_number, metavar="N", help="threads of each cell")
+    parser.add_argument(
+        "--workers",
+        type=whole_number,
+        metavar="N",
+        help="threads that make batches meanwhile (default: 4 on CUDA, else 0)",
+    )
+    parser.add_argument("--limit", type=positive_number, metavar="N", help="rows used of each split")
     parser.add_argument("--data-root", type=Path, metavar="DIR", help="where data sets lie (default: PETLBENCH_DATA)")
     parser.add_argument(
         "--timeout", type=seconds, metavar="SECONDS", help="for each cell (default: the suite's, or none)"
@@ -93,14 +98,14 @@ def _show_folder(store: Store) -> None:
     from petlbench.describe.variants import declaring
     from petlbench.pipeline.freshness import stale_parts
     from petlbench.results import leaderboard
-    from petlbench.results.leaderboard_table import render
+    from petlbench.results.leaderboard_table import leaderboard_table
     from petlbench.results.plots import figures
 
     table = leaderboard.table(store, stale=stale_parts)
     leaderboard.write_csv(table, store.root / "leaderboard.csv")
     if table["score_mean"].notna().any():  # without a score there is nothing to draw
-        figures.draw(table, store.root / "plots", declaring(METHODS, table["method"], "floor"))
-    print_table(render(table))
+        figures.draw_plots(table, store.root / "plots", declaring(METHODS, table["method"], "floor"))
+    print_table(leaderboard_table(table))
 
 
 def _tell_failures(records: Sequence[Record]) -> int:

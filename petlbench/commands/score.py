@@ -27,5 +27,5 @@ def command(args: argparse.Namespace) -> int:
     frame = caption_scores.score(Store.open(args.results, create=False), args.metrics, args.data_root)
     if args.csv:
         write_csv(frame, args.csv)
-    print_table(caption_scores.render(frame))
+    print_table(caption_scores.score_table(frame))
     return 0

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from petlbench.commands.options import positive
+from petlbench.commands.options import positive_number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("--out", type=Path, default=Path("pictures"), metavar="DIR", help="default: %(default)s")
     parser.add_argument(
-        "--count", type=positive, default=16, metavar="N", help="samples a sheet (default: %(default)s)"
+        "--count", type=positive_number, default=16, metavar="N", help="samples a sheet (default: %(default)s)"
     )
     parser.add_argument("--data-root", type=Path, metavar="DIR", help="where data sets lie (default: PETLBENCH_DATA)")
 
@@ -23,6 +23,6 @@ def command(args: argparse.Namespace) -> int:
     from petlbench.results.store import Store
 
     store = Store.open(args.results, create=False)
-    for path in predictions.show(store, args.out, count=args.count, data_root=args.data_root):
+    for path in predictions.show_predictions(store, args.out, count=args.count, data_root=args.data_root):
         print(path)
     return 0

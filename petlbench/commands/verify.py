@@ -19,9 +19,9 @@ def command(args: argparse.Namespace) -> int:
     """Published figures beside ours; 1 when a count, a percentage or a number of bytes differs."""
     from petlbench.describe import published
 
-    findings = published.verify(published.read(), args.methods)
+    findings = published.verify(published.read_figures(), args.methods)
     if args.json:
         print(json.dumps([finding.as_json() for finding in findings], indent=1))
     else:
-        print_table(published.render(findings))
+        print_table(published.figure_table(findings))
     return int(published.failed(findings))

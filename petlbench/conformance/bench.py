@@ -22,17 +22,17 @@ from petlbench.api.registries import DATASETS, METHODS, TASKS
 from petlbench.api.sites import Layer, Parallel, Projection
 from petlbench.api.snapshot import Snapshot
 from petlbench.api.task import Batch, Row
-from petlbench.conformance.module_snapshot import Inventory
+from petlbench.conformance.module_snapshot import ModuleSnapshot
 from petlbench.core.cell import Cell
 from petlbench.core.errors import UserError
 from petlbench.core.recipe import Recipe
-from petlbench.pipeline.assembly import build_backbone, build_setting, equip
+from petlbench.pipeline.assembly import attach_head, build_backbone, build_setup
 from petlbench.pipeline.data import Data, load_data, load_source
 from petlbench.pipeline.plan.recipes import authors_recipe
 from petlbench.training.context import RunContext
-from petlbench.training.setup import Setting
+from petlbench.training.setup import TrainingSetup
 
-Place = tuple[str, str, str, int]  # layer, sub-layer, projection, and which of a pair
+ProjectionKey = tuple[str, str, str, int]  # layer, sub-layer, projection, and which of a pair
 ROWS = 4
 RECIPE: dict[str, Any] = {
     "steps": 10,
@@ -148,8 +148,8 @@ class Bench:
     def backbone(self) -> Backbone:
         return build_backbone(self.cell, self.device)
 
-    def setting(self, backbone: Backbone, method: Method) -> tuple[Setting, Snapshot]:
-        return build_setting(self.cell, backbone, self.task, RunContext.on(self.device), method=method)
+    def setup(self, backbone: Backbone, method: Method) -> tuple[TrainingSetup, Snapshot]:
+        return build_setup(self.cell, backbone, self.task, RunContext.on(self.device), method=method)
 
     def batch(self, backbone: Backbone, rows: list[Row], *, training: bool, dtype: torch.dtype | None = None) -> Batch:
         """The same at every call, whatever was drawn before."""
@@ -182,18 +182,20 @@ class Idle:
 
     layers: frozenset[str]  # do not run
     parameters: frozenset[str]  # get no gradient
-    projections: frozenset[Place]  # of which no row in question gets a gradient: a multiway layer's text queries, say
-    lent: frozenset[str]  # lent parameters without a gradient, as the extended backbone calls them
+    projections: frozenset[
+        ProjectionKey
+    ]  # of which no row in question gets a gradient: a multiway layer's text queries, say
+    supplied: frozenset[str]  # lent parameters without a gradient, as the extended backbone calls them
 
 
 class Reference:
     """The untouched backbone on one task, with what is lent to it: what it computes, and what the task leaves out."""
 
-    def __init__(self, bench: Bench, backbone: Backbone, fresh: Inventory) -> None:
+    def __init__(self, bench: Bench, backbone: Backbone, fresh: ModuleSnapshot) -> None:
         """`fresh`: taken when the backbone was built."""
         self.backbone = backbone
         torch.manual_seed(0)
-        self.extended, self.head = equip(backbone, bench.task, bench.device)
+        self.extended, self.head = attach_head(backbone, bench.task, bench.device)
         self.outputs = bench.outputs(self.extended, self.head)
         self._idle = self._left_out(bench)
         self.habits = set(fresh.changes())  # what the host itself leaves behind when it runs, such as a cached table
@@ -210,7 +212,7 @@ class Reference:
                 layers=frozenset(layers.keys() - used),
                 parameters=_without_gradient(self.backbone),
                 projections=frozenset(place for place, single in _projections(layers) if not _reached(single)),
-                lent=_without_gradient(self.extended) & self.extended.head_parameters(),
+                supplied=_without_gradient(self.extended) & self.extended.head_parameters(),
             )
         finally:
             for hook in hooks:
@@ -227,15 +229,15 @@ class Reference:
         inside += [path for place, single in _projections(layers) if place in self._idle.projections
                    for path in _paths(single)]  # fmt: skip
         single = [parameters[name] for name in self._idle.parameters]
-        lent = [adapted.get_parameter(name) for name in self._idle.lent]
-        return {id(p) for p in [*chain.from_iterable(m.parameters() for m in inside), *single, *lent]}
+        supplied = [adapted.get_parameter(name) for name in self._idle.supplied]
+        return {id(p) for p in [*chain.from_iterable(m.parameters() for m in inside), *single, *supplied]}
 
 
 def _without_gradient(module: nn.Module) -> frozenset[str]:
     return frozenset(name for name, p in module.named_parameters() if p.grad is None or not p.grad.any())
 
 
-def _projections(layers: Mapping[str, Layer]) -> Iterator[tuple[Place, Projection]]:
+def _projections(layers: Mapping[str, Layer]) -> Iterator[tuple[ProjectionKey, Projection]]:
     """Every projection of these layers, one of a pair at a time, with its place."""
     for name, layer in layers.items():
         for sublayer, one in layer.items():

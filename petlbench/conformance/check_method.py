@@ -14,18 +14,16 @@ from petlbench.api.backbone import Backbone
 from petlbench.api.method import Method
 from petlbench.api.registries import BACKBONES, METHODS, TASKS
 from petlbench.conformance.bench import Bench, Reference, cell_of, method_class
-from petlbench.conformance.checks import CHECKS, judge, judge_together
-from petlbench.conformance.module_snapshot import Inventory
+from petlbench.conformance.checks import judge, judge_together
+from petlbench.conformance.module_snapshot import ModuleSnapshot
 from petlbench.conformance.observation import Seen, observe
-from petlbench.conformance.process import reload
-from petlbench.conformance.report import Finding, Report, render
+from petlbench.conformance.process import reload_adapters
+from petlbench.conformance.report import Report
 from petlbench.core.cell import Cell, MethodSpec
 from petlbench.core.errors import UserError
 from petlbench.core.validation import validated
-from petlbench.pipeline.compatibility import misfits
-from petlbench.pipeline.plan.variants import resolved
-
-__all__ = ["CHECKS", "Finding", "Report", "check", "check_all", "render"]
+from petlbench.pipeline.compatibility import incompatible_cells
+from petlbench.pipeline.plan.variants import resolve_variant
 
 Subject = str | type[Method]  # a registered name, `module:Class`, or the class itself
 
@@ -61,13 +59,13 @@ def check_all(
         validated(one.kind.Config, one.config, f"method '{one.label}': config")
     for one in subjects:
         cells = [cell_of(one.name, one.kind, one.config, task, backbone) for task in served]
-        if reasons := misfits(cells, one.kind):
+        if reasons := incompatible_cells(cells, one.kind):
             raise UserError(next(iter(reasons.values())))
     reports = [Report(one.label, backbone) for one in subjects]
     seen: list[tuple[Report, str, Path, Seen]] = []
     adapters: dict[Path, Cell] = {}
     with TemporaryDirectory() as folder:
-        untouched: dict[str, tuple[Backbone, Inventory]] = {}  # by the options that a method needs of it
+        untouched: dict[str, tuple[Backbone, ModuleSnapshot]] = {}  # by the options that a method needs of it
         for task in served:
             references: dict[str, Reference] = {}
             for report, one in zip(reports, subjects, strict=True):
@@ -75,14 +73,14 @@ def check_all(
                 bench, options = Bench(cell, device), repr(cell.backbone_config)
                 if options not in untouched:
                     built = bench.backbone()
-                    untouched[options] = built, Inventory(built)
+                    untouched[options] = built, ModuleSnapshot(built)
                 if options not in references:
                     references[options] = Reference(bench, *untouched[options])
                 file = Path(folder) / f"{len(seen)}.safetensors"
                 seen.append((report, task, file, observe(bench, one.kind, references[options], file)))
                 if file.exists() and _importable(one.kind):
                     adapters[file] = cell
-        for file, found in reload(adapters, device).items():
+        for file, found in reload_adapters(adapters, device).items():
             next(s for _, _, path, s in seen if path == file).reloaded = found
     for report in reports:
         own = {task: observed for owner, task, _, observed in seen if owner is report}
@@ -104,7 +102,7 @@ def _subject(method: Subject, config: dict[str, Any]) -> _Subject:
         name = f"{method.__module__}:{method.__qualname__}"
         return _Subject(name, name, method, config)
     if ":" in method and METHODS.names(method.partition(":")[0]):
-        spec = resolved(MethodSpec(name=method, config=config))
+        spec = resolve_variant(MethodSpec(name=method, config=config))
         return _Subject(method, spec.name, METHODS.get(spec.name), spec.config)
     return _Subject(method, method, method_class(method), config)
 

@@ -8,9 +8,9 @@ from functools import partial
 from typing import TypeVar
 
 from petlbench.conformance.bench import distance
-from petlbench.conformance.module_snapshot import differing, some
+from petlbench.conformance.module_snapshot import differing, first_few
 from petlbench.conformance.observation import Seen
-from petlbench.conformance.report import Finding
+from petlbench.conformance.report import CheckResult
 
 T = TypeVar("T")
 Check = Callable[[Seen], str]
@@ -59,7 +59,7 @@ def frozen(seen: Seen) -> str:
     if not changed:
         return ""
     return (
-        f"{_counted(changed, 'frozen tensor')} changed in training: {some(changed)}; let it require gradient, or "
+        f"{_counted(changed, 'frozen tensor')} changed in training: {first_few(changed)}; let it require gradient, or "
         "do not write to it"
     )
 
@@ -70,16 +70,20 @@ def gradients(seen: Seen) -> str:
     if seen.trained is None:
         raise Skip("training did not end")
     wrong = []
-    for pattern, _ in seen.claims.dead.items():
+    for pattern, _ in seen.claims.unused_parameters.items():
         matches = [name for name in seen.trainable if fnmatchcase(name, pattern)]
         if not matches:
-            wrong.append(f"`dead` names {pattern}, which no trainable tensor matches: remove it")
+            wrong.append(f"`unused_parameters` names {pattern}, which no trainable tensor matches: remove it")
         elif living := [name for name in matches if name in alive]:
-            wrong.append(f"`dead` names {pattern}, but {some(living)} gets a gradient: remove or narrow it")
+            wrong.append(
+                f"`unused_parameters` names {pattern}, but {first_few(living)} gets a gradient: remove or narrow it"
+            )
     silent = [name for name in seen.trainable if name not in alive and name not in seen.idle]
-    declared = [*seen.claims.dead, *seen.claims.conditional]
+    declared = [*seen.claims.unused_parameters, *seen.claims.conditional]
     if dead := [name for name in silent if not any(fnmatchcase(name, pattern) for pattern in declared)]:
-        wrong.append(f"no gradient ever reaches {some(dead)}: use it, freeze it, or declare it in `dead`")
+        wrong.append(
+            f"no gradient ever reaches {first_few(dead)}: use it, freeze it, or declare it in `unused_parameters`"
+        )
     return "; ".join(wrong)
 
 
@@ -94,9 +98,9 @@ def conditional(tasks: Mapping[str, Seen], everything: bool) -> str:
     alive = {_plain(name) for seen in tasks.values() for name in _needed(seen.alive) | seen.idle}
     for pattern in claims.conditional:
         named = [name for seen in tasks.values() for name in seen.trainable if fnmatchcase(name, pattern)]
-        named = [name for name in named if not any(fnmatchcase(name, other) for other in claims.dead)]
+        named = [name for name in named if not any(fnmatchcase(name, other) for other in claims.unused_parameters)]
         if never := [name for name in dict.fromkeys(map(_plain, named)) if name not in alive]:
-            return f"`conditional` names {pattern}, but on no task does {some(never)} get a gradient: freeze it"
+            return f"`conditional` names {pattern}, but on no task does {first_few(never)} get a gradient: freeze it"
     return ""
 
 
@@ -107,13 +111,13 @@ def _plain(name: str) -> str:
 
 def detached(seen: Seen) -> str:
     """No gradient in the frozen backbone and nothing of it saved for backward, where that is claimed."""
-    if not seen.claims.detached:
+    if not seen.claims.no_backbone_gradient:
         raise Skip("not claimed")
     if not (reached := _needed(seen.reached)):
         return ""
     return (
-        f"autograd reaches into {_counted(reached, 'frozen module')}, first {some(reached)}: detach what "
-        "enters, freeze what trains below (host parts too), or do not claim `detached`"
+        f"autograd reaches into {_counted(reached, 'frozen module')}, first {first_few(reached)}: detach what "
+        "enters, freeze what trains below (host parts too), or do not claim `no_backbone_gradient`"
     )
 
 
@@ -121,11 +125,11 @@ def evaluation(seen: Seen) -> str:
     """In evaluation mode, predictions repeat, change nothing, and do not depend on the rest of the batch."""
     trained, repeated = _needed(seen.trained), _needed(seen.repeated)
     if seen.moved_modes:
-        return f"`adapt` switches {some(seen.moved_modes)} between training and evaluation: leave modes alone"
+        return f"`adapt` switches {first_few(seen.moved_modes)} between training and evaluation: leave modes alone"
     if seen.awake:
-        return f"{some(seen.awake)} is in training mode after an evaluation: do not call train() in a forward pass"
+        return f"{first_few(seen.awake)} is in training mode after an evaluation: do not call train() in a forward pass"
     if seen.touched:
-        return f"evaluation changes {some(seen.touched)}: update only when `self.training`"
+        return f"evaluation changes {first_few(seen.touched)}: update only when `self.training`"
     if trained.bits != repeated.bits:
         return (
             f"two evaluations differ (losses {trained.loss:.7g} and {repeated.loss:.7g}): draw nothing and keep no "
@@ -141,9 +145,10 @@ def saved(seen: Seen) -> str:
     """The adapter file holds all that trains and nothing that is frozen."""
     _needed(seen.trained)
     if seen.sharing:
-        return f"{some(seen.sharing)} shares its memory with a frozen tensor: clone it"
+        return f"{first_few(seen.sharing)} shares its memory with a frozen tensor: clone it"
     if seen.unsaved:
-        return f"{some(seen.unsaved)} is in the file or among what trains, but not in both and the same: keep it fixed"
+        names = first_few(seen.unsaved)
+        return f"{names} is in the file or among what trains, but not in both and the same: keep it fixed"
     return ""
 
 
@@ -160,7 +165,7 @@ def reload(seen: Seen) -> str:
     lost = differing(seen.values, seen.reloaded["values"])
     if seen.frozen_changed:
         raise Skip("frozen tensors changed: see `frozen`")
-    blame = f"what differs is {some(lost)}: make it a trained Parameter" if lost else "no tensor or number differs"
+    blame = f"what differs is {first_few(lost)}: make it a trained Parameter" if lost else "no tensor or number differs"
     return f"a new process that loads the adapter predicts otherwise; {blame}, or make it follow from the seed"
 
 
@@ -194,7 +199,7 @@ def restore(seen: Seen) -> str:
     """Taken out again, it leaves the backbone as it was, to the bit, and nothing behind."""
     left, restored, original = _needed(seen.left), _needed(seen.restored), _needed(seen.original)
     if left:
-        return f"restoring the backbone leaves {some(left)} changed: insert modules, and change nothing else"
+        return f"restoring the backbone leaves {first_few(left)} changed: insert modules, and change nothing else"
     return "" if restored.bits == original.bits else "the restored backbone predicts otherwise: keep nothing outside it"
 
 
@@ -214,22 +219,22 @@ CHECKS: tuple[Check, ...] = (
 )
 
 
-def judge(seen: Seen) -> list[Finding]:
+def judge(seen: Seen) -> list[CheckResult]:
     """One finding a check, always in the same order."""
     return [_finding(check.__name__, partial(check, seen)) for check in CHECKS]
 
 
-def judge_together(tasks: Mapping[str, Seen], *, everything: bool) -> Finding:
+def judge_together(tasks: Mapping[str, Seen], *, everything: bool) -> CheckResult:
     """What only all tasks together can show. `everything`: these are all that the backbone serves."""
     return _finding("conditional", lambda: conditional(tasks, everything))
 
 
-def _finding(name: str, look: Callable[[], str]) -> Finding:
+def _finding(name: str, look: Callable[[], str]) -> CheckResult:
     try:
         message = look()
     except Skip as reason:
-        return Finding(name, "skip", str(reason))
-    return Finding(name, "fail" if message else "pass", message)
+        return CheckResult(name, "skip", str(reason))
+    return CheckResult(name, "fail" if message else "pass", message)
 
 
 def _needed(value: T | None) -> T:

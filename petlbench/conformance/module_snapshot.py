@@ -13,7 +13,7 @@ TREE = ("_parameters", "_buffers", "_modules")
 SHOWN = 3  # names in a message
 
 
-def some(names: Iterable[str]) -> str:
+def first_few(names: Iterable[str]) -> str:
     """The first few of the names, and how many there are beyond them."""
     names = list(names)
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
@@ -66,7 +66,7 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
                 yield from ((f"{path}.{key}", item) for key, item in value.items())
 
 
-class Inventory:
+class ModuleSnapshot:
     """The furniture of a module tree, apart from values: its modules, their classes, attributes and hooks."""
 
     def __init__(self, module: nn.Module) -> None:

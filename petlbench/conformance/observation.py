@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from petlbench.api.backbone import Backbone
 from petlbench.api.method import Method
 from petlbench.api.snapshot import Snapshot
-from petlbench.backbones.supplied import like
+from petlbench.backbones.supplied import with_parts_of
 from petlbench.conformance import watch
 from petlbench.conformance.bench import Bench, Outputs, Reference
-from petlbench.conformance.module_snapshot import Inventory, differing, digests, tensors, values
+from petlbench.conformance.module_snapshot import ModuleSnapshot, differing, digests, tensors, values
 from petlbench.core.messages import one_line
 from petlbench.measure.memory import storages
 from petlbench.pipeline.assembly import build_method
 from petlbench.training.loop import Diverged, fit
-from petlbench.training.setup import Setting
-from petlbench.training.state import Fit
+from petlbench.training.setup import TrainingSetup
+from petlbench.training.state import TrainingResult
 
 
 @dataclass
@@ -81,60 +81,60 @@ def observe(bench: Bench, kind: type[Method], reference: Reference, file: Path) 
     return seen
 
 
-def train(bench: Bench, setting: Setting) -> Fit:
+def train_steps(bench: Bench, setup: TrainingSetup) -> TrainingResult:
     """Ten steps that start from the same random state whatever was looked at before."""
     torch.manual_seed(bench.cell.seed + 1)
-    return fit(setting, bench.data.train, bench.data.validation, bench.cell.recipe.lr)
+    return fit(setup, bench.data.train, bench.data.validation, bench.cell.recipe.lr)
 
 
 def _first(seen: Seen, bench: Bench, reference: Reference, file: Path, method: Method) -> None:
     backbone = bench.backbone()
-    inventory, modules = Inventory(backbone), dict(backbone.named_modules())
+    inventory, modules = ModuleSnapshot(backbone), dict(backbone.named_modules())
     parameters, own = dict(backbone.named_parameters()), tensors(backbone)
     modes = {name: module.training for name, module in modules.items()}
-    setting, handle = bench.setting(backbone, method)
+    setup, handle = bench.setup(backbone, method)
     seen.claims = method
     seen.moved_modes = [name for name, module in modules.items() if module.training != modes[name]]
-    trained = setting.trainable()
-    idle = reference.idle(modules, parameters, setting.backbone)
+    trained = setup.trainable()
+    idle = reference.idle(modules, parameters, setup.backbone)
     seen.trainable, seen.idle = list(trained), {name for name, p in trained.items() if id(p) in idle}
-    seen.start = bench.outputs(setting.backbone, setting.head)
-    seen.untouched = bench.outputs(like(reference.backbone, setting.backbone), setting.head)
+    seen.start = bench.outputs(setup.backbone, setup.head)
+    seen.untouched = bench.outputs(with_parts_of(reference.backbone, setup.backbone), setup.head)
     if not seen.start.finite:
         return
-    frozen = _frozen(setting, own)
+    frozen = _frozen(setup, own)
     before = digests(frozen)
-    with watch.gradients(trained) as seen.alive:
-        fitted = train(bench, setting)
+    with watch.watch_gradients(trained) as seen.alive:
+        fitted = train_steps(bench, setup)
     seen.losses = fitted.losses
     seen.frozen_changed = differing(before, digests(frozen))
-    _look_at_evaluation(seen, bench, setting)
-    seen.values = values(setting.modules(), method)
-    _save(seen, setting, fitted, frozen, file)
+    _look_at_evaluation(seen, bench, setup)
+    seen.values = values(setup.modules(), method)
+    _save(seen, setup, fitted, frozen, file)
     _remove(seen, bench, reference, backbone, handle, inventory)
 
 
-def _reached(bench: Bench, setting: Setting, modules: dict[str, nn.Module]) -> list[str]:
-    setting.modules().train()
-    batch = bench.batch(setting.backbone, bench.rows, training=True)
+def _reached(bench: Bench, setup: TrainingSetup, modules: dict[str, nn.Module]) -> list[str]:
+    setup.modules().train()
+    batch = bench.batch(setup.backbone, bench.rows, training=True)
     with watch.graph(modules) as names:
-        setting.task.loss(setting.backbone, setting.head, batch)
+        setup.task.loss(setup.backbone, setup.head, batch)
     return names
 
 
-def _frozen(setting: Setting, own: dict[str, Tensor]) -> dict[str, Tensor]:
+def _frozen(setup: TrainingSetup, own: dict[str, Tensor]) -> dict[str, Tensor]:
     """All that must keep its values: the backbone's own tensors and the method's frozen parameters.
 
     Buffers that the method brings are its own affair, as long as a new process gives the same predictions.
     """
     known = {id(t) for t in own.values()}
-    parameters = setting.modules().named_parameters()
+    parameters = setup.modules().named_parameters()
     inserted = {name: p for name, p in parameters if not p.requires_grad and id(p) not in known}
     return {name: t for name, t in own.items() if not t.requires_grad} | inserted
 
 
-def _look_at_evaluation(seen: Seen, bench: Bench, setting: Setting) -> None:
-    modules, backbone, head = setting.modules(), setting.backbone, setting.head
+def _look_at_evaluation(seen: Seen, bench: Bench, setup: TrainingSetup) -> None:
+    modules, backbone, head = setup.modules(), setup.backbone, setup.head
     before = digests(tensors(modules))
     seen.trained = bench.outputs(backbone, head)
     seen.touched = differing(before, digests(tensors(modules)))
@@ -145,9 +145,9 @@ def _look_at_evaluation(seen: Seen, bench: Bench, setting: Setting) -> None:
     seen.regrouped = [p for rows in halves if rows for p in bench.predictions(backbone, head, rows)]
 
 
-def _save(seen: Seen, setting: Setting, fitted: Fit, frozen: dict[str, Tensor], file: Path) -> None:
+def _save(seen: Seen, setup: TrainingSetup, fitted: TrainingResult, frozen: dict[str, Tensor], file: Path) -> None:
     """The adapter file as a run writes it, and how it compares with what trains."""
-    trained = setting.trainable()
+    trained = setup.trainable()
     occupied = storages(frozen.values()).keys()
     seen.sharing = [name for name, p in trained.items() if storages([p]).keys() & occupied]
     sizes = {name: str(tuple(t.shape)) for name, t in fitted.state.items()}
@@ -156,34 +156,34 @@ def _save(seen: Seen, setting: Setting, fitted: Fit, frozen: dict[str, Tensor], 
 
 
 def _remove(
-    seen: Seen, bench: Bench, reference: Reference, backbone: Backbone, handle: Snapshot, inventory: Inventory
+    seen: Seen, bench: Bench, reference: Reference, backbone: Backbone, handle: Snapshot, inventory: ModuleSnapshot
 ) -> None:
     handle.restore()
     own, untouched = digests(tensors(backbone)), digests(tensors(reference.backbone))
     values = [f"values of {name}" for name in differing(untouched, own)]
     seen.left = [name for name in inventory.changes() if name not in reference.habits] + values
-    seen.restored = bench.outputs(like(backbone, reference.extended), reference.head)
+    seen.restored = bench.outputs(with_parts_of(backbone, reference.extended), reference.head)
 
 
 def _second(seen: Seen, bench: Bench, method: Method) -> None:
     backbone = bench.backbone()
     modules = dict(backbone.named_modules())
-    setting, _ = bench.setting(backbone, method)
-    seen.again_losses = train(bench, setting).losses
-    seen.again = bench.outputs(setting.backbone, setting.head)
-    seen.reached = _reached(bench, setting, modules) if seen.claims.detached else None
+    setup, _ = bench.setup(backbone, method)
+    seen.again_losses = train_steps(bench, setup).losses
+    seen.again = bench.outputs(setup.backbone, setup.head)
+    seen.reached = _reached(bench, setup, modules) if seen.claims.no_backbone_gradient else None
     if not seen.claims.mergeable:
         return
     try:
-        setting.modules().double()
+        setup.modules().double()
         dtype, seen.tolerance = torch.float64, 1e-9
-        seen.unmerged = bench.outputs(setting.backbone, setting.head, dtype)
+        seen.unmerged = bench.outputs(setup.backbone, setup.head, dtype)
     except RuntimeError:  # a part that cannot compute in double precision
-        setting.modules().float()
+        setup.modules().float()
         dtype, seen.tolerance = torch.float32, 1e-4
-        seen.unmerged = bench.outputs(setting.backbone, setting.head, dtype)
+        seen.unmerged = bench.outputs(setup.backbone, setup.head, dtype)
     try:
         method.merge()
-        seen.merged = bench.outputs(setting.backbone, setting.head, dtype)
+        seen.merged = bench.outputs(setup.backbone, setup.head, dtype)
     except Exception as error:  # somebody else's code may raise anything
         seen.merge_error = one_line(error)

@@ -13,7 +13,7 @@ from typing import Any
 from petlbench.core.cell import Cell
 
 
-def reload(adapters: Mapping[Path, Cell], device: str) -> dict[Path, dict[str, Any]]:
+def reload_adapters(adapters: Mapping[Path, Cell], device: str) -> dict[Path, dict[str, Any]]:
     """For each adapter file what a new process computes with it: `bits` of its outputs and all `values`, or `error`.
 
     One process for all, since starting one takes seconds.
@@ -66,7 +66,7 @@ def _outputs(cell: Cell, path: Path, device: str) -> dict[str, Any]:
     from petlbench.training.evaluation import load_state
 
     bench, method = Bench(cell, device), build_method(cell, method_class(cell.method))
-    setting, _ = bench.setting(bench.backbone(), method)
-    load_state(setting, load_file(path, device=device))
-    outputs = bench.outputs(setting.backbone, setting.head)
-    return {"bits": outputs.bits, "values": values(setting.modules(), method)}
+    setup, _ = bench.setup(bench.backbone(), method)
+    load_state(setup, load_file(path, device=device))
+    outputs = bench.outputs(setup.backbone, setup.head)
+    return {"bits": outputs.bits, "values": values(setup.modules(), method)}

@@ -15,7 +15,7 @@ STYLES: dict[Outcome, str] = {"pass": "green", "fail": "bold red", "skip": "dim"
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """One check on one task. `message` says what to mend (fail) or why nothing was checked (skip)."""
 
     check: str
@@ -29,13 +29,13 @@ class Report:
 
     method: str
     backbone: str
-    findings: dict[str, list[Finding]] = field(default_factory=dict)
+    findings: dict[str, list[CheckResult]] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
         return not any(self.failures())
 
-    def failures(self) -> Iterator[tuple[str, Finding]]:
+    def failures(self) -> Iterator[tuple[str, CheckResult]]:
         """(task, finding) of everything that failed."""
         for task, findings in self.findings.items():
             yield from ((task, finding) for finding in findings if finding.outcome == "fail")
@@ -45,7 +45,7 @@ class Report:
         return {**asdict(self), "ok": self.ok}
 
 
-def render(report: Report) -> Group:
+def check_table(report: Report) -> Group:
     """A table of checks by tasks; below it what failed and what to do."""
     table = Table("check", *report.findings, title=f"{report.method} on {report.backbone}")
     for row in zip(*report.findings.values(), strict=True):

@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 @contextmanager
-def gradients(parameters: Mapping[str, nn.Parameter]) -> Iterator[set[str]]:
+def watch_gradients(parameters: Mapping[str, nn.Parameter]) -> Iterator[set[str]]:
     """The names of parameters that get a gradient other than zero inside the block."""
     alive: set[str] = set()
 

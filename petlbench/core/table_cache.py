@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 SOUND: dict[str, Any] = {"write_page_checksum": True, "write_statistics": False}
 
 
-def read(path: Path) -> pa.Table | None:
+def read_table(path: Path) -> pa.Table | None:
     """The table, or None when it is missing, truncated or damaged (pages carry checksums)."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -25,7 +25,7 @@ def read(path: Path) -> pa.Table | None:
         return None
 
 
-def write(table: pa.Table, path: Path, **options: Any) -> None:
+def write_table(table: pa.Table, path: Path, **options: Any) -> None:
     """Keep a table; processes that race write the same content. `options` of pyarrow's `write_table`."""
     import pyarrow.parquet as pq
 

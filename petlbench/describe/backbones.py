@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from petlbench.api.backbone import Backbone
 
 PARTS = {"fuse": "fusion", "decode": "decoder", "pair": "order"}  # what is lent to a backbone that lacks the ability
-LENT = "+fusion, +decoder, +order: with a part lent for the task, which trains and counts as the task's head"
+SUPPLIED = "+fusion, +decoder, +order: with a part lent for the task, which trains and counts as the task's head"
 WILDCARDS = set("*?[")
 SHOWN = 6  # sizes of a family
 
@@ -31,17 +31,17 @@ SHOWN = 6  # sizes of a family
 class Service:
     """How a backbone serves a task: with which lent parts, or why it cannot."""
 
-    lent: tuple[str, ...] = ()
+    supplied: tuple[str, ...] = ()
     reason: str | None = None
 
     def __str__(self) -> str:
         if self.reason is not None:
             return "no"
-        return " ".join(f"+{part}" for part in self.lent) or "yes"
+        return " ".join(f"+{part}" for part in self.supplied) or "yes"
 
 
 @dataclass(frozen=True)
-class Entry:
+class FamilyEntry:
     """A family in its default size, or (`family:size`) in another; `error` says why it cannot be described."""
 
     name: str
@@ -58,7 +58,7 @@ class Entry:
         return asdict(self)
 
 
-def entries(pattern: str = "*", *, build: bool = True) -> list[Entry]:
+def entries(pattern: str = "*", *, build: bool = True) -> list[FamilyEntry]:
     """Families that match a shell wildcard, or sizes that match one with a colon, such as `beit3:large-*`.
 
     Without `build`, parameters and stacks are left out. One that cannot be imported or built disturbs no other. Raises
@@ -93,18 +93,18 @@ def _sizes_of(family: str, pattern: str) -> list[str]:
     return found
 
 
-def _broken(name: str, error: Exception) -> Entry:
+def _broken(name: str, error: Exception) -> FamilyEntry:
     said = str(error) if isinstance(error, UserError) else one_line(error)
-    return Entry(name, BACKBONES.origin(name), BACKBONES.target(name), error=" ".join(said.split()))
+    return FamilyEntry(name, BACKBONES.origin(name), BACKBONES.target(name), error=" ".join(said.split()))
 
 
-def _entry(name: str, build: bool) -> Entry:
+def _entry(name: str, build: bool) -> FamilyEntry:
     try:
         kind = BACKBONES.get(name)
         config = kind.configured(name, {})
         default = _default_size(kind)
         parameters, stacks = _built(kind, config) if build else (None, {})
-        return Entry(
+        return FamilyEntry(
             name,
             BACKBONES.origin(name),
             BACKBONES.target(name),
@@ -145,16 +145,16 @@ def service(kind: type[Backbone], config: Any, task: str) -> Service:
     return Service(tuple(part for ability, part in PARTS.items() if ability in lacking))
 
 
-def matrix(pattern: str = "*") -> list[Entry]:
+def matrix(pattern: str = "*") -> list[FamilyEntry]:
     """Families and the tasks that each serves; sizes too, where they serve other tasks than their family's default."""
-    found: list[Entry] = []
+    found: list[FamilyEntry] = []
     for family in entries(pattern, build=False):
         sizes = [] if ":" in family.name else [_entry(f"{family.name}:{size}", False) for size in family.sizes]
         found += [family, *(size for size in sizes if size.tasks != family.tasks)]
     return found
 
 
-def render(found: Sequence[Entry]) -> Table:
+def family_table(found: Sequence[FamilyEntry]) -> Table:
     """Parameters, stacks, sizes and tasks."""
     from rich.text import Text
 
@@ -170,17 +170,17 @@ def render(found: Sequence[Entry]) -> Table:
         for entry in found
     ]
     table = _table(["backbone", "distribution", "parameters", "stacks", "sizes", "tasks"], rows, found)
-    if any(service.lent for entry in found for service in entry.tasks.values()):
-        table.add_row(Text(LENT, style="dim"))
+    if any(service.supplied for entry in found for service in entry.tasks.values()):
+        table.add_row(Text(SUPPLIED, style="dim"))
     table.add_row(Text("parameters and stacks of the default size; layers x width", style="dim"))
     return table
 
 
 def _task(name: str, service: Service) -> str:
-    return f"{name} ({service})" if service.lent else name
+    return f"{name} ({service})" if service.supplied else name
 
 
-def _sizes(entry: Entry) -> str:
+def _sizes(entry: FamilyEntry) -> str:
     if ":" in entry.name:
         return ""
     shown = [f"{size} (default)" if size == entry.default else size for size in entry.sizes[:SHOWN]]
@@ -188,7 +188,7 @@ def _sizes(entry: Entry) -> str:
     return ", ".join(shown) + (f" and {more} more: '{entry.name}:*' lists them" if more > 0 else "")
 
 
-def render_matrix(found: Sequence[Entry]) -> Table:
+def task_matrix(found: Sequence[FamilyEntry]) -> Table:
     """Backbones by tasks, and below the reasons."""
     from rich.text import Text
 
@@ -199,11 +199,11 @@ def render_matrix(found: Sequence[Entry]) -> Table:
         for task, service in entry.tasks.items():
             if service.reason is not None:
                 table.add_row(Text(f"{entry.name}, {task}: {service.reason}"))
-    table.add_row(Text(LENT, style="dim"))
+    table.add_row(Text(SUPPLIED, style="dim"))
     return table
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], found: Sequence[Entry]) -> Table:
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], found: Sequence[FamilyEntry]) -> Table:
     """A grid with the table in it, to which lines can be added; entries in error are named below."""
     from rich import box
     from rich.table import Table

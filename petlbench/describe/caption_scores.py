@@ -31,7 +31,7 @@ def score(store: Store, metrics: Sequence[str], data_root: Path | None = None) -
     These are of the corpus. Nothing is written to the store. Raises UserError when a metric is unknown or cannot be
     computed here, when no record kept captions, or when the data is not what was tested on.
     """
-    java_captions.check(metrics)
+    java_captions.check_available(metrics)
     ended = [record for record in store.load() if record.outcome == "ok" and record.samples is not None]
     tasks = declaring(TASKS, [record.cell.task for record in ended], "caption_references")
     records = [record for record in ended if record.cell.task in tasks]
@@ -57,7 +57,7 @@ def _row(record: Record, store: Store, metrics: Sequence[str], data_root: Path |
     return {**named, own: record.metrics.get(own, math.nan), **scores}
 
 
-def render(frame: pd.DataFrame) -> Table:
+def score_table(frame: pd.DataFrame) -> Table:
     """For a terminal; a task's own metric in its unit, as in a record."""
     from rich import box
     from rich.table import Table

@@ -86,7 +86,7 @@ def value(costs: Costs, path: str) -> float | None:
     return found
 
 
-def render(costs: Sequence[Costs], baselines: Collection[str] = ()) -> Table:
+def cost_table(costs: Sequence[Costs], baselines: Collection[str] = ()) -> Table:
     """Methods side by side, a table per setting; with percentages of the first of `baselines` among the methods."""
     from rich.table import Table
     from rich.text import Text

@@ -33,7 +33,7 @@ NAMED = ("sample_id", "image_id")  # columns of every task's rows
 
 
 @dataclass(frozen=True)
-class Entry:
+class DatasetPart:
     """An official part, or one of train, validation and test (then with what it is made of)."""
 
     name: str
@@ -66,13 +66,13 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Inventory:
+class DatasetReport:
     """Of one task with one data set."""
 
     task: str
     dataset: str
     origin: str
-    entries: list[Entry]
+    entries: list[DatasetPart]
     notes: tuple[str, ...] = ()
 
     @property
@@ -105,7 +105,7 @@ def opened_source(name: str, config: Mapping[str, Any], root: Path | None) -> tu
     return task, dataset, source
 
 
-def take(task: str, dataset: str, source: Source, sample: int | None) -> Inventory:
+def report_dataset(task: str, dataset: str, source: Source, sample: int | None) -> DatasetReport:
     """The inventory. Of each part `sample` images are opened, spread evenly over it; None: all.
 
     `source` need not be registered, nor `task` where the source declares its columns. What is wrong with one part
@@ -115,7 +115,7 @@ def take(task: str, dataset: str, source: Source, sample: int | None) -> Invento
         raise UserError(f"the columns of task '{task}' lack {' and '.join(lacking)}: add them to its `features`")
     opener = _Opener(sample)
     entries = _of_files(task, source, opener) if isinstance(source, FileSource) else _of_rows(task, source, opener)
-    return Inventory(task, dataset, source.origin, list(entries), source.notes())
+    return DatasetReport(task, dataset, source.origin, list(entries), source.notes())
 
 
 class _Opener:
@@ -146,7 +146,7 @@ class _Opener:
         return len(chosen), {key: why for key in chosen if (why := self.known[key])}
 
 
-def _of_files(task: str, source: FileSource, opener: _Opener) -> Iterator[Entry]:
+def _of_files(task: str, source: FileSource, opener: _Opener) -> Iterator[DatasetPart]:
     """The official parts, with their images; then what is made of them."""
     choices: dict[str, Choice | str] = {}
     for split in SPLITS:
@@ -164,16 +164,16 @@ def _of_files(task: str, source: FileSource, opener: _Opener) -> Iterator[Entry]
         listed = dict.fromkeys([*there, *needed, *(part for part in sizes if part not in SPLITS)])
     for part in listed:
         said: dict[str, Any] = {"needed": part in needed, "published": sizes.get(part, {})}
-        yield _part(task, part, source, opener, said) if part in there else Entry(part, there=False, **said)
+        yield _part(task, part, source, opener, said) if part in there else DatasetPart(part, there=False, **said)
     for split, choice in choices.items():
         if isinstance(choice, str):
-            yield Entry(split, error=choice)
+            yield DatasetPart(split, error=choice)
         else:
             direct = {} if split in there else sizes.get(split, {})
             yield _split(task, split, source, choice, direct or _together(sizes, choice))
 
 
-def _part(task: str, part: str, source: FileSource, opener: _Opener, said: Mapping[str, Any]) -> Entry:
+def _part(task: str, part: str, source: FileSource, opener: _Opener, said: Mapping[str, Any]) -> DatasetPart:
     """An official part: rows as they are read, whether or not their images are there; and the images."""
     found: dict[str, Any]
     try:
@@ -181,20 +181,20 @@ def _part(task: str, part: str, source: FileSource, opener: _Opener, said: Mappi
         columns = [read.table[name] for name in images.columns(source.features(task))]
         found = {"counts": _counts(task, read.table, columns), "left_out": _left_out(read.skips)}
     except UserError as error:
-        return Entry(part, error=str(error), **said)
+        return DatasetPart(part, error=str(error), **said)
     try:
         places = source.reader.located(_distinct(columns).to_pylist())
         absent = source.reader.absent(places)
     except UserError as error:
-        return Entry(part, error=str(error), **found, **said)
+        return DatasetPart(part, error=str(error), **found, **said)
     opened, broken = opener(
         [place for place in places if place not in absent],
         lambda place: source.reader.opened({"path": place, "bytes": None}),
     )
-    return Entry(part, opened=opened, faults={**absent, **broken}, **found, **said)
+    return DatasetPart(part, opened=opened, faults={**absent, **broken}, **found, **said)
 
 
-def _split(task: str, split: str, source: FileSource, choice: Choice, published: Mapping[str, int]) -> Entry:
+def _split(task: str, split: str, source: FileSource, choice: Choice, published: Mapping[str, int]) -> DatasetPart:
     """One of train, validation and test, as a run would load it; its images are its parts'."""
     made_of = " + ".join(choice.parts) + ("" if choice.images == "all" else f", images {choice.images}")
     try:
@@ -202,12 +202,12 @@ def _split(task: str, split: str, source: FileSource, choice: Choice, published:
         # Unless it is told to skip them, a source refuses a split that lacks an image.
         before = source.rows(task, split, choice).num_rows if source.config.skip_broken else len(rows)
     except UserError as error:
-        return Entry(split, made_of, error=str(error))
+        return DatasetPart(split, made_of, error=str(error))
     left_out = {"image missing or broken": before - len(rows)} if before > len(rows) else {}
-    return Entry(split, made_of, counts=_counted(task, rows), published=published, left_out=left_out)
+    return DatasetPart(split, made_of, counts=_counted(task, rows), published=published, left_out=left_out)
 
 
-def _of_rows(task: str, source: Source, opener: _Opener) -> Iterator[Entry]:
+def _of_rows(task: str, source: Source, opener: _Opener) -> Iterator[DatasetPart]:
     """Where a source is only known by its rows."""
     try:
         parts = source.parts(task)
@@ -218,12 +218,12 @@ def _of_rows(task: str, source: Source, opener: _Opener) -> Iterator[Entry]:
         try:
             rows = source.load_part(task, name) if name in parts else source.load(task, name)
         except UserError as error:
-            yield Entry(name, error=str(error), **said)
+            yield DatasetPart(name, error=str(error), **said)
             continue
         firsts = _firsts(rows)
         opened, faults = opener(list(firsts), _opening(rows, firsts))
         empty = "" if len(rows) else "it has no rows"
-        yield Entry(name, counts=_counted(task, rows), opened=opened, faults=faults, error=empty, **said)
+        yield DatasetPart(name, counts=_counted(task, rows), opened=opened, faults=faults, error=empty, **said)
 
 
 def _opening(rows: Dataset, firsts: Mapping[str, tuple[str, int]]) -> Callable[[str], Any]:

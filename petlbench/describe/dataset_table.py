@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from petlbench.describe.dataset import Entry, Inventory
+from petlbench.describe.dataset import DatasetPart, DatasetReport
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 SHOWN = 5  # of the images of a part that cannot be used
 
 
-def render(inventory: Inventory) -> Group:
+def dataset_table(inventory: DatasetReport) -> Group:
     """A line for each part and split; below, what is wrong, and what was left out."""
     from rich import box
     from rich.console import Group
@@ -38,14 +38,14 @@ def render(inventory: Inventory) -> Group:
     return Group(heading, table, *(Text(line, overflow="fold") for line in _told(inventory)))
 
 
-def _size(entry: Entry, what: str) -> str:
+def _size(entry: DatasetPart, what: str) -> str:
     if what not in entry.counts:
         return ""
     published = f" (published {entry.published[what]:,})" if what in entry.differing else ""
     return f"{entry.counts[what]:,}{published}"
 
 
-def _told(inventory: Inventory) -> Iterator[str]:
+def _told(inventory: DatasetReport) -> Iterator[str]:
     """What is wrong, each thing once, with the parts that it concerns; then what a reader of results must know."""
     errors: dict[str, list[str]] = {}
     for entry in inventory.entries:

@@ -15,12 +15,12 @@ from petlbench.api.backbone import Backbone
 from petlbench.api.method import Method, make_method
 from petlbench.api.registries import METHODS, TASKS
 from petlbench.api.sites import Layer, Parallel, Projection, SubLayer
-from petlbench.backbones.supplied import Extended
+from petlbench.backbones.supplied import SuppliedBackbone
 from petlbench.core.cell import Cell
 from petlbench.core.errors import UserError
 from petlbench.core.messages import one_line
 from petlbench.describe.variants import declared
-from petlbench.pipeline.assembly import build_backbone, build_setting
+from petlbench.pipeline.assembly import build_backbone, build_setup
 from petlbench.training.context import RunContext
 from petlbench.training.step_costs import counted
 
@@ -88,11 +88,11 @@ def _observed(name: str, method: Method, home: str, task: str) -> dict[str, Any]
     device = torch.device("meta")
     backbone = _backbone(home, json.dumps(options, sort_keys=True))
     before = set(backbone.modules())
-    setting, handle = build_setting(cell, backbone, TASKS.get(task)(), RunContext.on(device), method=method)
+    setup, handle = build_setup(cell, backbone, TASKS.get(task)(), RunContext.on(device), method=method)
     try:
-        parameters, adapted = counted(setting), setting.backbone
+        parameters, adapted = counted(setup), setup.backbone
         return {
-            "sites": sites(before, adapted.inner if type(adapted) is Extended else adapted),
+            "sites": sites(before, adapted.inner if type(adapted) is SuppliedBackbone else adapted),
             "method_parameters": parameters.method,
             "trainable_parameters": parameters.trainable,
         }

@@ -17,7 +17,7 @@ from petlbench.results.store import Store
 COLUMNS = 4
 
 
-def show(store: Store, out_dir: Path, *, count: int = 16, data_root: Path | None = None) -> list[Path]:
+def show_predictions(store: Store, out_dir: Path, *, count: int = 16, data_root: Path | None = None) -> list[Path]:
     """One PNG per record with predictions, of at most `count` samples spread evenly over the test split.
 
     Raises UserError when no record kept predictions, or when the data is not what was tested on.

@@ -23,18 +23,18 @@ from petlbench.describe.cost_table import Costs
 from petlbench.measure.clock import IN_STEP, TRAINING, WARMUP
 from petlbench.measure.environment import describe
 from petlbench.measure.memory import planned, with_peaks, with_saved
-from petlbench.pipeline.assembly import build_backbone, build_setting
+from petlbench.pipeline.assembly import build_backbone, build_setup
 from petlbench.pipeline.data import load_source, load_split
 from petlbench.pipeline.plan.suite import expand
 from petlbench.pipeline.plan.variants import method_specs
 from petlbench.training.context import RunContext
 from petlbench.training.loop import Diverged, train_step
-from petlbench.training.setup import Setting
-from petlbench.training.state import Course
+from petlbench.training.setup import TrainingSetup
+from petlbench.training.state import TrainingState
 from petlbench.training.step_costs import (
     canonical_saved_bytes,
     counted,
-    effective,
+    effective_parameters,
     extra_at_inference,
     first_batch,
     inference,
@@ -101,7 +101,7 @@ def profile(
     return [found[cell.id] for cell in cells]
 
 
-def _measure(subjects: Sequence[_Subject], source: Source, steps: int) -> None:
+def _measure(subjects: Sequence[_ProfiledCell], source: Source, steps: int) -> None:
     rows: dict[int | None, Dataset] = {}
     for subject in subjects:
         limit = subject.cell.recipe.train_limit
@@ -121,9 +121,9 @@ def _shared(cell: Cell) -> str:
     return cell.model_dump_json(exclude={"method", "variant", "method_config", "recipe"})
 
 
-def _subjects(cells: Sequence[Cell], device: torch.device) -> list[_Subject]:
+def _subjects(cells: Sequence[Cell], device: torch.device) -> list[_ProfiledCell]:
     task, backbone = TASKS.get(cells[0].task)(), build_backbone(cells[0], device)
-    return [_Subject(cell, backbone, task, device) for cell in cells]
+    return [_ProfiledCell(cell, backbone, task, device) for cell in cells]
 
 
 @contextmanager
@@ -136,7 +136,7 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class _Subject:
+class _ProfiledCell:
     """One cell while it is measured, on a backbone that it borrows."""
 
     def __init__(self, cell: Cell, backbone: Backbone, task: Task, device: torch.device) -> None:
@@ -147,62 +147,62 @@ class _Subject:
         self.joules: list[tuple[float, int]] = []  # by turn: of so many steps
 
     @contextmanager
-    def _adapted(self) -> Iterator[Setting]:
+    def _adapted(self) -> Iterator[TrainingSetup]:
         """The cell's setting; afterwards the backbone is as it was."""
         cell = self.cell
         try:
-            setting, handle = build_setting(cell, self.backbone, self.task, self.context)
+            setup, handle = build_setup(cell, self.backbone, self.task, self.context)
         except ValueError as error:
             raise UserError(f"method '{cell.method}' does not fit backbone '{cell.backbone}': {error}") from error
         try:
-            yield setting
+            yield setup
         finally:
             handle.restore()
 
     def plan(self) -> None:
         """What is known without running anything."""
-        with self._adapted() as setting:
-            self.memory = planned(setting.modules().values())
-            self.known["parameters"] = _counted(setting)
-            if setting.method is not None and setting.method.mergeable:
-                setting.method.merge()
-            self._count_extra(setting)
+        with self._adapted() as setup:
+            self.memory = planned(setup.modules().values())
+            self.known["parameters"] = _counted(setup)
+            if setup.method is not None and setup.method.mergeable:
+                setup.method.merge()
+            self._count_extra(setup)
 
     def measure(self, rows: Dataset) -> None:
         """What is the same on every machine, for batches of `rows`."""
         self.rows = rows
-        with self._adapted() as setting:
-            batch = first_batch(self.rows, setting)
-            reached = effective(setting, batch)
-            self.known["parameters"] = _counted(setting).model_copy(update={"effective": reached})
-            self.saved = canonical_saved_bytes(setting, batch)
-            self.known["flops"] = training_flops(setting, batch)
+        with self._adapted() as setup:
+            batch = first_batch(self.rows, setup)
+            reached = effective_parameters(setup, batch)
+            self.known["parameters"] = _counted(setup).model_copy(update={"effective": reached})
+            self.saved = canonical_saved_bytes(setup, batch)
+            self.known["flops"] = training_flops(setup, batch)
 
     def predict(self) -> None:
-        with self._adapted() as setting:
-            self.known["inference"] = inference(setting, self.rows, self.cell.recipe.eval_batch_size)
-            self._count_extra(setting)
+        with self._adapted() as setup:
+            self.known["inference"] = inference(setup, self.rows, self.cell.recipe.eval_batch_size)
+            self._count_extra(setup)
 
-    def _count_extra(self, merged: Setting) -> None:
+    def _count_extra(self, merged: TrainingSetup) -> None:
         extra = extra_at_inference(merged, self.untouched)
         self.known["parameters"] = self.known["parameters"].model_copy(update={"inference_extra": extra})
 
     def train(self, steps: int) -> None:
         """A turn of `steps` timed steps after the untimed ones; the first is where memory is accounted."""
-        with self._adapted() as setting:
+        with self._adapted() as setup:
             # The rate changes no cost, but a schedule shorter than the turn would fall below zero.
-            setting.recipe = setting.recipe.model_copy(update={"schedule": "constant"})
-            course = Course(setting, self.rows, setting.recipe.lr)
+            setup.recipe = setup.recipe.model_copy(update={"schedule": "constant"})
+            training = TrainingState(setup, self.rows, setup.recipe.lr)
             untimed = 1 if self.joules else WARMUP  # by the second turn only the optimizer's state is new
             self.context.clock.warm_up(untimed)
             try:
                 for _ in range(untimed + steps):
-                    train_step(course)
+                    train_step(training)
             except Diverged as error:
                 raise UserError(f"method '{self.cell.method}' cannot be profiled: {error}; lower its rate") from error
-            assert course.memory is not None
-            self.memory = with_saved(course.memory, self.saved)
-            self.joules.append(course.joules)
+            assert training.memory is not None
+            self.memory = with_saved(training.memory, self.saved)
+            self.joules.append(training.joules)
 
     def costs(self, environment: dict[str, Any]) -> Costs:
         timing = self.context.clock.timing()
@@ -216,6 +216,6 @@ class _Subject:
         return Costs(**self.known, **seconds, memory=memory, step_joules=energy, environment=environment)
 
 
-def _counted(setting: Setting) -> Parameters:
-    stored_bytes = sum(p.numel() * p.element_size() for p in setting.trainable().values())
-    return counted(setting).model_copy(update={"stored_bytes": stored_bytes})
+def _counted(setup: TrainingSetup) -> Parameters:
+    stored_bytes = sum(p.numel() * p.element_size() for p in setup.trainable().values())
+    return counted(setup).model_copy(update={"stored_bytes": stored_bytes})

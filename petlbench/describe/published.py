@@ -33,10 +33,10 @@ from petlbench.core.recipe import Frozen
 from petlbench.core.record import Parameters
 from petlbench.measure import parameters
 from petlbench.measure.memory import SavedTensors
-from petlbench.pipeline.assembly import build_backbone, build_setting
+from petlbench.pipeline.assembly import build_backbone, build_setup
 from petlbench.pipeline.plan.variants import overlaid
 from petlbench.training.context import RunContext
-from petlbench.training.setup import Setting
+from petlbench.training.setup import TrainingSetup
 from petlbench.training.step_costs import canonical_saved_bytes, counted
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class Figure(Frozen):
 
 
 @dataclass(frozen=True)
-class Finding:
+class FigureCheck:
     """A figure with ours in the same unit (None: not measured); of bytes also the native ones with fused attention."""
 
     figure: Figure
@@ -158,13 +158,13 @@ class Finding:
         return self.figure.model_dump(mode="json") | found
 
 
-def read(path: Path = FIGURES) -> list[Figure]:
+def read_figures(path: Path = FIGURES) -> list[Figure]:
     """The published figures, in the file's order."""
     with path.open(encoding="utf-8", newline="") as file:
         return [Figure.model_validate(row) for row in csv.DictReader(file)]
 
 
-def verify(figures: Sequence[Figure], methods: Sequence[str] | None = None) -> list[Finding]:
+def verify(figures: Sequence[Figure], methods: Sequence[str] | None = None) -> list[FigureCheck]:
     """Ours for each of the figures, or of those whose method (or method:variant) a pattern names.
 
     Each backbone is built once. Raises UserError for a pattern that names none.
@@ -193,7 +193,7 @@ def _body(figure: Figure) -> str:
     return json.dumps([figure.backbone, figure.cell.backbone_config], sort_keys=True)
 
 
-def _of(figures: list[Figure]) -> list[Finding]:
+def _of(figures: list[Figure]) -> list[FigureCheck]:
     """Those of figures that share a backbone."""
     device = torch.device("meta")
     backbone = build_backbone(figures[0].cell, device)
@@ -203,22 +203,22 @@ def _of(figures: list[Figure]) -> list[Finding]:
     for figure in figures:
         if figure.quantity == SAVED:
             canonical, native = saved_mib(figure.cell)
-            found.append(Finding(figure, canonical, native))
+            found.append(FigureCheck(figure, canonical, native))
             continue
         measure, cell = COUNTED.get(figure.quantity), figure.cell
         if measure is not None and cell.id not in known:
             known[cell.id] = _counted(cell, backbone, device, effective=cell.id in effective)
         ours = None if measure is None else measure(known[cell.id])
-        found.append(Finding(figure, None if ours is None else ours / UNITS[figure.unit]))
+        found.append(FigureCheck(figure, None if ours is None else ours / UNITS[figure.unit]))
     return found
 
 
 def _counted(cell: Cell, backbone: Backbone, device: torch.device, *, effective: bool) -> Counted:
     """Counts of a cell on a backbone that is left as it was."""
     untouched = sum(p.numel() for p in backbone.parameters())
-    setting, handle = build_setting(cell, backbone, TASKS.get(cell.task)(), RunContext.on(device))
+    setup, handle = build_setup(cell, backbone, TASKS.get(cell.task)(), RunContext.on(device))
     try:
-        return Counted(counted(setting), untouched, _effective(cell) if effective else None)
+        return Counted(counted(setup), untouched, _effective(cell) if effective else None)
     finally:
         handle.restore()
 
@@ -226,30 +226,30 @@ def _counted(cell: Cell, backbone: Backbone, device: torch.device, *, effective:
 def _effective(cell: Cell) -> int:
     """Scalars of the method's own that the loss of one sample can send a gradient to."""
     with torch.random.fork_rng():
-        setting, batch = _real(cell)
-        loss = setting.task.loss(setting.backbone, setting.head, batch)
-        trainable = setting.trainable()
-        return parameters.effective(loss, [trainable[name] for name in sorted(setting.own())])
+        setup, batch = _real(cell)
+        loss = setup.task.loss(setup.backbone, setup.head, batch)
+        trainable = setup.trainable()
+        return parameters.effective(loss, [trainable[name] for name in sorted(setup.method_parameters())])
 
 
 def saved_mib(cell: Cell) -> tuple[float, float]:
     """MiB that a training step saves for backward on one sample, on the CPU: canonical, and native but fused."""
     with torch.random.fork_rng():
-        setting, batch = _real(cell)
-        canonical = canonical_saved_bytes(setting, batch)
-        modules = setting.modules().train()
+        setup, batch = _real(cell)
+        canonical = canonical_saved_bytes(setup, batch)
+        modules = setup.modules().train()
         with _Fused(), SavedTensors(*modules.values()) as native:
-            setting.task.loss(setting.backbone, setting.head, batch)
+            setup.task.loss(setup.backbone, setup.head, batch)
     return canonical / MIB, native.saved_bytes / MIB
 
 
-def _real(cell: Cell) -> tuple[Setting, Batch]:
+def _real(cell: Cell) -> tuple[TrainingSetup, Batch]:
     """The cell on the CPU with one sample: noise of 640 x 640 pixels, and a text as long as the backbone takes. Values
     decide nothing, so the weights are random."""
     cell = cell.model_copy(update={"backbone_config": {**cell.backbone_config, "weights": "none"}})
     device = torch.device("cpu")
-    setting, _ = build_setting(cell, build_backbone(cell, device), TASKS.get(cell.task)(), RunContext.on(device))
-    return setting, _sample(setting.backbone)
+    setup, _ = build_setup(cell, build_backbone(cell, device), TASKS.get(cell.task)(), RunContext.on(device))
+    return setup, _sample(setup.backbone)
 
 
 def _sample(backbone: Backbone) -> Batch:
@@ -278,12 +278,12 @@ class _Fused(TorchFunctionMode):
         return func(*args, **options)
 
 
-def failed(findings: Iterable[Finding]) -> bool:
+def failed(findings: Iterable[FigureCheck]) -> bool:
     """Whether any count, percentage or number of bytes differs."""
     return any(finding.verdict == "DIFFERS" for finding in findings)
 
 
-def render(findings: Sequence[Finding]) -> Table:
+def figure_table(findings: Sequence[FigureCheck]) -> Table:
     """A table per backbone."""
     from rich.table import Table
     from rich.text import Text
@@ -301,7 +301,7 @@ def _options(figure: Figure) -> list[str]:
     return [f"{name}={json.dumps(value)}" for name, value in figure.backbone_config.items()]
 
 
-def _section(rows: Sequence[Finding]) -> Table:
+def _section(rows: Sequence[FigureCheck]) -> Table:
     from rich import box
     from rich.table import Table
     from rich.text import Text

@@ -29,7 +29,7 @@ SHOWN = ("sample_id", "expression", "question", "answers", "captions", "box")  #
 SILENT = ("image_id", "answer_type", "subset")
 
 
-def show(
+def show_samples(
     task: str, dataset: str, source: Source, *, split: str, count: int, seed: int, out: Path | None = None
 ) -> Path:
     """Write the sheet of `count` rows that `seed` draws; its path. Raises UserError when there is nothing to show."""

@@ -47,7 +47,7 @@ class Variant:
         return row if self.error is None else {**row, "error": self.error}
 
 
-def listed(pattern: str) -> list[Variant]:
+def list_variants(pattern: str) -> list[Variant]:
     """The variants that match `method:variant`, both with wildcards.
 
     A method that cannot be read is one entry with the error. Raises UserError where nothing matches.
@@ -111,7 +111,7 @@ def declaring(registry: Registry[Any], names: Iterable[str], wanted: str) -> lis
 
 
 @dataclass(frozen=True)
-class Source:
+class ModuleSource:
     """A module's classes, and where the names come from that it imports: (module, name)."""
 
     classes: Mapping[str, ast.ClassDef]
@@ -119,7 +119,7 @@ class Source:
 
 
 @cache
-def _source(module: str) -> Source:
+def _source(module: str) -> ModuleSource:
     """Raises LookupError for a module that cannot be read."""
     place = place_of(module)
     if place is None or place.file is None or place.file.suffix != ".py":
@@ -134,7 +134,7 @@ def _source(module: str) -> Source:
         if isinstance(node, ast.ImportFrom):
             origin = resolve_name("." * node.level + (node.module or ""), package) if node.level else node.module or ""
             imports |= {alias.asname or alias.name: (origin, alias.name) for alias in node.names}
-    return Source({node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}, imports)
+    return ModuleSource({node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}, imports)
 
 
 def _value(module: str, name: str, attribute: str) -> Any:

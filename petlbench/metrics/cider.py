@@ -14,7 +14,7 @@ SIGMA = 6.0
 Gram = tuple[str, ...]
 
 
-class Scores(NamedTuple):
+class CiderScores(NamedTuple):
     """A corpus score, the mean of the samples' scores, and those."""
 
     corpus: float
@@ -53,7 +53,7 @@ def _similarity(candidate: _Vector, reference: _Vector) -> float:
     return sum(cosines) / ORDERS * math.exp(-(delta**2) / (2 * SIGMA**2))
 
 
-def cider_d(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> Scores:
+def cider_d(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> CiderScores:
     """CIDEr-D of tokenised `candidates` (N) against `references` (N, at least one each), in [0, 10].
 
     The toolkit's unit: cosine times 10; papers print it times 100. Document frequencies come from the references given,
@@ -71,4 +71,4 @@ def cider_d(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[S
         vector = _vector(ngrams(candidate), frequency, log_documents)
         similarities = [_similarity(vector, _vector(reference, frequency, log_documents)) for reference in own]
         samples.append(10.0 * sum(similarities) / len(own))
-    return Scores(sum(samples) / len(samples), samples)
+    return CiderScores(sum(samples) / len(samples), samples)

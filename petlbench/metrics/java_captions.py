@@ -24,7 +24,7 @@ from types import TracebackType
 from petlbench.core.errors import UserError
 from petlbench.metrics.bleu import check_pairs
 from petlbench.metrics.captions import tokenize_pairs
-from petlbench.metrics.cider import Scores
+from petlbench.metrics.cider import CiderScores
 
 REPLY_SECONDS = 120.0  # METEOR answers within milliseconds, after some seconds of loading its paraphrases
 SPICE_SECONDS = 6 * 3600.0
@@ -47,7 +47,7 @@ def _folder(metric: str, name: str) -> Path:
     raise UserError(f"{metric} needs the package pycocoevalcap: pip install 'petlbench[java]'")
 
 
-def check(metrics: Sequence[str]) -> None:
+def check_available(metrics: Sequence[str]) -> None:
     """Raise a UserError that says what to install, unless each of `metrics` can be computed here."""
     for name in metrics:
         if name not in METRICS:
@@ -132,7 +132,7 @@ def _line(tokens: Sequence[str]) -> str:
     return re.sub(r"[ \t\r\n]+", " ", " ".join(tokens).replace("|||", " ")).strip(" ")
 
 
-def meteor(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
+def meteor(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> CiderScores:
     """METEOR of captions as written (N) against `references` (N, one or more each), in [0, 1].
 
     The corpus score is from pooled statistics, not the samples' mean. A candidate without any word scores 0. Raises
@@ -147,10 +147,10 @@ def meteor(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> Sc
             statistics.append(program.hear())
         program.say("EVAL", *statistics)
         samples = [program.number() for _ in statistics]
-        return Scores(program.number(), samples)
+        return CiderScores(program.number(), samples)
 
 
-def spice(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
+def spice(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> CiderScores:
     """SPICE (F-score over scene graphs) of captions as written (N) against `references` (N, one or more each).
 
     In [0, 1]; NaN where the program gives no score. Raises as `meteor`.
@@ -173,11 +173,11 @@ def spice(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> Sco
             said = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"SPICE's Java program failed ({said}): it needs Java 8 and 8 GB of memory") from error
     samples = [_score(found.get(index)) for index in range(len(asked))]
-    return Scores(sum(samples) / len(samples), samples)
+    return CiderScores(sum(samples) / len(samples), samples)
 
 
 def _score(value: object) -> float:
     return float(value) if isinstance(value, (int, float)) else math.nan
 
 
-METRICS: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], Scores]] = {"meteor": meteor, "spice": spice}
+METRICS: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], CiderScores]] = {"meteor": meteor, "spice": spice}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from petlbench.metrics.bleu import check_pairs
-from petlbench.metrics.cider import Scores
+from petlbench.metrics.cider import CiderScores
 
 BETA = 1.2
 
@@ -31,11 +31,11 @@ def _sample(candidate: Sequence[str], references: Sequence[Sequence[str]]) -> fl
     return (1 + BETA**2) * precision * recall / (recall + BETA**2 * precision)
 
 
-def rouge_l(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> Scores:
+def rouge_l(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> CiderScores:
     """ROUGE-L (F with beta 1.2; best precision and best recall over the references) of tokenised captions, in [0, 1].
 
     Raises ValueError when the two differ in length, are empty, or a candidate has no reference.
     """
     check_pairs(candidates, references)
     samples = [_sample(c, r) for c, r in zip(candidates, references, strict=True)]
-    return Scores(sum(samples) / len(samples), samples)
+    return CiderScores(sum(samples) / len(samples), samples)

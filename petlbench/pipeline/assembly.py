@@ -13,13 +13,13 @@ from petlbench.api.method import Method, adapt, make_method
 from petlbench.api.registries import BACKBONES, METHODS
 from petlbench.api.snapshot import Snapshot
 from petlbench.api.task import Task
-from petlbench.backbones.supplied import lend
+from petlbench.backbones.supplied import supply
 from petlbench.core.cell import Cell
 from petlbench.core.errors import UserError
 from petlbench.training.context import RunContext
 from petlbench.training.precision import prepare
 from petlbench.training.seeds import seed_everything
-from petlbench.training.setup import Setting
+from petlbench.training.setup import TrainingSetup
 
 
 def build_backbone(cell: Cell, device: torch.device) -> Backbone:
@@ -41,7 +41,7 @@ def drawing_on(device: torch.device) -> AbstractContextManager[Any]:
     return device if device.type == "meta" else torch.device("cpu")
 
 
-def equip(backbone: Backbone, task: Task, device: torch.device) -> tuple[Backbone, nn.Module]:
+def attach_head(backbone: Backbone, task: Task, device: torch.device) -> tuple[Backbone, nn.Module]:
     """An adapted backbone with what it lacks for `task` lent, and the task's head.
 
     Where the head is one that the backbone was published with, it trains as the backbone says, and the backbone's
@@ -54,14 +54,14 @@ def equip(backbone: Backbone, task: Task, device: torch.device) -> tuple[Backbon
         elif backbone.trains_heads:
             head.requires_grad_(True)
     with drawing_on(device):
-        extended = lend(backbone, task.needs)
+        extended = supply(backbone, task.needs)
         head = task.head(backbone)
     return extended.to(device), head.to(device)
 
 
-def build_setting(
+def build_setup(
     cell: Cell, backbone: Backbone, task: Task, context: RunContext, *, method: Method | None = None
-) -> tuple[Setting, Snapshot]:
+) -> tuple[TrainingSetup, Snapshot]:
     """The backbone adapted, with the task's head, ready to train; and the handle that restores the backbone.
 
     `method` defaults to the cell's own. Raises UserError when nothing is left to train, or nothing can be compiled.
@@ -70,10 +70,10 @@ def build_setting(
     seed_everything(cell.seed)
     with drawing_on(device):
         adapted, handle = adapt(method, backbone)
-    extended, head = equip(adapted, task, device)
+    extended, head = attach_head(adapted, task, device)
     prepare(extended, cell.recipe, device)
     seed_everything(cell.seed + 1)  # dropout, whatever the method drew
-    setting = Setting(extended, head, task, cell.recipe, cell.seed, context, method)
-    if not setting.trainable():
+    setup = TrainingSetup(extended, head, task, cell.recipe, cell.seed, context, method)
+    if not setup.trainable():
         raise UserError(f"method '{cell.method}' leaves nothing to train on task '{task.name}'")
-    return setting, handle
+    return setup, handle

@@ -29,18 +29,18 @@ from petlbench.pipeline import fingerprint
 from petlbench.pipeline.assembly import build_backbone
 from petlbench.pipeline.data import Data, load_data, load_source
 from petlbench.pipeline.options import RunOptions
-from petlbench.pipeline.trials import Search
+from petlbench.pipeline.trials import RateSearch
 from petlbench.results.store import Store
 from petlbench.training.checkpoint import Checkpoint, save_tensors
 from petlbench.training.context import Report, RunContext, silent
 from petlbench.training.evaluation import evaluate, load_state, without_images
 from petlbench.training.loop import Diverged
-from petlbench.training.setup import Setting
-from petlbench.training.state import Fit
+from petlbench.training.setup import TrainingSetup
+from petlbench.training.state import TrainingResult
 from petlbench.training.step_costs import (
     canonical_saved_bytes,
     counted,
-    effective,
+    effective_parameters,
     extra_at_inference,
     first_batch,
     inference,
@@ -101,8 +101,8 @@ def _reason(error: Exception) -> str:
 def size_of(cell: Cell) -> Size | None:
     """Where the cell stands on its method's size knob; None for a method without one, or where the backbone decides."""
     kind = METHODS.get(cell.method)
-    value = None if kind.knob is None else getattr(kind.Config(**cell.method_config), kind.knob.field)
-    return None if value is None else Size(name=kind.knob.field, value=value)  # type: ignore[union-attr]
+    value = None if kind.size_option is None else getattr(kind.Config(**cell.method_config), kind.size_option.field)
+    return None if value is None else Size(name=kind.size_option.field, value=value)  # type: ignore[union-attr]
 
 
 @dataclass
@@ -137,7 +137,7 @@ class CellRun:
         self.clock, self.report, self.given = context.clock, context.report, fingerprints
         self.known = PartialRecord(cell)
         self.checkpoint: Checkpoint | None = None
-        self.search: Search | None = None
+        self.search: RateSearch | None = None
         self.untouched = 0
 
     def execute(self) -> Record:
@@ -147,27 +147,27 @@ class CellRun:
         with self.clock.phase("build"):
             backbone = build_backbone(self.cell, self.context.device)
             self.untouched = sum(p.numel() for p in backbone.parameters())
-        setting, fitted, lr = self._search(backbone, task, data)
-        load_state(setting, fitted.state)
+        setup, fitted, lr = self._search(backbone, task, data)
+        load_state(setup, fitted.state)
         self.report({"phase": "test"})
         with self.clock.phase("test"):
-            scores, predictions = evaluate(setting, data.test)
+            scores, predictions = evaluate(setup, data.test)
         with self.clock.phase("save"):
             stored_bytes = self._save_adapter(fitted)
             self._submit(task.submission(without_images(data.test), predictions))
         peaks = self.clock.peaks()
         self.report({"phase": "measure"})
         with self.clock.phase("measure"):
-            batch = first_batch(data.train, setting)
-            canonical = self._measured("saved tensors", lambda: canonical_saved_bytes(setting, batch))
+            batch = first_batch(data.train, setup)
+            canonical = self._measured("saved tensors", lambda: canonical_saved_bytes(setup, batch))
             memory = self._memory(fitted, canonical)
-            flops = self._measured("operations", lambda: training_flops(setting, batch))
-            reached = self._measured("effective parameters", lambda: effective(setting, batch))
-            parameters = self._parameters(setting, stored_bytes)
+            flops = self._measured("operations", lambda: training_flops(setup, batch))
+            reached = self._measured("effective parameters", lambda: effective_parameters(setup, batch))
+            parameters = self._parameters(setup, stored_bytes)
             size = self.cell.recipe.eval_batch_size
-            predicting = self._measured("inference", lambda: inference(setting, data.test, size))
+            predicting = self._measured("inference", lambda: inference(setup, data.test, size))
             # Asked last: by now it is merged.
-            extra = extra_at_inference(setting, self.untouched) if predicting else None
+            extra = extra_at_inference(setup, self.untouched) if predicting else None
         self.known.parameters = parameters.model_copy(update={"inference_extra": extra, "effective": reached})
         record = self.known.completed(
             **self._ending(),
@@ -217,21 +217,21 @@ class CellRun:
         self.known.notes = source.notes()
         return task, data
 
-    def _search(self, backbone: Backbone, task: Task, data: Data) -> tuple[Setting, Fit, float]:
+    def _search(self, backbone: Backbone, task: Task, data: Data) -> tuple[TrainingSetup, TrainingResult, float]:
         self.known.notes += (backbone.note,) if backbone.note else ()
         belongs = [self.cell.id, self.known.fingerprints, str(torch.__version__), self.context.device.type]
         key = hashlib.sha256(json.dumps(belongs, sort_keys=True).encode()).hexdigest()
         path = self.store.checkpoints / f"{self.cell.id}.safetensors"
         self.checkpoint = Checkpoint(path, key, self.options.checkpoint_seconds)
-        self.search = Search(self.cell, backbone, task, self.context, self.checkpoint, self._inspect)
+        self.search = RateSearch(self.cell, backbone, task, self.context, self.checkpoint, self._inspect)
         return self.search.run(data)
 
-    def _inspect(self, setting: Setting) -> None:
+    def _inspect(self, setup: TrainingSetup) -> None:
         """Counts cost nothing, and a row that fails later should have them."""
-        self.known.parameters = self._parameters(setting, None)
+        self.known.parameters = self._parameters(setup, None)
 
-    def _parameters(self, setting: Setting, stored_bytes: int | None) -> Parameters:
-        return counted(setting).model_copy(update={"stored_bytes": stored_bytes})
+    def _parameters(self, setup: TrainingSetup, stored_bytes: int | None) -> Parameters:
+        return counted(setup).model_copy(update={"stored_bytes": stored_bytes})
 
     def _measured(self, what: str, measure: Callable[[], T]) -> T | None:
         """What `measure` gives. Unfused attention may need more memory than training: no reason to lose the cell."""
@@ -241,7 +241,7 @@ class CellRun:
             self.known.notes += (f"{what} not measured: out of memory",)
             return None
 
-    def _memory(self, fitted: Fit, saved: int | None) -> Memory:
+    def _memory(self, fitted: TrainingResult, saved: int | None) -> Memory:
         assert fitted.memory is not None
         return with_saved(fitted.memory, saved).model_copy(update={"peak_rss_bytes": peak_rss_bytes()})
 
@@ -254,7 +254,7 @@ class CellRun:
         write_atomic(folder / f"{self.cell.id}.json", json.dumps(submission).encode())
         self.known.notes += (f"no public answers: {folder.name}/{self.cell.id}.json is for the evaluation server",)
 
-    def _save_adapter(self, fitted: Fit) -> int:
+    def _save_adapter(self, fitted: TrainingResult) -> int:
         """Everything that trained, and nothing else, as safetensors; its size in bytes."""
         path = self.store.adapters / f"{self.cell.id}.safetensors"
         return save_tensors(path, fitted.state, {"cell": json.dumps(self.cell.model_dump(mode="json"))})

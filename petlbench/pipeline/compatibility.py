@@ -22,28 +22,28 @@ from petlbench.pipeline.assembly import build_backbone, build_method, drawing_on
 TRIAL_SECONDS = 10.0  # that a method may take to go into a backbone without memory
 
 
-def misfits(cells: Sequence[Cell], kind: type[Method] | None = None) -> dict[str, str]:
+def incompatible_cells(cells: Sequence[Cell], kind: type[Method] | None = None) -> dict[str, str]:
     """Every method tried on every backbone of `cells`, without memory and weights, before anything runs: what is wrong,
     by the cell's id, with those that do not fit. `kind`: the class of all their methods, where it is not registered."""
     found: dict[str, str] = {}
     with warnings.catch_warnings():
         # Weights that are read into a backbone without memory go nowhere, as they should.
         warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
-        for _, group in groupby(sorted(cells, key=_body), key=_body):
+        for _, group in groupby(sorted(cells, key=_backbone_key), key=_backbone_key):
             backbone: Backbone | None = None
             tried: dict[str, str | None] = {}
             for cell in group:
                 method = f"{cell.method} {sorted(cell.method_config.items(), key=str)} {cell.task}"
                 if method not in tried:
                     backbone = backbone or build_backbone(cell, torch.device("meta"))
-                    tried[method] = _misfit(cell, backbone, kind)
+                    tried[method] = _incompatibility(cell, backbone, kind)
                 if reason := tried[method]:
                     label = MethodSpec(name=cell.method, variant=cell.variant).label
                     found[cell.id] = f"method '{label}' does not fit backbone '{cell.backbone}': {reason}"
     return found
 
 
-def _body(cell: Cell) -> str:
+def _backbone_key(cell: Cell) -> str:
     return json.dumps([cell.backbone, cell.backbone_config], sort_keys=True)
 
 
@@ -70,7 +70,7 @@ def _at_most(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, signal.SIG_DFL if previous is None else previous)
 
 
-def _misfit(cell: Cell, backbone: Backbone, kind: type[Method] | None) -> str | None:
+def _incompatibility(cell: Cell, backbone: Backbone, kind: type[Method] | None) -> str | None:
     handle = Snapshot(backbone)
     try:
         with drawing_on(torch.device("meta")), _at_most(TRIAL_SECONDS):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class State:
+class CellState:
     """How a cell stands: never run, stale (with the parts that changed), not well ended, or done."""
 
     name: Literal["pending", "stale", "failed", "done"]
@@ -27,18 +27,18 @@ class State:
         return f"{self.name} ({self.detail})" if self.detail else self.name
 
 
-def state_of(cell: Cell, record: Record | None, now: Mapping[str, str]) -> State:
+def state_of(cell: Cell, record: Record | None, now: Mapping[str, str]) -> CellState:
     """The state of `cell`, given the record that is kept of it and `now`, the fingerprints that it would get today.
 
     A record of an earlier schema version is stale, and so is one that holds another cell, as a default has changed.
     """
     if record is None:
-        return State("pending")
+        return CellState("pending")
     if record.older:
-        return State("stale", OLDER)
+        return CellState("stale", OLDER)
     if parts := (*cell.differences(record.cell), *changed(record, now)):
-        return State("stale", ", ".join(parts))
-    return State("done") if record.outcome == "ok" else State("failed", record.outcome)
+        return CellState("stale", ", ".join(parts))
+    return CellState("done") if record.outcome == "ok" else CellState("failed", record.outcome)
 
 
 def fingerprints_of(cells: Iterable[Cell], data_root: Path | None) -> dict[str, dict[str, str]]:

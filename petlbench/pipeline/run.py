@@ -11,8 +11,8 @@ from pathlib import Path
 from petlbench.core.cell import Cell, MethodSpec, Suite
 from petlbench.core.errors import UserError
 from petlbench.core.record import Record
-from petlbench.pipeline.compatibility import misfits
-from petlbench.pipeline.freshness import State, fingerprints_of, state_of
+from petlbench.pipeline.compatibility import incompatible_cells
+from petlbench.pipeline.freshness import CellState, fingerprints_of, state_of
 from petlbench.pipeline.launch.local import refuse_offered, run_cells
 from petlbench.pipeline.launch.process import server_beside
 from petlbench.pipeline.launch.progress import Progress
@@ -42,7 +42,7 @@ class RunPlan:
     cells: tuple[Cell, ...]
     left_out: tuple[str, ...]  # why cells are missing that a wildcard asked for
     fingerprints: Mapping[str, Mapping[str, str]]  # of the code, data and weights as they are now, by cell id
-    states: Mapping[str, State]  # by cell id
+    states: Mapping[str, CellState]  # by cell id
     settled: frozenset[str]  # names of the states in which a cell is not run again
     begun: str  # UTC, ISO 8601
 
@@ -160,7 +160,7 @@ def _fitting(cells: Sequence[Cell], patterns: Sequence[str]) -> tuple[list[Cell]
     A method that a wildcard alone asks for is left out; UserError for one that is asked for by its name.
     """
     exact = [pattern for pattern in patterns if not is_wildcard(pattern)]
-    found = misfits(cells)
+    found = incompatible_cells(cells)
     for cell in cells:
         spec = MethodSpec(name=cell.method, variant=cell.variant)
         if cell.id in found and (not patterns or any(matches(spec, pattern) for pattern in exact)):

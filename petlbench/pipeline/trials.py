@@ -11,40 +11,40 @@ from petlbench.api.snapshot import Snapshot
 from petlbench.api.task import Task
 from petlbench.core.cell import Cell
 from petlbench.core.record import Memory, Trial
-from petlbench.pipeline.assembly import build_setting
+from petlbench.pipeline.assembly import build_setup
 from petlbench.pipeline.data import Data
-from petlbench.training.checkpoint import Checkpoint, State, prefixed
+from petlbench.training.checkpoint import Checkpoint, Saved, prefixed
 from petlbench.training.context import RunContext
 from petlbench.training.loop import Diverged, fit
-from petlbench.training.setup import Setting
-from petlbench.training.state import Course, Fit
+from petlbench.training.setup import TrainingSetup
+from petlbench.training.state import TrainingResult, TrainingState
 
 
 @dataclass(frozen=True)
-class Winner:
+class BestTrial:
     """The best trial on validation so far."""
 
     score: float
     lr: float
-    fit: Fit
+    fit: TrainingResult
 
-    def state(self) -> State:
+    def state(self) -> Saved:
         """All of it, for a checkpoint."""
         fields = {name: getattr(self.fit, name) for name in ("validation", "best_step", "losses", "step_joules")}
         memory = self.fit.memory.model_dump() if self.fit.memory else None
-        return State(self.fit.state, {"score": self.score, "lr": self.lr, "fit": {**fields, "memory": memory}})
+        return Saved(self.fit.state, {"score": self.score, "lr": self.lr, "fit": {**fields, "memory": memory}})
 
     @classmethod
-    def restored(cls, state: State) -> Winner:
+    def restored(cls, state: Saved) -> BestTrial:
         """The inverse of `state`."""
         rest = dict(state.rest["fit"])
         memory = rest.pop("memory")
         losses = tuple((int(step), float(loss)) for step, loss in rest.pop("losses"))
-        fitted = Fit(state=state.tensors, losses=losses, memory=Memory(**memory) if memory else None, **rest)
+        fitted = TrainingResult(state=state.tensors, losses=losses, memory=Memory(**memory) if memory else None, **rest)
         return cls(state.rest["score"], state.rest["lr"], fitted)
 
 
-class Search:
+class RateSearch:
     """One trial per rate, all from the same start; the best on validation wins."""
 
     def __init__(
@@ -54,16 +54,16 @@ class Search:
         task: Task,
         context: RunContext,
         checkpoint: Checkpoint,
-        inspect: Callable[[Setting], None] = lambda setting: None,
+        inspect: Callable[[TrainingSetup], None] = lambda setup: None,
     ) -> None:
         """`inspect` is shown every setting as soon as it is built."""
         self._cell, self._backbone, self._task = cell, backbone, task
         self._context, self._checkpoint, self._inspect = context, checkpoint, inspect
-        self._setting: tuple[Setting, Snapshot] | None = None
-        self._winner: Winner | None = None
+        self._setup: tuple[TrainingSetup, Snapshot] | None = None
+        self._winner: BestTrial | None = None
         self.trials: list[Trial] = []
 
-    def run(self, data: Data) -> tuple[Setting, Fit, float]:
+    def run(self, data: Data) -> tuple[TrainingSetup, TrainingResult, float]:
         """The setting, what training left (to be loaded into it), and the rate, of the best trial.
 
         Goes on from the checkpoint, if there is one. Raises Diverged when all trials do.
@@ -71,9 +71,9 @@ class Search:
         rates = [self._cell.recipe.lr * factor for factor in self._cell.recipe.lr_factors]
         resume = self._resumed()
         for lr in rates[len(self.trials) :]:
-            setting = self._start()
+            setup = self._start()
             try:
-                fitted = fit(setting, data.train, data.validation, lr, resume=resume, keep=self._keep)
+                fitted = fit(setup, data.train, data.validation, lr, resume=resume, keep=self._keep)
             except Diverged:
                 self.trials.append(Trial(lr=lr, outcome="diverged"))
                 if self._winner is None and len(self.trials) == len(rates):
@@ -83,32 +83,32 @@ class Search:
             resume = None
         assert self._winner is not None
         last = self._winner.lr == rates[-1]
-        return (setting if last else self._start()), self._winner.fit, self._winner.lr
+        return (setup if last else self._start()), self._winner.fit, self._winner.lr
 
-    def _start(self) -> Setting:
+    def _start(self) -> TrainingSetup:
         """The setting as it is before training, whatever an earlier trial left in the backbone."""
         with self._context.clock.phase("build"):
-            if self._setting:
-                self._setting[1].restore()
-            self._setting = build_setting(self._cell, self._backbone, self._task, self._context)
-            self._inspect(self._setting[0])
-        return self._setting[0]
+            if self._setup:
+                self._setup[1].restore()
+            self._setup = build_setup(self._cell, self._backbone, self._task, self._context)
+            self._inspect(self._setup[0])
+        return self._setup[0]
 
-    def _finished(self, lr: float, fitted: Fit) -> None:
+    def _finished(self, lr: float, fitted: TrainingResult) -> None:
         trial = Trial(
             lr=lr, outcome="ok", validation=fitted.validation, best_step=fitted.best_step, losses=fitted.losses
         )
         self.trials.append(trial)
         score = fitted.validation[self._task.main_metric]
         if self._winner is None or score > self._winner.score:
-            self._winner = Winner(score, lr, fitted)
+            self._winner = BestTrial(score, lr, fitted)
 
-    def _keep(self, course: Course) -> None:
+    def _keep(self, training: TrainingState) -> None:
         """Write the checkpoint when it is due."""
         if not self._checkpoint.due():
             return
         with self._context.clock.phase("checkpoint"):
-            here, winner = course.state(), self._winner.state() if self._winner else State()
+            here, winner = training.state(), self._winner.state() if self._winner else Saved()
             rest: dict[str, Any] = {
                 "course": here.rest,
                 "winner": winner.rest,
@@ -116,9 +116,9 @@ class Search:
                 "clock": self._context.clock.state(),
             }
             tensors = {**prefixed("course", here.tensors), **prefixed("winner", winner.tensors)}
-            self._checkpoint.save(State(tensors, rest))
+            self._checkpoint.save(Saved(tensors, rest))
 
-    def _resumed(self) -> State | None:
+    def _resumed(self) -> Saved | None:
         """Take up what an earlier process left; the state of the trial it was in."""
         saved = self._checkpoint.load()
         if saved is None:
@@ -127,6 +127,6 @@ class Search:
         self._context.clock.restore(rest["clock"])
         self.trials = [Trial.model_validate(trial) for trial in rest["trials"]]
         if rest["winner"]:
-            self._winner = Winner.restored(State(saved.under("winner"), rest["winner"]))
+            self._winner = BestTrial.restored(Saved(saved.under("winner"), rest["winner"]))
         self._context.report({"phase": "resume", "step": rest["course"]["step"], "steps": self._cell.recipe.steps})
-        return State(saved.under("course"), rest["course"])
+        return Saved(saved.under("course"), rest["course"])

@@ -12,13 +12,10 @@ import pandas as pd
 
 from petlbench.core.files import write_atomic
 from petlbench.core.record import Inference, Memory, Record, Timing
-from petlbench.results.leaderboard_table import render
-from petlbench.results.rows import SETTING, Group, Stale, fresh, groups, label, older_notes, pools
+from petlbench.results.rows import SETTING, Group, Stale, fresh, groups, older_notes, pools
 from petlbench.results.store import Merged, Store
 from petlbench.results.uncertainty.analysis import analyse
 from petlbench.results.uncertainty.pairs import mean_std
-
-__all__ = ["COLUMNS", "SETTING", "label", "render", "table", "write_csv"]
 
 # fmt: off
 COLUMNS = (

@@ -24,7 +24,7 @@ STALE = "stale: these parts have changed since; compared among themselves only"
 CONTENDED = "*: timed while other cells ran"
 
 
-def render(frame: pd.DataFrame) -> Table:
+def leaderboard_table(frame: pd.DataFrame) -> Table:
     """A table per setting: the best fresh score bold, failures and stale rows dim, contended timings marked `*`.
 
     Columns that are empty throughout (interval and rank, for bare records; effective parameters that are all) are left

@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset
 
 from petlbench.api.task import Batch
-from petlbench.training.setup import Setting
+from petlbench.training.setup import TrainingSetup
 
 
 class Batches:
@@ -20,39 +20,39 @@ class Batches:
     A batch depends on the seed and its number alone, so that any can be made at any time, by any thread.
     """
 
-    def __init__(self, rows: Dataset, setting: Setting, start: int = 0) -> None:
-        self._rows, self._setting = rows, setting
+    def __init__(self, rows: Dataset, setup: TrainingSetup, start: int = 0) -> None:
+        self._rows, self._setup = rows, setup
         self._epochs: dict[int, np.ndarray] = {}
-        self._made = ahead(self._make, count(start), setting.context.workers)
+        self._made = prefetch(self._make, count(start), setup.context.workers)
 
     def __iter__(self) -> Batches:
         return self
 
     def __next__(self) -> Batch:
-        with self._setting.clock.phase("data"):
-            return next(self._made).to(self._setting.device)
+        with self._setup.clock.phase("data"):
+            return next(self._made).to(self._setup.device)
 
     def close(self) -> None:
         """Make no more of them."""
         self._made.close()
 
     def _make(self, step: int) -> Batch:
-        setting, size = self._setting, self._setting.recipe.batch_size
-        rng = np.random.default_rng([setting.seed, 1, step])
+        setup, size = self._setup, self._setup.recipe.batch_size
+        rng = np.random.default_rng([setup.seed, 1, step])
         rows = [self._rows[self._place(i)] for i in range(step * size, (step + 1) * size)]
-        drawn = setting.task.augmented(rows, setting.recipe.augment, rng)
-        return setting.prepared(setting.task.collate(drawn, setting.backbone, rng))
+        drawn = setup.task.augmented(rows, setup.recipe.augment, rng)
+        return setup.prepared(setup.task.collate(drawn, setup.backbone, rng))
 
     def _place(self, i: int) -> int:
         """The row that comes as the `i`-th of all epochs."""
         epoch, within = divmod(i, len(self._rows))
         if epoch not in self._epochs:  # two threads may both draw it: they draw the same
-            order = np.random.default_rng([self._setting.seed, 0, epoch]).permutation(len(self._rows))
+            order = np.random.default_rng([self._setup.seed, 0, epoch]).permutation(len(self._rows))
             self._epochs = {number: o for number, o in self._epochs.items() if number >= epoch - 1} | {epoch: order}
         return int(self._epochs[epoch][within])
 
 
-def ahead(make: Callable[[int], Batch], numbers: Iterable[int], workers: int) -> Generator[Batch, None, None]:
+def prefetch(make: Callable[[int], Batch], numbers: Iterable[int], workers: int) -> Generator[Batch, None, None]:
     """`make` of each number, in their order, by `workers` threads that stay a batch each ahead.
 
     Decoding and resizing images run outside of Python's lock, so threads are enough. An error of `make` is raised where

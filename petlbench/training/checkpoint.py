@@ -21,7 +21,7 @@ SHARE = 50  # a checkpoint is written no sooner than after this many times the s
 
 
 @dataclass(frozen=True)
-class State:
+class Saved:
     """Tensors by name, and what is no tensor (JSON values)."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -73,14 +73,14 @@ class Checkpoint:
         share = SHARE if self._seconds else 0
         return self._now() - self._last >= max(self._seconds, share * self._cost)
 
-    def save(self, state: State) -> None:
+    def save(self, state: Saved) -> None:
         """Replace the checkpoint. Raises Unwritable when the disk is full."""
         start = self._now()
         save_tensors(self.path, state.tensors, {"key": self.key, "rest": json.dumps(state.rest)})
         self._last = self._now()
         self._cost = self._last - start
 
-    def load(self) -> State | None:
+    def load(self) -> Saved | None:
         """What was saved last, on the CPU; None when there is none, or one that is damaged or of something else."""
         try:
             with safe_open(self.path, framework="pt") as file:
@@ -88,7 +88,7 @@ class Checkpoint:
                 if metadata.get("key") != self.key:
                     return None
                 names = list(file.keys())  # no mapping: it cannot be iterated over
-                return State({name: file.get_tensor(name) for name in names}, json.loads(metadata["rest"]))
+                return Saved({name: file.get_tensor(name) for name in names}, json.loads(metadata["rest"]))
         except Exception:  # whatever is wrong with it: the cell then starts anew
             return None
 

@@ -9,9 +9,9 @@ from datasets import Dataset, Image
 from torch import Tensor
 
 from petlbench.api.task import Batch, Row, Scores
-from petlbench.training.batches import ahead
+from petlbench.training.batches import prefetch
 from petlbench.training.precision import computing
-from petlbench.training.setup import Setting
+from petlbench.training.setup import TrainingSetup
 
 
 def without_images(rows: Dataset) -> list[Row]:
@@ -22,27 +22,27 @@ def without_images(rows: Dataset) -> list[Row]:
 
 
 @torch.no_grad()
-def evaluate(setting: Setting, rows: Dataset) -> tuple[Scores, list[Any]]:
+def evaluate(setup: TrainingSetup, rows: Dataset) -> tuple[Scores, list[Any]]:
     """Scores and predictions on all `rows`, in evaluation mode; in their order."""
-    task, size = setting.task, setting.recipe.eval_batch_size
-    setting.modules().eval()
+    task, size = setup.task, setup.recipe.eval_batch_size
+    setup.modules().eval()
     predictions: list[Any] = []
 
     def make(start: int) -> Batch:
         chosen = [rows[i] for i in range(start, min(start + size, len(rows)))]
-        return setting.prepared(task.collate(chosen, setting.backbone, None))
+        return setup.prepared(task.collate(chosen, setup.backbone, None))
 
     starts = range(0, len(rows), size)
-    for made in ahead(make, starts, setting.context.workers):
-        batch = made.to(setting.device)
-        with computing(setting.recipe, setting.device):
-            predictions += task.predict(setting.backbone, setting.head, batch, beams=setting.recipe.beams)
+    for made in prefetch(make, starts, setup.context.workers):
+        batch = made.to(setup.device)
+        with computing(setup.recipe, setup.device):
+            predictions += task.predict(setup.backbone, setup.head, batch, beams=setup.recipe.beams)
     return task.score(without_images(rows), predictions), predictions
 
 
 @torch.no_grad()
-def load_state(setting: Setting, state: dict[str, Tensor]) -> None:
+def load_state(setup: TrainingSetup, state: dict[str, Tensor]) -> None:
     """Put the values of a state back into the trainable parameters. Raises KeyError for a name that is not one."""
-    parameters = setting.trainable()
+    parameters = setup.trainable()
     for name, value in state.items():
         parameters[name].copy_(value)

@@ -84,7 +84,7 @@ def layer_scale(name: str, depths: Mapping[str, int], decay: float) -> float:
     lies below the first layer counts as one layer more. `depths`: L by stack."""
     if found := re.search(r"\bstacks\.(\w+)\.layers\.(\d+)\.", name):
         return decay ** (depths[found[1]] - int(found[2]))
-    if re.search(r"^head\.|\b(own_heads|lent|final_norm)\.", name):
+    if re.search(r"^head\.|\b(own_heads|supplied|final_norm)\.", name):
         return 1.0
     return decay ** (max(depths.values(), default=-1) + 1)
 

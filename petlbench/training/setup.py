@@ -17,7 +17,7 @@ from petlbench.training.context import RunContext
 
 
 @dataclass
-class Setting:
+class TrainingSetup:
     """What is trained and evaluated, and in what context."""
 
     backbone: Backbone
@@ -48,7 +48,7 @@ class Setting:
         """Trainable parameters by name; a shared one once."""
         return {name: p for name, p in self.modules().named_parameters() if p.requires_grad}
 
-    def own(self) -> set[str]:
+    def method_parameters(self) -> set[str]:
         """Names of the trainable parameters that are neither a head's nor a host part's: the method's."""
         backbone = self.backbone
         own = of_method(backbone, self.head, backbone.host_parameters(), backbone.head_parameters())

@@ -11,15 +11,15 @@ from torch import Tensor
 from petlbench.core.record import Memory
 from petlbench.measure.energy import energy_counter
 from petlbench.training.batches import Batches
-from petlbench.training.checkpoint import State, prefixed
+from petlbench.training.checkpoint import Saved, prefixed
 from petlbench.training.optimizers import optimizer
 from petlbench.training.precision import scaler
 from petlbench.training.seeds import rng_state, set_rng_state
-from petlbench.training.setup import Setting
+from petlbench.training.setup import TrainingSetup
 
 
 @dataclass(frozen=True)
-class Fit:
+class TrainingResult:
     """What training left: the best state on validation, and how it got there."""
 
     state: dict[str, Tensor]
@@ -30,23 +30,23 @@ class Fit:
     step_joules: float | None = None
 
 
-class Course:
+class TrainingState:
     """Where training stands: all that its next step, and its result, depend on."""
 
-    def __init__(self, setting: Setting, train: Dataset, lr: float) -> None:
-        self.setting, self.lr = setting, lr
-        self.modules = setting.modules().train()
-        self.parameters = setting.trainable()
-        self.optimizer = optimizer(self.parameters, setting.recipe, lr, setting.backbone, setting.own())
-        self.scaler = scaler(setting.recipe, setting.device)
+    def __init__(self, setup: TrainingSetup, train: Dataset, lr: float) -> None:
+        self.setup, self.lr = setup, lr
+        self.modules = setup.modules().train()
+        self.parameters = setup.trainable()
+        self.optimizer = optimizer(self.parameters, setup.recipe, lr, setup.backbone, setup.method_parameters())
+        self.scaler = scaler(setup.recipe, setup.device)
         self.train = train
-        self.batches = Batches(train, setting)
+        self.batches = Batches(train, setup)
         self.step = 0
         self.losses: list[tuple[int, float]] = []
         self.memory: Memory | None = None
-        self.meter = energy_counter(setting.device)
+        self.meter = energy_counter(setup.device)
         self.joules: tuple[float, int] = (0.0, 0)  # of so many steps after warm-up
-        self.best: Best | None = None
+        self.best: BestState | None = None
 
     def _values(self) -> dict[str, Tensor]:
         """What training can change of the modules; not the buffers of those that stay in evaluation mode, like a CNN
@@ -55,7 +55,7 @@ class Course:
         buffers = {f"{prefix}.{name}": b for prefix, m in moving for name, b in m.named_buffers(recurse=False)}
         return {**self.parameters, **buffers}
 
-    def state(self) -> State:
+    def state(self) -> Saved:
         """A copy on disk of this is enough to go on as if nothing had happened."""
         best = self.best
         moments = {
@@ -66,7 +66,7 @@ class Course:
         tensors = {
             **prefixed("values", self._values()),
             **prefixed("optimizer", moments),
-            **prefixed("rng", rng_state(self.setting.device)),
+            **prefixed("rng", rng_state(self.setup.device)),
             **prefixed("best", best.state if best else {}),
         }
         rest = {
@@ -77,10 +77,10 @@ class Course:
             "joules": self.joules,
             "best": {"score": best.score, "step": best.step, "metrics": best.metrics} if best else None,
         }
-        return State(tensors, rest)
+        return Saved(tensors, rest)
 
     @torch.no_grad()
-    def restore(self, state: State) -> None:
+    def restore(self, state: Saved) -> None:
         """Go back to where `state` was taken."""
         rest = state.rest
         saved = state.under("values")
@@ -91,18 +91,18 @@ class Course:
             index, _, key = name.partition("/")
             moments.setdefault(int(index), {})[key] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        set_rng_state(state.under("rng"), self.setting.device)
+        set_rng_state(state.under("rng"), self.setup.device)
         self.step = rest["step"]
-        self.batches = Batches(self.train, self.setting, self.step)
+        self.batches = Batches(self.train, self.setup, self.step)
         self.losses = [(int(step), float(loss)) for step, loss in rest["losses"]]
         self.scaler.load_state_dict(rest["scaler"])
         self.memory = Memory(**rest["memory"]) if rest["memory"] else None
         self.joules = (float(rest["joules"][0]), int(rest["joules"][1]))
-        self.best = Best(**rest["best"], state=state.under("best")) if rest["best"] else None
+        self.best = BestState(**rest["best"], state=state.under("best")) if rest["best"] else None
 
 
 @dataclass(frozen=True)
-class Best:
+class BestState:
     """The best state on validation so far."""
 
     score: float

@@ -25,13 +25,13 @@ from petlbench.api.method import Method
 from petlbench.api.registries import BACKBONES, TASKS
 from petlbench.api.snapshot import inserted
 from petlbench.api.tokens import Images, Texts, Tokens
-from petlbench.backbones.supplied import lend
+from petlbench.backbones.supplied import supply
 from petlbench.backbones.transvg import TransVG
 from petlbench.core.cell import Cell
 from petlbench.core.recipe import Recipe
 from petlbench.pipeline import compatibility
-from petlbench.pipeline.assembly import build_backbone, build_setting
-from petlbench.pipeline.compatibility import misfits
+from petlbench.pipeline.assembly import build_backbone, build_setup
+from petlbench.pipeline.compatibility import incompatible_cells
 from petlbench.training.context import RunContext
 from petlbench.training.optimizers import ReleasedAdamW, optimizer, rate
 from tests.backbone_factory import Bare, draw, small_tiny
@@ -79,9 +79,9 @@ def gains_alone() -> Backbone:
 
 def test_a_host_of_norms_without_bias_is_not_taken_for_t5() -> None:
     """Ranks, scales and initial values are those of any host but T5."""
-    brought = list(inserted(VLAdapter().adapt(gains_alone())))
-    assert {adapter.down.out_features for adapter in brought} == {32 // 8}  # type: ignore[union-attr]
-    assert not any(linear.bias.any() for adapter in brought for linear in (adapter.down, adapter.up))  # type: ignore[union-attr]
+    is_side_module = list(inserted(VLAdapter().adapt(gains_alone())))
+    assert {adapter.down.out_features for adapter in is_side_module} == {32 // 8}  # type: ignore[union-attr]
+    assert not any(linear.bias.any() for adapter in is_side_module for linear in (adapter.down, adapter.up))  # type: ignore[union-attr]
     assert {path.A.shape[0] for path in inserted(LoRA().adapt(gains_alone()))} == {32 // 6}  # type: ignore[union-attr]
     assert {control.scale for control in inserted(VLPET().adapt(gains_alone()))} == {1.0}
     t5 = GainsAlone(encoder=gains_alone().stack("encoder"))
@@ -116,11 +116,11 @@ CELL = Cell(method="vl_adapter", task="rec", dataset="digits", backbone="tiny", 
 
 def test_the_method_s_own_parameters_have_their_share_of_the_rate() -> None:
     device = torch.device("meta")
-    setting, _ = build_setting(CELL, build_backbone(CELL, device), TASKS.get("rec")(), RunContext.on(device))
-    own, parameters = setting.own(), setting.trainable()
+    setup, _ = build_setup(CELL, build_backbone(CELL, device), TASKS.get("rec")(), RunContext.on(device))
+    own, parameters = setup.method_parameters(), setup.trainable()
     assert {name.partition(".")[0] for name in parameters.keys() - own} == {"backbone", "head"}
     assert {name.split(".")[1] for name in parameters.keys() - own if name.startswith("backbone.")} == {"visual"}
-    groups = optimizer(parameters, CELL.recipe, 1.0, setting.backbone, own).param_groups
+    groups = optimizer(parameters, CELL.recipe, 1.0, setup.backbone, own).param_groups
     scales = {id(p): group["scale"] for group in groups for p in group["params"]}
     assert {name: scales[id(p)] for name, p in parameters.items()} == {
         name: 0.1 if name in own else 1.0 for name in parameters
@@ -170,10 +170,15 @@ def test_a_pair_that_does_not_fit_is_found_before_anything_runs(monkeypatch: pyt
                 time.sleep(0.01)
 
     reason = "method 'vl_adapter' does not fit backbone 'tiny': a stack that it needs is missing"
-    assert misfits([CELL], Picky) == {CELL.id: reason}
+    assert incompatible_cells([CELL], Picky) == {CELL.id: reason}
     monkeypatch.setattr(compatibility, "TRIAL_SECONDS", 0.1)
     before = signal.getsignal(signal.SIGALRM)
-    assert misfits([CELL], VLAdapter) == misfits([CELL], Broken) == misfits([CELL], Endless) == {}
+    assert (
+        incompatible_cells([CELL], VLAdapter)
+        == incompatible_cells([CELL], Broken)
+        == incompatible_cells([CELL], Endless)
+        == {}
+    )
     assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
@@ -193,7 +198,7 @@ def test_a_wrapper_keeps_its_backbone_s_own_order_of_two_images(method: type[Met
     images = host.images(PICTURES)
     own = [tokens.states for tokens in host.embed_pair(images)]
     adapted = method().adapt(host).eval()
-    assert lend(adapted, frozenset({"fuse", "decode", "pair"})) is adapted, "nothing is lent to it"
+    assert supply(adapted, frozenset({"fuse", "decode", "pair"})) is adapted, "nothing is lent to it"
     assert all(torch.equal(a.states, b) for a, b in zip(adapted.embed_pair(images), own, strict=True))
 
 
@@ -221,6 +226,6 @@ class Careless(Backbone):
 
 
 def test_a_wrapper_that_does_not_hand_two_images_on_is_told_so_rather_than_given_two_first_ones() -> None:
-    wrapper = lend(Careless(vl_bart()), frozenset({"fuse", "pair"}))
+    wrapper = supply(Careless(vl_bart()), frozenset({"fuse", "pair"}))
     with pytest.raises(NotImplementedError, match="Careless does not tell two images apart"):
         wrapper.embed_pair(wrapper.images(PICTURES))

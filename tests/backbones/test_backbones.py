@@ -25,12 +25,12 @@ from petlbench.api.task import Batch, Task
 from petlbench.api.tokens import Tokens
 from petlbench.core.cell import Cell
 from petlbench.core.recipe import Recipe
-from petlbench.pipeline.assembly import build_backbone, build_setting, equip
+from petlbench.pipeline.assembly import attach_head, build_backbone, build_setup
 from petlbench.pipeline.data import Data, load_data, load_source
 from petlbench.training.context import RunContext
 from petlbench.training.evaluation import evaluate, load_state
 from petlbench.training.loop import fit
-from petlbench.training.state import Course
+from petlbench.training.state import TrainingState
 
 CPU = torch.device("cpu")
 FAMILIES = ["tiny", "vl_bart:tiny", "vl_t5:tiny", "transvg:tiny", "beit3:tiny", "clip:tiny", "clip:coca-tiny"]
@@ -79,14 +79,14 @@ def test_every_family_trains_on_every_task_it_serves(family: str, task: str, met
     cell, data = cell_of(family, task), data_of(task)
     backbone = build_backbone(cell, CPU)
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
-    setting, _ = build_setting(cell, backbone, TASKS.get(task)(), RunContext.on(CPU), method=method())
-    trained = setting.trainable()
+    setup, _ = build_setup(cell, backbone, TASKS.get(task)(), RunContext.on(CPU), method=method())
+    trained = setup.trainable()
     start = {name: p.detach().clone() for name, p in trained.items()}
-    fitted = fit(setting, data.train, data.validation, lr=1e-2)
+    fitted = fit(setup, data.train, data.validation, lr=1e-2)
     assert all(np.isfinite(loss) for _, loss in fitted.losses)
-    load_state(setting, fitted.state)
-    scores, predictions = evaluate(setting, data.test)
-    assert len(predictions) == len(data.test) and np.isfinite(scores.metrics[setting.task.main_metric])
+    load_state(setup, fitted.state)
+    scores, predictions = evaluate(setup, data.test)
+    assert len(predictions) == len(data.test) and np.isfinite(scores.metrics[setup.task.main_metric])
     changed = {name for name, value in start.items() if not torch.equal(value, trained[name])}
     assert changed
     free = {id(p) for p in trained.values()}
@@ -119,7 +119,7 @@ class Oracle(nn.Module):
 def test_a_box_comes_back_in_pixels_of_the_stored_image(family: str) -> None:
     """Through the family's own preprocessing, whatever it resizes, pads or crops."""
     task: Task = TASKS.get("rec")()
-    backbone, _ = equip(build_backbone(cell_of(family, "rec"), CPU), task, CPU)
+    backbone, _ = attach_head(build_backbone(cell_of(family, "rec"), CPU), task, CPU)
     sizes, boxes = (
         [(90, 40), (37, 64), (50, 50)],
         [[3.0, 4.0, 20.0, 30.0], [1.0, 40.5, 7.0, 9.0], [0.0, 0.0, 50.0, 50.0]],
@@ -140,9 +140,9 @@ def test_a_checkpoint_leaves_out_what_training_cannot_change() -> None:
     cell = cell_of("vl_bart:tiny", "vqa")
     backbone = build_backbone(cell, CPU)
     backbone.register_module("moving", nn.BatchNorm1d(2))
-    setting, _ = build_setting(cell, backbone, TASKS.get("vqa")(), RunContext.on(CPU), method=HeadOnly())
-    names = set(Course(setting, data_of("vqa").train, 1e-2).state().tensors)
-    assert any("grid." in name for name in setting.modules().state_dict())
+    setup, _ = build_setup(cell, backbone, TASKS.get("vqa")(), RunContext.on(CPU), method=HeadOnly())
+    names = set(TrainingState(setup, data_of("vqa").train, 1e-2).state().tensors)
+    assert any("grid." in name for name in setup.modules().state_dict())
     assert not any("grid." in name for name in names)
     assert "values/backbone.moving.running_mean" in names
 
@@ -154,7 +154,7 @@ class Bench:
         self.task: Task = TASKS.get(HOME[family])()
         self.backbone = build_backbone(cell_of(family, self.task.name), CPU).double()
         torch.manual_seed(0)
-        extended, head = equip(self.backbone, self.task, CPU)
+        extended, head = attach_head(self.backbone, self.task, CPU)
         self.extended, self.head = extended.double(), head.double()
         rows: Dataset = data_of(self.task.name).validation
         self.rows = [rows[i] for i in range(3)]

@@ -26,7 +26,7 @@ from petlbench.api.tokens import Texts
 from petlbench.backbones.clip import Clip
 from petlbench.backbones.weights import open_clip_models as models
 from petlbench.core.errors import UserError
-from petlbench.pipeline.assembly import equip
+from petlbench.pipeline.assembly import attach_head
 from tests.backbone_factory import draw, randomise
 
 VISION = models.TINY["tiny"]["vision_cfg"]
@@ -413,7 +413,7 @@ def test_tasks_train_and_predict(name: str, kind: type[Task], full: bool) -> Non
     task, ours = kind(), Clip(configured(name))
     assert task.refuses(Clip, ours.config) is None
     ours.unfreeze() if full else ours.freeze()
-    extended, head = equip(ours, task, torch.device("cpu"))
+    extended, head = attach_head(ours, task, torch.device("cpu"))
     batch = task.collate(data(), extended, np.random.default_rng(0))
     loss = task.loss(extended, head, batch)
     assert 0 < float(loss.detach()) < 1e3
@@ -438,7 +438,7 @@ def test_the_heads_can_stay_frozen() -> None:
     for heads, trained in [("trained", True), ("frozen", False)]:
         ours = Clip(configured("tiny", heads=heads))
         ours.freeze()
-        _, head = equip(ours, Retrieval(), torch.device("cpu"))
+        _, head = attach_head(ours, Retrieval(), torch.device("cpu"))
         assert {p.requires_grad for p in head.parameters()} == {trained}
 
 

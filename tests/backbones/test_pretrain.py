@@ -16,7 +16,15 @@ from petlbench.api.registries import TASKS
 from petlbench.backbones.tiny import Tiny, TinyConfig
 from petlbench.backbones.weights.tensors import ASSETS
 from petlbench.backbones.weights.tokenizer import build_tokenizer
-from petlbench.commands.pretrain import Pretraining, PretrainRecipe, SceneRows, fingerprint, noise, rate, retold
+from petlbench.commands.pretrain import (
+    Pretraining,
+    PretrainRecipe,
+    SceneRows,
+    fingerprint,
+    noise,
+    pretraining_rate,
+    retold,
+)
 from petlbench.datasets.scenes.language import VOCABULARY, expressions
 from petlbench.datasets.scenes.world import make_scene
 
@@ -103,6 +111,6 @@ def test_texts_about_digits_come_from_shapes_alone() -> None:
 
 def test_the_rate_rises_then_falls_to_one_per_cent() -> None:
     recipe = PretrainRecipe(steps=1000, warmup_steps=100)
-    assert rate(recipe, 49) == pytest.approx(0.5)
-    assert rate(recipe, 100) == pytest.approx(1.0)
-    assert rate(recipe, 1000) == pytest.approx(0.01)
+    assert pretraining_rate(recipe, 49) == pytest.approx(0.5)
+    assert pretraining_rate(recipe, 100) == pytest.approx(1.0)
+    assert pretraining_rate(recipe, 1000) == pytest.approx(0.01)

@@ -25,7 +25,7 @@ from petlbench.api.sites import IMAGE, TEXT, Pass
 from petlbench.api.task import Batch, Task
 from petlbench.api.tokens import Placement, Tokens, plain_tokens
 from petlbench.backbones.parts.bert import from_bert
-from petlbench.backbones.parts.detr import FrozenBatchNorm2d, from_detr, sine_positions
+from petlbench.backbones.parts.detr import FrozenBatchNorm2d, detr_sine_positions, from_detr
 from petlbench.core.errors import UserError
 from petlbench.measure.memory import saved_bytes
 from petlbench.metrics.boxes import iou_cxcywh
@@ -53,7 +53,7 @@ def test_positions_are_detrs() -> None:
     """To 1e-6, for the original computes them in single precision."""
     values = golden("rec_utils")
     expected = values["pos_encoding"].flatten(2).transpose(1, 2)
-    assert difference(sine_positions(~values["pos_mask"], 8), expected) <= 1e-6
+    assert difference(detr_sine_positions(~values["pos_mask"], 8), expected) <= 1e-6
 
 
 def test_an_image_lies_in_the_middle_of_its_canvas() -> None:

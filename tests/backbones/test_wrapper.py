@@ -16,7 +16,7 @@ from petlbench.api.backbone import Backbone
 from petlbench.api.method import Method
 from petlbench.api.registries import BACKBONES
 from petlbench.api.wrapper import Wrapper
-from petlbench.backbones.supplied import lend
+from petlbench.backbones.supplied import supply
 from tests.backbone_factory import small_tiny
 
 OWN = {  # what a wrapper does not hand on, and why
@@ -104,7 +104,7 @@ def test_the_wrappers_of_methods_have_the_traits_and_roles_of_their_host(method:
 def test_a_lent_part_changes_nothing_of_what_a_backbone_was_published_with() -> None:
     kind: Any = BACKBONES.get("transvg")
     host = kind(kind.configured("transvg:tiny", {}))
-    extended = lend(host, frozenset({"decode"}))
+    extended = supply(host, frozenset({"decode"}))
     assert isinstance(extended, Wrapper) and extended.own_head("rec") is host.own_heads["rec"]
     assert extended.pretrained_roles() == ("vision", "text"), "its fusion encoder is trained whole by every method"
-    assert not [name for name, _ in extended.named_parameters() if not name.startswith(("inner.", "lent."))]
+    assert not [name for name, _ in extended.named_parameters() if not name.startswith(("inner.", "supplied."))]

@@ -12,7 +12,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from petlbench.api.registries import METHODS
 from petlbench.measure.clock import WARMUP
 from petlbench.training.loop import train_step
-from petlbench.training.state import Course
+from petlbench.training.state import TrainingState
 from tests.benchmarks import overhead, sized
 
 ROUNDS = sized(20, 1)
@@ -26,23 +26,23 @@ def one_thread() -> None:
 @pytest.mark.benchmark(group="training step")
 @pytest.mark.parametrize("method", METHODS.names())
 def test_training_step(method: str, benchmark: BenchmarkFixture) -> None:
-    setting, rows = overhead.prepare(method)
-    course = Course(setting, rows, setting.recipe.lr)
-    benchmark.pedantic(train_step, (course,), rounds=ROUNDS, warmup_rounds=WARMUP)
-    assert course.step == ROUNDS + WARMUP
+    setup, rows = overhead.prepare(method)
+    training = TrainingState(setup, rows, setup.recipe.lr)
+    benchmark.pedantic(train_step, (training,), rounds=ROUNDS, warmup_rounds=WARMUP)
+    assert training.step == ROUNDS + WARMUP
 
 
 @pytest.mark.benchmark(group="inference step")
 @pytest.mark.parametrize("method", METHODS.names())
 def test_inference_step(method: str, benchmark: BenchmarkFixture) -> None:
-    setting, rows = overhead.prepare(method)
-    setting.modules().eval()
+    setup, rows = overhead.prepare(method)
+    setup.modules().eval()
     chosen = [rows[i] for i in range(len(rows))]
 
     @torch.no_grad()
     def predict() -> list[str]:
-        batch = setting.task.collate(chosen, setting.backbone, None)
-        return setting.task.predict(setting.backbone, setting.head, batch)
+        batch = setup.task.collate(chosen, setup.backbone, None)
+        return setup.task.predict(setup.backbone, setup.head, batch)
 
     answers = benchmark.pedantic(predict, rounds=ROUNDS, warmup_rounds=WARMUP)
     assert len(answers) == len(rows)

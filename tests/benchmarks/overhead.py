@@ -24,12 +24,12 @@ from petlbench.api.registries import TASKS
 from petlbench.core.cell import Cell
 from petlbench.describe.profile import profile_cells
 from petlbench.measure.clock import WARMUP
-from petlbench.pipeline.assembly import build_backbone, build_setting
+from petlbench.pipeline.assembly import build_backbone, build_setup
 from petlbench.pipeline.data import load_source, load_split
 from petlbench.training.context import RunContext
 from petlbench.training.loop import fit
 from petlbench.training.optimizers import optimizer, rate
-from petlbench.training.setup import Setting
+from petlbench.training.setup import TrainingSetup
 from tests.benchmarks import holds, sized
 
 LIMIT = 1.05  # of the ratio
@@ -47,24 +47,24 @@ class Overhead:
     phases_share: float  # sum of the phases over the total of the same run: 1
 
 
-def prepare(method: str, batch_size: int = 8) -> tuple[Setting, Dataset]:
+def prepare(method: str, batch_size: int = 8) -> tuple[TrainingSetup, Dataset]:
     """A method on `tiny` and vqa, ready to train, and rows of exactly one batch."""
     cell: Cell = profile_cells([method], task="vqa", batch_size=batch_size)[0]
     task, device = TASKS.get(cell.task)(), torch.device("cpu")
     rows = load_split(cell, load_source(cell, None), task, "train")
-    setting, _ = build_setting(cell, build_backbone(cell, device), task, RunContext.on(device))
-    return setting, rows
+    setup, _ = build_setup(cell, build_backbone(cell, device), task, RunContext.on(device))
+    return setup, rows
 
 
-def by_hand(setting: Setting, rows: Dataset) -> Iterator[None]:
+def by_hand(setup: TrainingSetup, rows: Dataset) -> Iterator[None]:
     """A plain loop, a step at a time: no clock, no report, no accounting."""
-    backbone, head, task, recipe = setting.backbone, setting.head, setting.task, setting.recipe
-    parameters = setting.trainable()
-    optim = optimizer(parameters, recipe, recipe.lr, backbone, setting.own())
+    backbone, head, task, recipe = setup.backbone, setup.head, setup.task, setup.recipe
+    parameters = setup.trainable()
+    optim = optimizer(parameters, recipe, recipe.lr, backbone, setup.method_parameters())
     for step in range(recipe.steps):
-        order = np.random.default_rng([setting.seed, 0, step]).permutation(len(rows)).tolist()  # the rows are one batch
-        rng = np.random.default_rng([setting.seed, 1, step])
-        batch = task.collate([rows[i] for i in order], backbone, rng).to(setting.device)
+        order = np.random.default_rng([setup.seed, 0, step]).permutation(len(rows)).tolist()  # the rows are one batch
+        rng = np.random.default_rng([setup.seed, 1, step])
+        batch = task.collate([rows[i] for i in order], backbone, rng).to(setup.device)
         task.loss(backbone, head, batch).backward()
         nn.utils.clip_grad_norm_(parameters.values(), recipe.clip_norm)
         for group in optim.param_groups:
@@ -79,9 +79,9 @@ def measure(method: str = "lora", steps: int = STEPS, batch_size: int = 8) -> Ov
 
     A step of the training loop is all that it does between two reports.
     """
-    setting, rows = prepare(method, batch_size)
-    setting.recipe = setting.recipe.model_copy(update={"steps": steps})
-    hand = by_hand(setting, rows)
+    setup, rows = prepare(method, batch_size)
+    setup.recipe = setup.recipe.model_copy(update={"steps": steps})
+    hand = by_hand(setup, rows)
     marks: list[tuple[float, float]] = []  # where a step of the loop ends, and then one by hand
 
     def report(event: dict[str, Any]) -> None:
@@ -90,9 +90,9 @@ def measure(method: str = "lora", steps: int = STEPS, batch_size: int = 8) -> Ov
             next(hand)
             marks.append((ended, perf_counter()))
 
-    setting.context = replace(setting.context, report=report)
-    fit(setting, rows, rows.select(range(VALIDATION_ROWS)), setting.recipe.lr)
-    timing = setting.clock.timing()
+    setup.context = replace(setup.context, report=report)
+    fit(setup, rows, rows.select(range(VALIDATION_ROWS)), setup.recipe.lr)
+    timing = setup.clock.timing()
     pairs = [(b[0] - a[1], b[1] - b[0]) for a, b in pairwise(marks)][WARMUP:]
     return Overhead(
         loop_seconds=median(ours for ours, _ in pairs),

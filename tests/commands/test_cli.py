@@ -21,7 +21,7 @@ from petlbench.core.errors import UserError
 from petlbench.core.recipe import Outcome
 from petlbench.core.record import Record
 from petlbench.pipeline.fingerprint import fingerprints
-from petlbench.pipeline.launch.claims import take
+from petlbench.pipeline.launch.claims import claim_cell
 from petlbench.pipeline.options import RunOptions
 from petlbench.results.store import Store
 
@@ -335,7 +335,7 @@ def test_a_folder_in_which_a_run_is_at_work_is_not_repaired(
     launcher: Launcher, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = Store.open("out", create=True)
-    claim = take(store.claims / "cell.lock")
+    claim = claim_cell(store.claims / "cell.lock")
     assert claim and main.main(["repair", "out"]) == 2
     assert "a run is at work in out" in capsys.readouterr().err
     claim.release()

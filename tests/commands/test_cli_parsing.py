@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from petlbench.commands import main
-from petlbench.commands.main import module_of
+from petlbench.commands.main import verb_module
 
 # fmt: off
 LINES = {  # each with its verb, and the positionals that it must find among the options
@@ -54,7 +54,7 @@ def parsed(line: str) -> argparse.Namespace:
 def test_options_may_stand_anywhere(line: str) -> None:
     verb, positionals = LINES[line]
     found = vars(parsed(line))
-    assert found["command"] is module_of(verb).command
+    assert found["command"] is verb_module(verb).command
     assert {name: found[name] for name in positionals} == positionals
 
 

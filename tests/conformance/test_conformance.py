@@ -17,7 +17,7 @@ from petlbench.api.registries import METHODS
 from petlbench.conformance.bench import method_class
 from petlbench.conformance.check_method import check, check_all
 from petlbench.conformance.checks import CHECKS
-from petlbench.conformance.report import Finding, Report, render
+from petlbench.conformance.report import CheckResult, Report, check_table
 from petlbench.core.errors import UserError
 from tests import broken_methods as broken
 
@@ -82,7 +82,7 @@ def others(surroundings: Path) -> dict[str, Report]:
     return {report.method.partition(":")[2]: report for report in reports}
 
 
-def outcomes(report: Report, task: str) -> dict[str, Finding]:
+def outcomes(report: Report, task: str) -> dict[str, CheckResult]:
     return {finding.check: finding for finding in report.findings[task]}
 
 
@@ -95,7 +95,7 @@ def test_every_shipped_method_passes_on_every_task(method: str, shipped: dict[st
     report, kind = shipped[method], METHODS.get(method)()
     assert tuple(report.findings) == TASKS
     assert list(report.failures()) == [] and report.ok
-    claims = {"identity": kind.identity, "merge": kind.mergeable, "detached": kind.detached}
+    claims = {"identity": kind.identity, "merge": kind.mergeable, "detached": kind.no_backbone_gradient}
     for task in TASKS:
         assert skipped(report, task) == {"conditional"} | {name for name, claimed in claims.items() if not claimed}
 
@@ -135,14 +135,14 @@ def test_what_is_said_to_live_on_some_tasks_lives_on_one_of_them() -> None:
     failures = {finding.check: finding.message for _, finding in on_all.failures()}
     assert failures.keys() == {"conditional"} and "on no task does backbone.stacks." in failures["conditional"]
     assert on_one.ok
-    assert outcomes(on_one, "rec")["conditional"] == Finding(
+    assert outcomes(on_one, "rec")["conditional"] == CheckResult(
         "conditional", "skip", "needs all tasks that the backbone serves"
     )
 
 
 def test_a_claim_that_is_made_is_checked(others: dict[str, Report]) -> None:
     assert outcomes(others["Gains"], "rec")["identity"].outcome == "pass"
-    assert outcomes(others["Gains"], "rec")["detached"] == Finding("detached", "skip", "not claimed")
+    assert outcomes(others["Gains"], "rec")["detached"] == CheckResult("detached", "skip", "not claimed")
     assert outcomes(others["DetachedTail"], "rec")["detached"].outcome == "pass"
 
 
@@ -167,7 +167,7 @@ def test_what_follows_from_a_fault_is_skipped_with_a_pointer_to_it(others: dict[
 def test_a_report_reads_as_a_table_and_as_plain_data(others: dict[str, Report]) -> None:
     def text(report: Report) -> str:
         console = Console(file=io.StringIO(), width=400)
-        console.print(render(report))
+        console.print(check_table(report))
         return console.file.getvalue()  # type: ignore[attr-defined]
 
     wrong = others["DeadParameter"]

@@ -11,7 +11,7 @@ from petlbench.api.registries import BACKBONES, METHODS
 from petlbench.conformance.bench import cell_of
 from petlbench.conformance.check_method import check_all
 from petlbench.describe.backbones import service
-from petlbench.pipeline.compatibility import misfits
+from petlbench.pipeline.compatibility import incompatible_cells
 from petlbench.pipeline.plan.variants import method_specs
 
 pytestmark = pytest.mark.slow
@@ -66,7 +66,7 @@ def refusals(labels: list[str], backbone: str) -> dict[str, str]:
     found = {}
     for spec in method_specs(labels):
         cell = cell_of(spec.name, METHODS.get(spec.name), spec.config, served(backbone)[0], backbone)
-        if reason := misfits([cell]).get(cell.id):
+        if reason := incompatible_cells([cell]).get(cell.id):
             found[spec.label] = reason
     return found
 

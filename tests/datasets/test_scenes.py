@@ -214,7 +214,7 @@ def test_every_word_is_in_the_vocabulary(domain: Domain) -> None:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PETLBENCH_CACHE", str(tmp_path / "cache"))
-    digits.generate.cache_clear()
+    digits.generate_scenes.cache_clear()
     return tmp_path / "cache" / "scenes"
 
 
@@ -251,7 +251,7 @@ def test_limit_keeps_the_first_rows(cache: Path) -> None:
 
 def test_a_split_is_generated_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = Shapes(SMALL).load("rec", "test").to_list()
-    monkeypatch.setattr(digits, "generate", lambda *_: pytest.fail("generated again"))
+    monkeypatch.setattr(digits, "generate_scenes", lambda *_: pytest.fail("generated again"))
     assert Shapes(SMALL).load("rec", "test").to_list() == before
     assert len(Shapes(SMALL).load("vqa", "test")) == 6
 

@@ -154,13 +154,13 @@ def test_karpathys_parts_come_from_one_reading_and_again_from_the_cache(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[Path] = []
-    answered = vqa_files.answered
+    answered = vqa_files.answered_rows
 
     def counted(question_path: Path, annotation_path: Path, part: str) -> pa.Table:
         read.append(question_path)
         return answered(question_path, annotation_path, part)
 
-    monkeypatch.setattr(vqa_files, "answered", counted)
+    monkeypatch.setattr(vqa_files, "answered_rows", counted)
     first, second = source(root), source(root)
     sizes = [len(first.load("vqa", split)) for split in ("train", "validation", "test")]
     assert sizes == [len(second.load("vqa", split)) for split in ("train", "validation", "test")] == [21, 3, 6]

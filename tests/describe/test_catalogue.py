@@ -10,7 +10,7 @@ import pytest
 
 from petlbench.commands import main
 from petlbench.core.errors import UserError
-from petlbench.describe.backbones import Entry, Service, entries, matrix
+from petlbench.describe.backbones import FamilyEntry, Service, entries, matrix
 from tests.core.test_registry import install
 
 FAMILIES = ["beit3", "clip", "tiny", "transvg", "vl_bart", "vl_t5"]
@@ -94,7 +94,7 @@ def test_the_matrix_says_what_is_lent_and_why_a_task_is_refused() -> None:
 @pytest.mark.usefixtures("stranger")
 def test_a_third_partys_family_is_described_and_one_that_is_broken_disturbs_nobody() -> None:
     stranger, demanding, shattered = (entries(name)[0] for name in ("stranger", "demanding", "shattered"))
-    assert stranger == Entry(
+    assert stranger == FamilyEntry(
         "stranger",
         "strangers",
         "cat_strangers:Stranger",
@@ -126,7 +126,7 @@ def test_the_listing_as_people_and_programs_read_it(capsys: pytest.CaptureFixtur
     assert main.main(["list", "backbones", "t*", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows["tiny"]["target"] == "petlbench.backbones.tiny:Tiny"
-    assert rows["transvg"]["tasks"]["vqa"] == {"lent": ["decoder"], "reason": None}
+    assert rows["transvg"]["tasks"]["vqa"] == {"supplied": ["decoder"], "reason": None}
     assert main.main(["list", "backbones", "s*", "--matrix"]) == 0
     shown = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "backbone captioning pairs rec retrieval vqa" in shown

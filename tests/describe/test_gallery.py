@@ -10,7 +10,7 @@ from PIL import Image
 from petlbench.core.cell import Cell
 from petlbench.core.errors import UserError
 from petlbench.core.recipe import Recipe
-from petlbench.describe.predictions import show
+from petlbench.describe.predictions import show_predictions
 from petlbench.pipeline.cell import run_cell
 from petlbench.pipeline.options import RunOptions
 from petlbench.results.store import Store
@@ -30,9 +30,9 @@ def test_every_task_runs_on_the_real_files_and_shows_what_it_predicted(task: str
     store = Store.open(tmp_path, create=False)
     if task == "retrieval":  # embeddings are no picture
         with pytest.raises(UserError, match="no record"):
-            show(store, tmp_path / "pictures", data_root=NLVR)
+            show_predictions(store, tmp_path / "pictures", data_root=NLVR)
         return
-    (path,) = show(store, tmp_path / "pictures", count=3, data_root=NLVR)
+    (path,) = show_predictions(store, tmp_path / "pictures", count=3, data_root=NLVR)
     with Image.open(path) as sheet:
         colours = {colour for _, colour in sheet.convert("RGB").getcolors(1 << 24) or []}
         assert sheet.width > 3 * 400
@@ -45,4 +45,4 @@ def test_other_data_than_was_tested_on_is_refused(tmp_path: Path, monkeypatch: p
     samples = store.samples(record) or {}
     store.save(record, {**samples, "sample_ids": samples["sample_ids"][::-1]})
     with pytest.raises(UserError, match="other rows"):
-        show(store, tmp_path / "pictures", data_root=NLVR)
+        show_predictions(store, tmp_path / "pictures", data_root=NLVR)

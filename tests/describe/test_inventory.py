@@ -15,7 +15,7 @@ from petlbench.api.source import Source, SourceConfig
 from petlbench.commands import main
 from petlbench.core.errors import UserError
 from petlbench.datasets.files.declaration import FilesConfig
-from petlbench.describe.dataset import Entry, Inventory, opened_source, take
+from petlbench.describe.dataset import DatasetPart, DatasetReport, opened_source, report_dataset
 from tests.miniatures import picture
 from tests.toy_dataset import SIZES, Toy, make
 
@@ -45,11 +45,11 @@ def change(root: Path, part: str, edit: Callable[[list[Any]], Any]) -> None:
     path.write_text(json.dumps(found))
 
 
-def inventory(root: Path | None, name: str = "rec:toy", sample: int | None = 16, **config: Any) -> Inventory:
-    return take(*opened_source(name, config, root), sample=sample)
+def inventory(root: Path | None, name: str = "rec:toy", sample: int | None = 16, **config: Any) -> DatasetReport:
+    return report_dataset(*opened_source(name, config, root), sample=sample)
 
 
-def entries(found: Inventory) -> dict[str, Entry]:
+def entries(found: DatasetReport) -> dict[str, DatasetPart]:
     """By name; splits, which are made of parts, as `split NAME`."""
     return {f"split {e.name}" if e.made_of else e.name: e for e in found.entries}
 
@@ -235,23 +235,23 @@ def test_a_source_that_is_known_by_its_rows_is_checked_on_them(tmp_path: Path) -
     for seed in range(4):
         picture(tmp_path / f"{seed}.png", (16, 12), seed)
     Rows.folder = tmp_path
-    found = take("captioning", "rows", Rows(SourceConfig()), sample=None)
+    found = report_dataset("captioning", "rows", Rows(SourceConfig()), sample=None)
     by_name = {entry.name: entry for entry in found.entries}
     assert (by_name["test"].counts, by_name["test"].opened) == ({"images": 4, "captions": 6}, 4)
     assert (by_name["test"].verdict, by_name["train"].verdict) == ("as published", "sound")
     assert (by_name["validation"].error, found.ok) == ("validation got lost", False)
     (tmp_path / "0.png").write_bytes(b"no image")
     (tmp_path / "2.png").unlink()
-    (train, *_) = take("captioning", "rows", Rows(SourceConfig()), sample=None).entries
+    (train, *_) = report_dataset("captioning", "rows", Rows(SourceConfig()), sample=None).entries
     assert sorted(Path(place).name for place in train.faults) == ["0.png", "2.png"]
-    (train, *_) = take("captioning", "rows", Rows(SourceConfig()), sample=1).entries
+    (train, *_) = report_dataset("captioning", "rows", Rows(SourceConfig()), sample=1).entries
     assert train.opened == 1
 
 
 def test_a_split_without_rows_is_no_sound_one(monkeypatch: pytest.MonkeyPatch) -> None:
     features = Features({"image_id": Value("string"), "image": Image(), "captions": List(Value("string"))})
     monkeypatch.setattr(Rows, "load", lambda *_: Dataset.from_dict({name: [] for name in features}, features))
-    found = take("captioning", "rows", Rows(SourceConfig()), sample=16)
+    found = report_dataset("captioning", "rows", Rows(SourceConfig()), sample=16)
     assert {entry.error for entry in found.entries} == {"it has no rows"}
     assert not found.ok
 

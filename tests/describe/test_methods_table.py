@@ -18,7 +18,7 @@ from petlbench.core.cell import Cell
 from petlbench.core.errors import UserError
 from petlbench.describe import methods, variants
 from petlbench.describe.methods import Row, markdown, rows, sites
-from petlbench.describe.variants import declared, listed
+from petlbench.describe.variants import declared, list_variants
 from petlbench.pipeline.assembly import build_backbone
 from tests.core.test_registry import install
 
@@ -64,25 +64,25 @@ def test_what_is_read_is_what_the_class_has(name: str) -> None:
 
 def test_listing_variants_imports_no_torch_and_no_method() -> None:
     code = (
-        "import sys; from petlbench.describe.variants import listed; assert len(listed('*:*')) > 60; "
+        "import sys; from petlbench.describe.variants import list_variants; assert len(list_variants('*:*')) > 60; "
         "assert not {'torch', 'petlbench.api.method', 'petlbench.methods'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_variants_are_listed_with_their_options_or_the_reason(plugin: None) -> None:
-    assert [one.as_row() for one in listed("base:*")] == [
+    assert [one.as_row() for one in list_variants("base:*")] == [
         {"name": "base:a", "distribution": "declared-plugin", "options": '{"rank": 2}'},
         {"name": "base:b", "distribution": "declared-plugin", "options": "impossible: it has no rank"},
     ]
-    assert [one.as_json() for one in listed("vl_pet:large")] == [
+    assert [one.as_json() for one in list_variants("vl_pet:large")] == [
         {"name": "vl_pet:large", "distribution": "petlbench", "options": {}}
     ]
-    assert [one.name for one in listed("inherits:*")] == ["inherits:a", "inherits:b"]
+    assert [one.name for one in list_variants("inherits:*")] == ["inherits:a", "inherits:b"]
 
 
 def test_a_class_that_has_to_be_imported_and_cannot_be_is_an_entry_with_the_error(plugin: None) -> None:
-    found = listed("*:a")
+    found = list_variants("*:a")
     assert "declared_plugin:Computed" in str(found) and "base:a" in {one.name for one in found}
     (broken,) = [one for one in found if one.name == "foreign"]
     assert broken.error and "No module named 'somewhere'" in broken.error
@@ -90,11 +90,11 @@ def test_a_class_that_has_to_be_imported_and_cannot_be_is_an_entry_with_the_erro
 
 def test_a_pattern_without_a_match_is_an_error() -> None:
     with pytest.raises(UserError, match=r"^no variant matches 'vl_pet:smal': did you mean 'vl_pet:small'\?"):
-        listed("vl_pet:smal")
+        list_variants("vl_pet:smal")
     with pytest.raises(UserError, match=r"^no variant matches 'full:x': full declares none"):
-        listed("full:x")
+        list_variants("full:x")
     with pytest.raises(UserError, match=r"^unknown method 'vl_pt': did you mean 'vl_pet'"):
-        listed("vl_pt:*")
+        list_variants("vl_pt:*")
 
 
 def seen(name: str, home: str = "tiny", **options: object) -> str:

@@ -16,13 +16,13 @@ from petlbench.core.errors import UserError
 from petlbench.core.recipe import Recipe
 from petlbench.core.record import Memory
 from petlbench.describe import profile as profiling
-from petlbench.describe.cost_table import Costs, render
+from petlbench.describe.cost_table import Costs, cost_table
 from petlbench.describe.profile import profile, profile_cells
 from petlbench.measure.clock import WARMUP
 from petlbench.measure.memory import planned
 from petlbench.training import state
 from petlbench.training.loop import Diverged, train_step
-from petlbench.training.state import Course
+from petlbench.training.state import TrainingState
 
 SMALL = {"train_scenes": 4, "validation_scenes": 1, "test_scenes": 1}
 
@@ -127,9 +127,9 @@ def test_the_timed_steps_of_the_methods_alternate_and_their_rate_stays_positive(
     steps: list[tuple[Any, float]] = []
     real = train_step
 
-    def spy(course: Course) -> None:
-        real(course)
-        steps.append((type(course.setting.method).__name__, course.optimizer.param_groups[0]["lr"]))
+    def spy(training: TrainingState) -> None:
+        real(training)
+        steps.append((type(training.setup.method).__name__, training.optimizer.param_groups[0]["lr"]))
 
     monkeypatch.setattr(profiling, "train_step", spy)
     recipe = Recipe(steps=2, batch_size=4)  # shorter than what is timed
@@ -149,7 +149,7 @@ def test_energy_is_told_only_where_it_was_measured_long_enough(monkeypatch: pyte
 
 
 def test_a_method_that_diverges_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def diverge(course: Course) -> None:
+    def diverge(training: TrainingState) -> None:
         raise Diverged("the loss is nan at step 1")
 
     monkeypatch.setattr(profiling, "train_step", diverge)
@@ -174,7 +174,7 @@ def test_cells_take_wildcards_once_each_and_only_as_many_rows_as_a_batch() -> No
 def text(costs: Sequence[Costs], **options: Any) -> str:
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(render(costs, ["full"], **options))
+        console.print(cost_table(costs, ["full"], **options))
     return capture.get()
 
 

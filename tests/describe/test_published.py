@@ -16,7 +16,16 @@ from petlbench.api.registries import BACKBONES, METHODS, TASKS
 from petlbench.commands import main
 from petlbench.core.errors import UserError
 from petlbench.describe import published
-from petlbench.describe.published import SAVED, Figure, Finding, failed, read, render, saved_mib, verify
+from petlbench.describe.published import (
+    SAVED,
+    Figure,
+    FigureCheck,
+    failed,
+    figure_table,
+    read_figures,
+    saved_mib,
+    verify,
+)
 from petlbench.pipeline.assembly import build_backbone
 
 
@@ -61,13 +70,13 @@ def tiny_parameters() -> int:
     ],
 )
 def test_each_kind_is_judged_by_its_own_measure(kind: str, value: str, ours: float | None, verdict: str) -> None:
-    finding = Finding(figure(kind=kind, value=value), ours)
+    finding = FigureCheck(figure(kind=kind, value=value), ours)
     assert finding.verdict == verdict
     assert failed([finding]) == (verdict == "DIFFERS")
 
 
 def test_the_packaged_figures_name_what_there_is_each_once_and_with_a_source() -> None:
-    figures = read()
+    figures = read_figures()
     assert len({(f.label, f.backbone, f.quantity, f.kind) for f in figures}) == len(figures) >= 110
     for one in figures:
         kind: Any = BACKBONES.get(one.backbone)
@@ -174,13 +183,13 @@ def test_patterns_choose_methods_and_variants() -> None:
 
 def test_the_table_shows_figures_by_backbone() -> None:
     rows = [
-        Finding(figure(value="1234567"), 1234567),
-        Finding(figure(kind="percent", unit="percent", quantity="trainable_percent", value="4.18"), 4.1767),
-        Finding(figure(kind="bytes", unit="MiB", quantity=SAVED, value="480.4"), 480.1, 300.25),
-        Finding(figure(kind="claim", unit="percent", value="2-3", backbone="beit3"), None),
+        FigureCheck(figure(value="1234567"), 1234567),
+        FigureCheck(figure(kind="percent", unit="percent", quantity="trainable_percent", value="4.18"), 4.1767),
+        FigureCheck(figure(kind="bytes", unit="MiB", quantity=SAVED, value="480.4"), 480.1, 300.25),
+        FigureCheck(figure(kind="claim", unit="percent", value="2-3", backbone="beit3"), None),
     ]
     console = Console(width=300, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(render(rows))
+    console.print(figure_table(rows))
     lines = [" ".join(line.split()) for line in console.export_text().splitlines()]
     assert lines[0] == 'tiny weights="none"'
     assert "full trainable_parameters 1,234,567 parameters 1,234,567 0 equal a paper" in lines
@@ -199,8 +208,8 @@ def test_the_command_ends_with_1_when_a_figure_differs(
     row = f"full,,,tiny,,vqa,trainable_parameters,count,{tiny_parameters() + surplus},parameters,a paper"
     path = tmp_path / "figures.csv"
     path.write_text(f"{names}\n{row}\n")
-    figures = read(path)
-    monkeypatch.setattr(published, "read", lambda: figures)
+    figures = read_figures(path)
+    monkeypatch.setattr(published, "read_figures", lambda: figures)
     assert main.main(["verify", "published", "--json"]) == status
     (shown,) = json.loads(capsys.readouterr().out)
     assert (shown["verdict"], shown["difference"]) == (("equal", 0), ("DIFFERS", -1))[surplus]
@@ -211,13 +220,13 @@ def test_the_command_ends_with_1_when_a_figure_differs(
 
 
 def test_every_published_count_and_percentage_is_met() -> None:
-    found = verify([one for one in read() if one.quantity != SAVED])
+    found = verify([one for one in read_figures() if one.quantity != SAVED])
     assert {row.figure.backbone.partition(":")[0] for row in found} == {"vl_bart", "vl_t5", "transvg", "beit3", "clip"}
     assert [row.as_json() for row in found if row.verdict == "DIFFERS"] == []
 
 
 @pytest.mark.slow
 def test_published_saved_bytes_are_met() -> None:
-    found = verify([one for one in read() if one.quantity == SAVED])
+    found = verify([one for one in read_figures() if one.quantity == SAVED])
     assert found and [row.verdict for row in found] == ["within 2 %"] * len(found)
     assert all(row.native and row.ours and row.native < row.ours for row in found)

@@ -11,9 +11,9 @@ from petlbench.core.cell import Cell
 from petlbench.core.errors import UserError
 from petlbench.core.recipe import Recipe
 from petlbench.core.record import Record
-from petlbench.describe.caption_scores import render, score
+from petlbench.describe.caption_scores import score, score_table
 from petlbench.metrics import java_captions
-from petlbench.metrics.cider import Scores
+from petlbench.metrics.cider import CiderScores
 from petlbench.pipeline.cell import run_cell
 from petlbench.pipeline.options import RunOptions
 from petlbench.results.store import Store
@@ -21,10 +21,10 @@ from petlbench.results.store import Store
 NLVR = Path(__file__).parents[1] / "fixtures" / "nlvr"
 
 
-def share_of_words(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
+def share_of_words(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> CiderScores:
     """Stands for a Java metric: mean number of references."""
     samples = [float(len(own)) for own in references]
-    return Scores(sum(samples) / len(samples), samples)
+    return CiderScores(sum(samples) / len(samples), samples)
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +56,8 @@ def test_each_captioning_record_gets_a_row_and_stays_as_it_is(results: tuple[Sto
         **{"cider_d": record.metrics["cider_d"], "meteor": references},
     }
     assert store.get(record.cell) == record
-    assert [str(column.header) for column in render(frame).columns] == list(row)
-    assert render(frame).row_count == 1
+    assert [str(column.header) for column in score_table(frame).columns] == list(row)
+    assert score_table(frame).row_count == 1
 
 
 def _references(record: Record) -> list[list[str]]:

@@ -17,7 +17,7 @@ from petlbench.api.registries import TASKS
 from petlbench.core.cell import Cell
 from petlbench.core.record import Flops
 from petlbench.measure.flops import counter, step_flops
-from petlbench.pipeline.assembly import build_backbone, build_setting
+from petlbench.pipeline.assembly import build_backbone, build_setup
 from petlbench.pipeline.data import load_source, load_split
 from petlbench.training.context import RunContext
 
@@ -149,10 +149,10 @@ def training_loss(method: str, task_name: str) -> Callable[[], Tensor]:
     task, device = TASKS.get(task_name)(), torch.device("cpu")
     first, second = (load_split(cell, load_source(cell, None), task, "train")[i] for i in range(2))
     second = {**second, "image": second["image"].resize((64, 48))}
-    setting, _ = build_setting(cell, build_backbone(cell, device), task, RunContext.on(device))
-    batch = task.collate([first, second], setting.backbone, np.random.default_rng(0))
-    setting.modules().eval()
-    return lambda: task.loss(setting.backbone, setting.head, batch)
+    setup, _ = build_setup(cell, build_backbone(cell, device), task, RunContext.on(device))
+    batch = task.collate([first, second], setup.backbone, np.random.default_rng(0))
+    setup.modules().eval()
+    return lambda: task.loss(setup.backbone, setup.head, batch)
 
 
 @pytest.mark.parametrize(

@@ -428,15 +428,15 @@ def test_recipes_are_valid_and_those_of_the_host(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_the_knob_runs_from_small_to_large(name: str) -> None:
-    knob = ALL[name].knob
-    assert knob is not None
+    size_option = ALL[name].size_option
+    assert size_option is not None
 
     def size(value: float) -> int:
         backbone = small_tiny()
-        method(name, **{knob.field: value}).adapt(backbone)
+        method(name, **{size_option.field: value}).adapt(backbone)
         return sum(p.numel() for module in inserted(backbone) for p in module.parameters())
 
-    sizes = [size(value) for value in knob.values if value <= 32]
+    sizes = [size(value) for value in size_option.values if value <= 32]
     assert sizes == sorted(sizes) and len(set(sizes)) >= 5
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from petlbench.methods.lora import LoRA
 from petlbench.methods.lst.method import LST, LadderStack, LSTConfig, SideTuned, side_parts
-from petlbench.methods.lst.network import SideStack
+from petlbench.methods.lst.network import LSTSideStack
 from petlbench.methods.lst.pruning import fisher, left, parts, pruned, selected
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -387,7 +387,7 @@ def test_counts_with_dropped_layers_and_of_a_single_stream() -> None:
 def test_gates_of_dropped_layers_are_declared_dead() -> None:
     method = LST(LSTConfig(reduction=2, layers=DROPPED))
     adapted = method.adapt(t5())
-    assert set(method.dead) == {"*encoder*gates.0", "*decoder*gates.1"}
+    assert set(method.unused_parameters) == {"*encoder*gates.0", "*decoder*gates.1"}
     assert isinstance(adapted, SideTuned)
     ended = LST(LSTConfig(reduction=2, layers={"encoder": (0, 1)})).adapt(t5())
     assert isinstance(ended, SideTuned)
@@ -445,4 +445,4 @@ def test_a_second_method_is_refused(kind: str) -> None:
     adapted = LST(LSTConfig(reduction=2)).adapt(host)
     with pytest.raises(ValueError, match="another method is in this backbone"):
         LoRA().adapt(adapted)
-    assert any(isinstance(m, SideStack) for m in posing(adapted).modules())
+    assert any(isinstance(m, LSTSideStack) for m in posing(adapted).modules())

@@ -240,7 +240,7 @@ def test_released_dead_parameters_are_declared_and_get_no_gradient() -> None:
     side(backbone, "text").run(tokens.states, tokens.context())[0].sum().backward()
     silent = {n for n, p in side(backbone, "text").named_parameters() if p.requires_grad and p.grad is None}
     assert silent and all(".unused." in f".{name}" for name in silent)
-    assert list(method.dead) == ["*.side.unused.*"] and not M2IST(config(variant="clean")).dead
+    assert list(method.unused_parameters) == ["*.side.unused.*"] and not M2IST(config(variant="clean")).dead
 
 
 def tokens_for(backbone: Backbone, role: str, length: int = 5) -> Tokens:
@@ -354,7 +354,7 @@ def test_encoder_decoders_start_at_the_pretrained_function(build: Any, generatio
         backbone = method.adapt(build())
         after = outputs(backbone)
         moved = outputs(shaken(backbone))
-    assert method.identity and method.detached == (generation == "strict")
+    assert method.identity and method.no_backbone_gradient == (generation == "strict")
     for name, value in after.items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=1e-12)
         assert float((moved[name] - value).abs().max()) > 1e-3
@@ -522,7 +522,7 @@ def test_dual_encoders_start_at_the_pretrained_function() -> None:
     with torch.no_grad():
         before = backbone.embed_text(batch).states
         after = method.adapt(backbone).embed_text(batch).states
-    assert method.identity and method.detached and torch.equal(before, after)
+    assert method.identity and method.no_backbone_gradient and torch.equal(before, after)
     assert side(backbone, "text").side.gate is None and side(backbone, "text").side.sizes.tap == "output"
 
 

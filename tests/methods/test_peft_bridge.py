@@ -20,7 +20,7 @@ from petlbench.api.method import adapt
 from petlbench.api.sites import IMAGE, TEXT, Pass, Stack
 from petlbench.backbones.parts.multiway import multiway_stack
 from petlbench.backbones.parts.transformers_parts import bart_decoder_layer, bart_encoder_layer
-from petlbench.conformance.module_snapshot import Inventory, digests, tensors
+from petlbench.conformance.module_snapshot import ModuleSnapshot, digests, tensors
 from tests.backbone_factory import Bare, bart_config, draw, randomise
 from tests.layer_cases import FAMILIES, B, N, make
 from tests.layer_cases import D as NARROW
@@ -138,7 +138,7 @@ def test_a_missing_peft_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_variant_trains_its_own_starts_as_it_claims_merges_and_goes_without_a_trace(name: str) -> None:
     here = method(**Peft.variants[name])
     backbone = untouched()
-    inventory, before = Inventory(backbone), digests(tensors(backbone))
+    inventory, before = ModuleSnapshot(backbone), digests(tensors(backbone))
     own, plain = set(backbone.parameters()), output(backbone)
     torch.manual_seed(0)
     found, handle = adapt(here, backbone)

@@ -169,7 +169,7 @@ def test_what_serves_other_tasks_is_dead_and_nothing_else(kind: type[Method], na
         shared = kind is not Hyperformer and method.config.sharing == "single"
         others = [] if shared else [method.own.format(task=name) for name in TASKS if name != task]
         assert alive and silent == {n for n in alive | silent if any(fnmatchcase(n, wild) for wild in others)}
-        assert not method.dead, "the cell trains on all of them"
+        assert not method.unused_parameters, "the cell trains on all of them"
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_modules_of_tasks_that_the_cell_does_not_train_on_are_declared_dead(kind
     assert alive and silent == {n for n in alive | silent if any(fnmatchcase(n, wild) for wild in several.dead)}
     one = variant(kind, name, "captioning")
     alive, silent = reached(adapted(one), "captioning")
-    assert alive and not silent and not one.dead
+    assert alive and not silent and not one.unused_parameters
     with pytest.raises(ValueError, match="was told of no task"):
         make_method(kind, kind.variants.get(name, {})).adapt(small_tiny())
 
@@ -432,8 +432,8 @@ def test_golden_names_cover_what_a_method_brings(name: str, family: str) -> None
     names = ADAPTED[name].names(backbone, meta)
     some, number = SOME_NAMES[name]
     assert some <= names.keys() and len(names) == number
-    brought = {id(p) for p in backbone.parameters()} - own
-    assert {id(p) for p in names.values()} == brought and len(names) == len(brought)
+    is_side_module = {id(p) for p in backbone.parameters()} - own
+    assert {id(p) for p in names.values()} == is_side_module and len(names) == len(is_side_module)
     ranks = {len(p) for key, p in names.items() if key.endswith(("down.b", "lora_A"))}
     assert ranks <= {8, 6}
 

@@ -11,7 +11,7 @@ from petlbench.api.backbone import Backbone
 from petlbench.api.registries import TASKS
 from petlbench.core.cell import Cell
 from petlbench.core.recipe import Recipe
-from petlbench.pipeline.assembly import build_backbone, build_setting
+from petlbench.pipeline.assembly import build_backbone, build_setup
 from petlbench.pipeline.data import load_source, load_split
 from petlbench.training.context import RunContext
 from petlbench.training.step_costs import canonical_saved_bytes, first_batch
@@ -35,9 +35,9 @@ def kept(method: str, task: str, name: str, config: dict[str, Any], batch: int) 
     )
     device, asked = torch.device("cpu"), TASKS.get(task)()
     backbone: Backbone = build_backbone(cell, device)
-    setting, _ = build_setting(cell, backbone, asked, RunContext.on(device))
+    setup, _ = build_setup(cell, backbone, asked, RunContext.on(device))
     rows = load_split(cell, load_source(cell, None), asked, "train")
-    return canonical_saved_bytes(setting, first_batch(rows, setting))
+    return canonical_saved_bytes(setup, first_batch(rows, setup))
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import pytest
 
 from petlbench.core.errors import UserError
 from petlbench.metrics import java_captions
-from petlbench.metrics.java_captions import check, meteor, spice
+from petlbench.metrics.java_captions import check_available, meteor, spice
 
 CAPTIONS = ["a cat", "a ||| b\tc\nd <a b='|||'>", "", "..."]
 REFERENCES = [["a cat"], ["a b", "c"], ["a"], [""]]
@@ -112,12 +112,12 @@ def test_missing_score_is_not_a_number() -> None:
 
 def test_what_is_missing_is_said_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in("", tmp_path, monkeypatch)
-    check(["meteor", "spice"])
+    check_available(["meteor", "spice"])
     with pytest.raises(UserError, match=r"unknown metric 'bleu'.*meteor, spice"):
-        check(["bleu"])
+        check_available(["bleu"])
     (tmp_path / "spice" / "lib" / "stanford-corenlp-3.6.0-models.jar").unlink()
     with pytest.raises(UserError, match=r"Stanford CoreNLP 3\.6\.0 in .*lib: with a network, run python -c"):
-        check(["spice"])
+        check_available(["spice"])
 
 
 def test_missing_java_and_package_are_said_with_what_to_install(
@@ -128,7 +128,7 @@ def test_missing_java_and_package_are_said_with_what_to_install(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(java_captions, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'petlbench\[java\]'"):
-        check(["meteor"])
+        check_available(["meteor"])
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="install a Java"):
-        check(["meteor"])
+        check_available(["meteor"])

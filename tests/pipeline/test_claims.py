@@ -13,7 +13,7 @@ import pytest
 
 from petlbench.core.errors import UserError
 from petlbench.core.record import Record
-from petlbench.pipeline.launch.claims import take
+from petlbench.pipeline.launch.claims import claim_cell
 from petlbench.pipeline.launch.progress import Progress
 from petlbench.results.store import Store
 from tests.pipeline.test_launch import Diary, await_gone, cells, launcher, run
@@ -26,21 +26,21 @@ def store(tmp_path: Path) -> Store:
 
 def test_a_claim_excludes_others_until_it_is_released_and_leaves_no_file(tmp_path: Path) -> None:
     path = tmp_path / "cell.lock"
-    first = take(path)
+    first = claim_cell(path)
     assert first is not None
-    assert take(path) is None
+    assert claim_cell(path) is None
     first.release()
     assert not path.exists()
-    second = take(path)
+    second = claim_cell(path)
     assert second is not None
     first.release()  # once more, which must not harm the one that has it now
-    assert take(path) is None
+    assert claim_cell(path) is None
     second.release()
 
 
 def test_a_file_left_by_a_killed_run_holds_nobody_up(tmp_path: Path) -> None:
     (tmp_path / "cell.lock").touch()
-    claim = take(tmp_path / "cell.lock")
+    claim = claim_cell(tmp_path / "cell.lock")
     assert claim is not None
     claim.release()
 
@@ -57,10 +57,10 @@ def test_a_lock_on_a_file_that_its_holder_removed_meanwhile_is_no_claim(
         flock(file, how)  # type: ignore[arg-type]
 
     monkeypatch.setattr(fcntl, "flock", after_the_holder_has_gone)
-    claim = take(path)
+    claim = claim_cell(path)
     monkeypatch.undo()
     assert claim is not None
-    assert take(path) is None, "the claim is on the file that is there"
+    assert claim_cell(path) is None, "the claim is on the file that is there"
     claim.release()
 
 
@@ -69,10 +69,10 @@ def test_what_cannot_be_locked_or_written_is_said_in_one_line(tmp_path: Path, mo
         raise OSError(errno.ENOLCK, "No locks available")
 
     with pytest.raises(UserError, match=r"cannot write .*cell\.lock"):
-        take(tmp_path / "nowhere" / "cell.lock")
+        claim_cell(tmp_path / "nowhere" / "cell.lock")
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with pytest.raises(UserError, match=r"cannot lock .*cell\.lock: No locks available; choose"):
-        take(tmp_path / "cell.lock")
+        claim_cell(tmp_path / "cell.lock")
 
 
 def test_two_runs_on_one_folder_run_each_cell_once(store: Store) -> None:
@@ -90,7 +90,7 @@ def test_a_cell_that_another_run_holds_is_put_back_and_run_only_if_that_leaves_n
     store: Store, left: bool
 ) -> None:
     first = cells(2)[0]
-    other = take(store.claims / f"{first.id}.lock")
+    other = claim_cell(store.claims / f"{first.id}.lock")
     assert other is not None
 
     def let_go(count: int) -> None:
@@ -110,7 +110,7 @@ def test_a_cell_that_another_run_holds_is_put_back_and_run_only_if_that_leaves_n
 def test_what_a_killed_run_left_half_written_goes_unless_somebody_is_at_work(store: Store) -> None:
     half = store.checkpoints / ".0123.tmp"
     half.touch()
-    claim = take(store.claims / "another.lock")
+    claim = claim_cell(store.claims / "another.lock")
     assert claim is not None
     run("ok", 1, store)
     assert half.exists()
@@ -131,12 +131,12 @@ def test_a_claim_outlives_its_launcher_while_the_cell_does(tmp_path: Path) -> No
     program.kill()
     program.wait(timeout=60)
     (path,) = (tmp_path / "store" / "claims").iterdir()
-    taken = take(path)
+    taken = claim_cell(path)
     for process in both:
         process.resume()
     assert taken is None
     assert await_gone(cell_pid)
     program.communicate(timeout=60)
-    claim = take(path)
+    claim = claim_cell(path)
     assert claim is not None
     claim.release()

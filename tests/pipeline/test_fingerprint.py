@@ -190,7 +190,7 @@ def test_a_file_that_moves_and_names_that_change_leave_every_part(before: dict[s
         "_forward(": "_pass_on(",
         "LowRank": "Narrow",
         "_insert(": "_put_in(",
-        "Setting": "Situation",
+        "TrainingSetup": "Situation",
     }.items():
         tree.rename(old, new)
     assert stale(before, code_fingerprints(CELL)) == set()

@@ -60,8 +60,8 @@ LOOKED_AT = """
 from petlbench.describe import dataset, samples
 source = Moods(Moods.Config(), Path("data"))
 row = source.load("moods", "train", 3)[0]
-counts = {entry.name: entry.counts for entry in dataset.take("moods", "mine", source, None).entries}
-sheet = samples.show("moods", "mine", source, split="train", count=4, seed=0)
+counts = {entry.name: entry.counts for entry in dataset.report_dataset("moods", "mine", source, None).entries}
+sheet = samples.show_samples("moods", "mine", source, split="train", count=4, seed=0)
 said = samples.text(row)
 before = source.fingerprint("moods")
 (Path("data") / "moods.txt").write_text("0.png happy")

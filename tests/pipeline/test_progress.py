@@ -8,7 +8,7 @@ from rich.console import Console
 
 from petlbench.core.cell import Cell
 from petlbench.core.record import Record
-from petlbench.pipeline.launch.progress import Lines, TerminalBars, progress_on
+from petlbench.pipeline.launch.progress import ProgressLines, TerminalBars, progress_on
 
 CELL = Cell(method="lora", task="rec", dataset="digits", backbone="tiny")
 OK = Record(cell=CELL, outcome="ok", main_metric="acc_50", metrics={"acc_50": 0.6123, "iou": 0.5})
@@ -25,7 +25,7 @@ def test_without_a_terminal_there_is_one_line_at_start_and_one_at_end() -> None:
         for count in (2, 2, 1):
             shown.waiting(count)
         shown.found(4, OK)
-    assert type(shown) is Lines
+    assert type(shown) is ProgressLines
     assert out.getvalue().splitlines() == [
         "[3/20] lora on rec:digits (tiny, seed 0): started",
         "[3/20] lora on rec:digits (tiny, seed 0): ok acc_50 0.612 in 41 s",

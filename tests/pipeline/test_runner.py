@@ -95,8 +95,8 @@ def test_a_search_keeps_all_trials_and_tests_the_best_on_validation(
     states: list[dict[str, torch.Tensor]] = []
     real = fit
 
-    def scripted(setting: Any, train: Any, validation: Any, lr: float, **options: Any) -> Any:
-        found = real(setting, train, validation, lr, **options)
+    def scripted(setup: Any, train: Any, validation: Any, lr: float, **options: Any) -> Any:
+        found = real(setup, train, validation, lr, **options)
         states.append(found.state)
         return type(found)(**{**found.__dict__, "validation": {"vqa_accuracy": next(scores)}})
 
@@ -116,10 +116,10 @@ def test_a_search_keeps_all_trials_and_tests_the_best_on_validation(
 def test_one_diverged_trial_is_recorded_and_the_others_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = fit
 
-    def sometimes(setting: Any, train: Any, validation: Any, lr: float, **options: Any) -> Any:
+    def sometimes(setup: Any, train: Any, validation: Any, lr: float, **options: Any) -> Any:
         if lr > 1e-3:
             raise Diverged("the loss is nan")
-        return real(setting, train, validation, lr, **options)
+        return real(setup, train, validation, lr, **options)
 
     monkeypatch.setattr(trials, "fit", sometimes)
     record = run_cell(cell(recipe={"lr": 1e-3, "lr_factors": (1, 3)}), tmp_path, RunOptions(device="cpu"))
@@ -172,9 +172,7 @@ def test_the_size_is_the_option_that_the_method_names_where_it_is_set() -> None:
 def test_the_test_split_is_evaluated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     real = evaluate
-    monkeypatch.setattr(
-        cell_module, "evaluate", lambda setting, rows: (calls.append(len(rows)), real(setting, rows))[1]
-    )
+    monkeypatch.setattr(cell_module, "evaluate", lambda setup, rows: (calls.append(len(rows)), real(setup, rows))[1])
     run_cell(cell(recipe={"lr_factors": (0.5, 1, 2), "validations": 2}), tmp_path, RunOptions(device="cpu"))
     assert len(calls) == 1  # validation goes through the training loop's own name
 

@@ -30,7 +30,7 @@ class Plain:
     recipe: ClassVar[dict[str, Any]] = {}
     variants: ClassVar[dict[str, dict[str, Any]]] = {}
     impossible: ClassVar[dict[str, str]] = {}
-    knob = None
+    size_option = None
 
     def __init__(self, config: object = None) -> None: ...
 
@@ -356,7 +356,7 @@ def test_a_sweep_runs_every_method_at_each_size_it_declares(monkeypatch: pytest.
         "sweep": True,
     }
     cells = expand(Suite.model_validate(data))
-    ranks = METHODS.get("lora").knob.values  # type: ignore[union-attr]
+    ranks = METHODS.get("lora").size_option.values  # type: ignore[union-attr]
     sized = {cell.variant: cell.method_config for cell in cells if cell.method == "lora"}
     assert sized == {f"rank={rank}": {"rank": rank} for rank in ranks}
     assert [cell.method_config for cell in cells if cell.method == "vl_adapter"] == [{"reduction": 3}]

@@ -16,7 +16,7 @@ from petlbench.core.recipe import Outcome
 from petlbench.core.record import Inference, Record
 from petlbench.core.units import human_bytes, human_count, human_seconds
 from petlbench.results.leaderboard import COLUMNS, table, write_csv
-from petlbench.results.leaderboard_table import render
+from petlbench.results.leaderboard_table import leaderboard_table
 from petlbench.results.rows import label
 from petlbench.results.store import Store
 from tests.record_factory import MIB, make_record, make_samples
@@ -35,7 +35,7 @@ DESIGNED_COLUMNS = [
 
 def lines_of(frame: pd.DataFrame, width: int = 140, color: bool = False) -> list[str]:
     console = Console(file=io.StringIO(), width=width, force_terminal=color, color_system="standard" if color else None)
-    console.print(render(frame))
+    console.print(leaderboard_table(frame))
     return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
 
 

@@ -23,7 +23,7 @@ from petlbench.api.registries import METHODS
 from petlbench.core.errors import UserError
 from petlbench.describe.variants import declaring
 from petlbench.results.leaderboard import table
-from petlbench.results.plots.figures import draw, tradeoff_figure
+from petlbench.results.plots.figures import draw_plots, tradeoff_figure
 from petlbench.results.plots.labels import Labels
 from petlbench.results.plots.panels import CURVE_MARKER_POINTS, FILLS, MARKER_POINTS, MARKERS, look
 from tests.frame_factory import make_frame, row, sweep
@@ -309,8 +309,8 @@ def test_names_are_shown_verbatim_and_long_ones_are_cut_in_the_middle() -> None:
 
 def test_each_setting_with_a_score_gets_both_files_with_the_same_bytes_again(tmp_path: Path) -> None:
     records = [make_record("lora"), make_record("lora", task="vqa"), make_record("full", outcome="oom", task="nlvr")]
-    paths = draw(records, tmp_path / "one")
-    again = draw(table(records), tmp_path / "two")
+    paths = draw_plots(records, tmp_path / "one")
+    again = draw_plots(table(records), tmp_path / "two")
     files = ["rec_digits_tiny.png", "rec_digits_tiny.svg", "vqa_digits_tiny.png", "vqa_digits_tiny.svg"]
     assert [path.name for path in paths] == files == sorted(path.name for path in (tmp_path / "one").iterdir())
     assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in again]
@@ -318,7 +318,7 @@ def test_each_setting_with_a_score_gets_both_files_with_the_same_bytes_again(tmp
 
 
 def test_where_a_method_has_sizes_a_table_of_curves_comes_with_the_figures(tmp_path: Path) -> None:
-    paths, again = draw(swept(), tmp_path / "one"), draw(swept(), tmp_path / "two")
+    paths, again = draw_plots(swept(), tmp_path / "one"), draw_plots(swept(), tmp_path / "two")
     assert [path.name for path in paths] == ["rec_digits_tiny.png", "rec_digits_tiny.svg", "curves.csv"]
     assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in again]
     curves = pd.read_csv(paths[-1])
@@ -327,9 +327,9 @@ def test_where_a_method_has_sizes_a_table_of_curves_comes_with_the_figures(tmp_p
 
 
 def test_drawing_leaves_the_user_s_matplotlib_settings_alone_and_ignores_them(tmp_path: Path) -> None:
-    plain = draw(spread(1), tmp_path / "plain")
+    plain = draw_plots(spread(1), tmp_path / "plain")
     with matplotlib.rc_context({"font.size": 30.0}):
-        styled = draw(spread(1), tmp_path / "styled")
+        styled = draw_plots(spread(1), tmp_path / "styled")
         assert matplotlib.rcParams["font.size"] == 30.0
     assert plain[1].read_bytes() == styled[1].read_bytes()
 
@@ -337,14 +337,14 @@ def test_drawing_leaves_the_user_s_matplotlib_settings_alone_and_ignores_them(tm
 @pytest.mark.parametrize("frame", [make_frame(), spread(1, outcome="failed").assign(score_mean=np.nan)])
 def test_nothing_to_draw_is_a_user_error_and_makes_no_folder(tmp_path: Path, frame: pd.DataFrame) -> None:
     with pytest.raises(UserError, match="nothing to draw"):
-        draw(frame, tmp_path / "plots")
+        draw_plots(frame, tmp_path / "plots")
     assert not (tmp_path / "plots").exists()
 
 
 def test_a_file_in_place_of_the_folder_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "plots").write_text("")
     with pytest.raises(UserError, match="cannot write to folder"):
-        draw(spread(1), tmp_path / "plots")
+        draw_plots(spread(1), tmp_path / "plots")
 
 
 def test_the_note_names_the_floor_that_the_methods_declare_and_that_was_run() -> None:

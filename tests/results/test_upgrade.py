@@ -18,7 +18,7 @@ from petlbench.core.errors import UserError
 from petlbench.core.recipe import Recipe
 from petlbench.core.record import OLDER, SCHEMA_VERSION, Record
 from petlbench.pipeline.fingerprint import fingerprints
-from petlbench.pipeline.freshness import State, stale_parts, state_of
+from petlbench.pipeline.freshness import CellState, stale_parts, state_of
 from petlbench.results import leaderboard
 from petlbench.results import store as store_module
 from petlbench.results.repair import repair
@@ -204,7 +204,7 @@ def test_a_comparison_leaves_older_records_out_where_there_are_others(old: Store
 
 def test_an_older_record_is_stale(old: Store) -> None:
     [record] = old.load()
-    assert state_of(record.cell, record, {}) == State("stale", OLDER)
+    assert state_of(record.cell, record, {}) == CellState("stale", OLDER)
     assert stale_parts(record) == (OLDER,)
 
 
@@ -302,18 +302,18 @@ def test_a_default_that_changes_makes_the_record_stale_under_the_same_id(tmp_pat
     saved = store.save(made)
     (store.records / f"{made.cell.id}.json").rename(store.records / f"{asked.id}.json")
     assert store.load() == [saved] and store.get(asked) == saved and repair(store) == []
-    assert state_of(asked, store.get(asked), {}) == State("stale", "recipe")
+    assert state_of(asked, store.get(asked), {}) == CellState("stale", "recipe")
     elsewhere = saved.cell.model_copy(update={"method_config": {"rank": 2}})
-    assert state_of(elsewhere, saved, {}) == State("stale", "cell")
+    assert state_of(elsewhere, saved, {}) == CellState("stale", "cell")
     new = store.save(make_record(started=LATER))
-    assert store.load() == [new] and state_of(asked, store.get(asked), {}) == State("done")
+    assert store.load() == [new] and state_of(asked, store.get(asked), {}) == CellState("done")
 
 
 def test_a_configuration_that_json_holds_otherwise_is_no_other_cell(tmp_path: Path) -> None:
     store = Store.open(tmp_path / "out", create=True)
     saved = store.save(make_record(method_config={"sizes": (1, 2)}))
     found = store.get(saved.cell)
-    assert found and state_of(saved.cell, found, {}) == State("done")
+    assert found and state_of(saved.cell, found, {}) == CellState("done")
 
 
 def test_the_former_rule_knows_the_names_of_all_reference_results() -> None:

@@ -21,7 +21,7 @@ from petlbench.api.sites import TEXT
 from petlbench.api.task import Batch, Row
 from petlbench.api.tokens import Images
 from petlbench.backbones.parts.visual_block import GridVision
-from petlbench.backbones.supplied import lend
+from petlbench.backbones.supplied import supply
 from petlbench.core.errors import UserError
 from petlbench.datasets.scenes.digits import Digits, ScenesConfig
 from petlbench.datasets.scenes.pairs import DigitPairs
@@ -36,7 +36,7 @@ def built(name: str) -> Backbone:
     """With what `pairs` needs of it, lent where it lacks it."""
     kind: Any = BACKBONES.get(name)
     torch.manual_seed(0)
-    return lend(kind(kind.configured(name, {"weights": "none"})), Pairs.needs).eval()
+    return supply(kind(kind.configured(name, {"weights": "none"})), Pairs.needs).eval()
 
 
 def rows(kinds: tuple[str, ...] = ("true/false",) * 3) -> list[Row]:

@@ -16,7 +16,7 @@ from PIL import Image
 from petlbench.api.backbone import Backbone
 from petlbench.api.registries import METHODS, TASKS
 from petlbench.api.tokens import Placement
-from petlbench.backbones.supplied import Extended
+from petlbench.backbones.supplied import SuppliedBackbone
 from petlbench.core.cell import Cell
 from petlbench.core.recipe import Recipe
 from petlbench.core.record import Record
@@ -72,7 +72,7 @@ def test_a_recipe_chooses_the_augmentation(augment: str, tmp_path: Path) -> None
 ADAPTED: dict[str, Callable[[Backbone], Backbone]] = {
     "bare": lambda backbone: backbone,
     "adapted": lambda backbone: METHODS.get("m2ist")().adapt(backbone),
-    "wrapped": lambda backbone: Extended(backbone, {}),
+    "wrapped": lambda backbone: SuppliedBackbone(backbone, {}),
 }
 
 

@@ -60,7 +60,7 @@ def double(batch: Batch) -> Batch:
     return replace(batch, images=images, extras=extras)
 
 
-def setting(task: Task, **sizes: Any) -> tuple[Tiny, nn.Module]:
+def setup(task: Task, **sizes: Any) -> tuple[Tiny, nn.Module]:
     backbone = small_tiny(**sizes)
     return backbone, randomise(task.head(backbone), seed=4).eval()
 
@@ -79,7 +79,7 @@ class Mute(Bare):
 def test_a_task_trains_predicts_and_scores(kind: type[Task]) -> None:
     # One caption each: retrieval's per-sample scores are per image, its metric also counts captions.
     task, data = kind(), [row | {"captions": row["captions"][:1]} for row in rows()]
-    backbone, head = setting(task)
+    backbone, head = setup(task)
     assert task.refuses(Tiny, TinyConfig()) is None
     assert re.fullmatch(
         r"it cannot .*\b(embed|decode|ground) \(it is mute\).*", str(task.refuses(Mute, BackboneConfig()))
@@ -104,7 +104,7 @@ def test_a_task_trains_predicts_and_scores(kind: type[Task]) -> None:
 @pytest.mark.parametrize("kind", TASKS)
 def test_a_prediction_does_not_depend_on_the_rest_of_the_batch(kind: type[Task]) -> None:
     task, data = kind(), rows()
-    backbone, head = setting(task)
+    backbone, head = setup(task)
     with torch.no_grad():
         together = task.predict(backbone, head, double(task.collate(data, backbone, None)))
         alone = [task.predict(backbone, head, double(task.collate([row], backbone, None)))[0] for row in data]
@@ -234,7 +234,7 @@ def test_pointing_ignores_text_and_padding() -> None:
 
 def test_the_loss_of_referring_expressions_falls_in_a_few_steps() -> None:
     task = ReferringExpressions()
-    backbone, head = setting(task)
+    backbone, head = setup(task)
     batch = double(task.collate(rows(), backbone, np.random.default_rng(0)))
     optimizer, losses = torch.optim.Adam([*head.parameters(), *backbone.parameters()], lr=3e-3), []
     for _ in range(8):

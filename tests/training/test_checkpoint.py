@@ -21,13 +21,13 @@ from petlbench.pipeline.cell import run_cell
 from petlbench.pipeline.options import RunOptions
 from petlbench.results.store import Store
 from petlbench.training import checkpoint as checkpoint_module
-from petlbench.training.checkpoint import Checkpoint, State, save_tensors
+from petlbench.training.checkpoint import Checkpoint, Saved, save_tensors
 from petlbench.training.loop import Diverged, fit
 from petlbench.training.seeds import rng_state, set_rng_state
-from petlbench.training.state import Course, Fit
+from petlbench.training.state import TrainingResult, TrainingState
 from tests.backbone_factory import posing
 from tests.pipeline.test_runner import cell
-from tests.training.test_training import recipe, rows, setting
+from tests.training.test_training import recipe, rows, setup
 
 
 class Killed(BaseException):
@@ -43,13 +43,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def noisy(shape: Any) -> Any:
     """A setting whose next step depends on torch's random numbers and on its own moments."""
-    here = setting(shape)
+    here = setup(shape)
     here.backbone = posing(torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1)))
     torch.manual_seed(7)
     return here
 
 
-def through_disk(state: State, path: Path) -> State:
+def through_disk(state: Saved, path: Path) -> Saved:
     kept = Checkpoint(path, "key", 0.0)
     kept.save(state)
     found = kept.load()
@@ -61,11 +61,11 @@ def through_disk(state: State, path: Path) -> State:
 def test_training_resumed_at_any_step_ends_as_if_it_had_not_stopped(stop: int, tmp_path: Path) -> None:
     shape = recipe(steps=12, validations=2)
     whole = fit(noisy(shape), rows(10), rows(5), lr=0.1)
-    saved: list[State] = []
+    saved: list[Saved] = []
 
-    def keep(course: Course) -> None:
-        if course.step == stop:
-            saved.append(through_disk(course.state(), tmp_path / "c"))
+    def keep(training: TrainingState) -> None:
+        if training.step == stop:
+            saved.append(through_disk(training.state(), tmp_path / "c"))
             raise Killed
 
     with pytest.raises(Killed):
@@ -83,7 +83,7 @@ def killed_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process dies right after having written its `count`th checkpoint."""
     real, calls = Checkpoint.save, iter(range(1, 1000))
 
-    def save(self: Checkpoint, state: State) -> None:
+    def save(self: Checkpoint, state: Saved) -> None:
         real(self, state)
         if next(calls) == count:
             raise Killed
@@ -127,7 +127,7 @@ def test_a_checkpoint_of_other_code_is_not_continued_from(tmp_path: Path, monkey
 def test_what_diverged_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = fit
 
-    def diverge(*args: Any, **options: Any) -> Fit:
+    def diverge(*args: Any, **options: Any) -> TrainingResult:
         real(*args, **options)
         raise Diverged("the loss is nan")
 
@@ -163,7 +163,7 @@ def test_a_checkpoint_is_written_when_it_is_due_and_seldom_when_it_is_slow(tmp_p
     assert not kept.due()
     seconds[0] = 60.0
     assert kept.due()
-    kept.save(State(Slow(x=torch.zeros(1))))
+    kept.save(Saved(Slow(x=torch.zeros(1))))
     seconds[0] += 100.0
     assert not kept.due()  # it took three seconds: fifty times that must pass
     seconds[0] += 50.0
@@ -174,7 +174,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = Checkpoint(tmp_path / "c", "key", 0.0)
-    kept.save(State({"x": torch.ones(2)}, {"step": 1}))
+    kept.save(Saved({"x": torch.ones(2)}, {"step": 1}))
 
     def full(tensors: Any, path: Path, metadata: Any) -> None:
         path.write_bytes(b"half")
@@ -182,14 +182,14 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(
 
     monkeypatch.setattr(checkpoint_module, "save_file", full)
     with pytest.raises(Unwritable, match="No space left on device; free some space"):
-        kept.save(State({"x": torch.zeros(2)}, {"step": 2}))
+        kept.save(Saved({"x": torch.zeros(2)}, {"step": 2}))
     found = kept.load()
     assert found and found.rest == {"step": 1} and torch.equal(found.tensors["x"], torch.ones(2))
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
 def test_a_disk_that_fills_up_ends_the_run_and_is_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Checkpoint, state: State) -> None:
+    def full(self: Checkpoint, state: Saved) -> None:
         raise Unwritable("cannot write there")
 
     monkeypatch.setattr(Checkpoint, "save", full)
@@ -202,7 +202,7 @@ def test_tensors_of_any_layout_are_stored_as_they_read(tmp_path: Path) -> None:
     value = torch.arange(6.0).reshape(2, 3).T
     assert save_tensors(tmp_path / "t", {"x": value}, {}) == (tmp_path / "t").stat().st_size
     kept = Checkpoint(tmp_path / "c", "key", 0.0)
-    kept.save(State({"x": value}))
+    kept.save(Saved({"x": value}))
     found = kept.load()
     assert found and torch.equal(found.tensors["x"], value)
 
@@ -213,7 +213,7 @@ def test_all_random_numbers_go_on_where_they_stood() -> None:
 
     draw()  # the second normal number of a pair is kept for later: that is state too
     device = torch.device("cpu")
-    state = State(dict(rng_state(device)))
+    state = Saved(dict(rng_state(device)))
     expected = [draw(), draw()]
     assert draw() != expected[0]
     set_rng_state(state.tensors, device)

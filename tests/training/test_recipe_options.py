@@ -15,20 +15,20 @@ from petlbench.core.cell import Cell
 from petlbench.core.errors import UserError
 from petlbench.core.recipe import Recipe
 from petlbench.measure.memory import SavedTensors
-from petlbench.pipeline.assembly import build_backbone, build_setting
+from petlbench.pipeline.assembly import build_backbone, build_setup
 from petlbench.pipeline.data import Data, load_data, load_source
 from petlbench.training import precision, state
 from petlbench.training.checkpoint import Checkpoint
 from petlbench.training.context import RunContext
 from petlbench.training.evaluation import evaluate
 from petlbench.training.loop import Diverged, fit, train_step
-from petlbench.training.setup import Setting
-from petlbench.training.state import Course, Fit
+from petlbench.training.setup import TrainingSetup
+from petlbench.training.state import TrainingResult, TrainingState
 from petlbench.training.step_costs import canonical_saved_bytes, first_batch, inference, training_flops
 from tests.backbone_factory import small_tiny
 from tests.training.test_training import recipe as line_recipe
 from tests.training.test_training import rows as line_rows
-from tests.training.test_training import setting as line_setting
+from tests.training.test_training import setup as line_setting
 
 SCENES = {"train_scenes": 8, "validation_scenes": 4, "test_scenes": 4}
 SMALL = {"vision_layers": 1, "encoder_layers": 1, "decoder_layers": 1, "ffn": 96, "vision_ffn": 96}
@@ -80,25 +80,25 @@ def cell(method: str = "lora", task: str = "vqa", **options: Any) -> Cell:
     )
 
 
-def made(method: str = "lora", task: str = "vqa", device: torch.device = CPU, **options: Any) -> Setting:
+def made(method: str = "lora", task: str = "vqa", device: torch.device = CPU, **options: Any) -> TrainingSetup:
     described = cell(method, task, **options)
     backbone = build_backbone(described, device)
-    return build_setting(described, backbone, TASKS.get(task)(), RunContext.on(device))[0]
+    return build_setup(described, backbone, TASKS.get(task)(), RunContext.on(device))[0]
 
 
-def run(data: Data, **options: Any) -> Fit:
+def run(data: Data, **options: Any) -> TrainingResult:
     return fit(made(**options), data.train, data.validation, 1e-3)
 
 
-def stepped(data: Data, **options: Any) -> tuple[Course, dict[str, Tensor]]:
+def stepped(data: Data, **options: Any) -> tuple[TrainingState, dict[str, Tensor]]:
     """A course after one step, and the gradients of it."""
-    course, gradients = Course(made(**options), data.train, 1e-3), dict[str, Tensor]()
+    training, gradients = TrainingState(made(**options), data.train, 1e-3), dict[str, Tensor]()
     keep = {n: p.register_post_accumulate_grad_hook(lambda p, n=n: gradients.update({n: p.grad.clone()}))
-            for n, p in course.parameters.items()}  # fmt: skip
-    train_step(course)
+            for n, p in training.parameters.items()}  # fmt: skip
+    train_step(training)
     for hook in keep.values():
         hook.remove()
-    return course, gradients
+    return training, gradients
 
 
 @pytest.mark.parametrize(
@@ -129,18 +129,18 @@ def test_options_at_their_defaults_do_not_count_in_the_name_of_a_cell() -> None:
 
 def test_checkpointing_keeps_every_bit_of_losses_and_gradients_and_saves_less(data: Data) -> None:
     plain, gradients = stepped(data, method="full")
-    course, found = stepped(data, method="full", gradient_checkpointing=True)
-    assert course.losses == plain.losses
+    training, found = stepped(data, method="full", gradient_checkpointing=True)
+    assert training.losses == plain.losses
     assert found.keys() == gradients.keys() and all(torch.equal(found[name], gradients[name]) for name in found)
-    assert course.memory and plain.memory
-    assert course.memory.native_saved_bytes < plain.memory.native_saved_bytes / 2  # type: ignore[operator]
+    assert training.memory and plain.memory
+    assert training.memory.native_saved_bytes < plain.memory.native_saved_bytes / 2  # type: ignore[operator]
 
 
 def test_canonical_figures_see_checkpointing_and_nothing_else(data: Data) -> None:
     def figures(**options: Any) -> tuple[int, Any]:
-        setting = made("full", **options)
-        batch = first_batch(data.train, setting)
-        return canonical_saved_bytes(setting, batch), training_flops(setting, batch)
+        setup = made("full", **options)
+        batch = first_batch(data.train, setup)
+        return canonical_saved_bytes(setup, batch), training_flops(setup, batch)
 
     saved, flops = figures()
     for options in ({"precision": "bf16"}, {"attention": "unfused"}, {"compile": True}):
@@ -172,12 +172,12 @@ def test_stacks_of_lent_parts_are_checkpointed_too_and_a_plain_recipe_undoes_all
 
 def test_autocast_saves_fewer_bytes_and_leaves_weights_gradients_and_moments_alone(data: Data) -> None:
     plain, _ = stepped(data, batch_size=16)
-    course, gradients = stepped(data, batch_size=16, precision="bf16")
-    assert course.memory and plain.memory
-    assert course.memory.native_saved_bytes < 0.8 * plain.memory.native_saved_bytes  # type: ignore[operator]
+    training, gradients = stepped(data, batch_size=16, precision="bf16")
+    assert training.memory and plain.memory
+    assert training.memory.native_saved_bytes < 0.8 * plain.memory.native_saved_bytes  # type: ignore[operator]
     assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
     same = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
-    assert all(getattr(course.memory, name) == getattr(plain.memory, name) for name in same)
+    assert all(getattr(training.memory, name) == getattr(plain.memory, name) for name in same)
 
 
 @pytest.mark.parametrize("use", ["train", "evaluate", "inference"])
@@ -188,16 +188,16 @@ def test_every_pass_computes_as_the_recipe_says(use: str, data: Data, monkeypatc
         seen.append((torch.is_autocast_enabled("cpu"), torch.backends.cuda.flash_sdp_enabled()))
 
     for options, expected in (({}, (False, True)), ({"precision": "bf16", "attention": "unfused"}, (True, False))):
-        setting = made(**options)
-        setting.backbone.stack("encoder").layers[0].register_forward_pre_hook(note)
+        setup = made(**options)
+        setup.backbone.stack("encoder").layers[0].register_forward_pre_hook(note)
         seen.clear()
         if use == "train":
-            train_step(Course(setting, data.train, 1e-3))
+            train_step(TrainingState(setup, data.train, 1e-3))
         elif use == "evaluate":
-            evaluate(setting, data.validation)
+            evaluate(setup, data.validation)
         else:
             monkeypatch.setattr("petlbench.training.step_costs.latency", lambda call, **_: call() or 1.0)
-            inference(setting, data.validation, 2)
+            inference(setup, data.validation, 2)
         assert seen and set(seen) == {expected}
         assert not torch.is_autocast_enabled("cpu") and torch.backends.cuda.flash_sdp_enabled()
 
@@ -234,8 +234,8 @@ def test_a_record_says_what_natively_saved_bytes_depend_on(
 
 
 def test_native_bytes_of_a_step_come_with_what_they_depend_on(data: Data) -> None:
-    course, _ = stepped(data, precision="bf16")
-    assert course.memory and course.memory.saved_backend == "cpu, fused attention, bf16"
+    training, _ = stepped(data, precision="bf16")
+    assert training.memory and training.memory.saved_backend == "cpu, fused attention, bf16"
 
 
 # Scaling of the loss in fp16
@@ -243,16 +243,16 @@ def test_native_bytes_of_a_step_come_with_what_they_depend_on(data: Data) -> Non
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, CUDA])])
 def test_a_resumed_training_in_fp16_ends_with_the_same_bits(device: str, data: Data, tmp_path: Any) -> None:
-    def start() -> Setting:
+    def start() -> TrainingSetup:
         return made(device=torch.device(device), precision="fp16", lr=1e-2)
 
     file = Checkpoint(tmp_path / "half.safetensors", "key", 0)
     scales: list[float] = []
 
-    def keep(course: Course) -> None:
-        scales.append(course.scaler.get_scale())
-        if course.step == 2:
-            file.save(course.state())
+    def keep(training: TrainingState) -> None:
+        scales.append(training.scaler.get_scale())
+        if training.step == 2:
+            file.save(training.state())
 
     with ScaledBy(2.0**40):  # so much that it shrinks at every step
         fit(start(), data.train, data.validation, 1e-2, keep=keep)
@@ -285,9 +285,9 @@ def test_a_step_that_overflows_in_fp16_is_skipped_and_training_goes_on() -> None
     here = line_setting(line_recipe(precision="fp16"))
     seen: list[tuple[float, float, int]] = []
 
-    def keep(course: Course) -> None:
-        assert course.memory is not None
-        seen.append((here.backbone.weight.item(), course.scaler.get_scale(), course.memory.optimizer_bytes))  # type: ignore[operator,union-attr]
+    def keep(training: TrainingState) -> None:
+        assert training.memory is not None
+        seen.append((here.backbone.weight.item(), training.scaler.get_scale(), training.memory.optimizer_bytes))  # type: ignore[operator,union-attr]
 
     before = here.backbone.weight.item()  # type: ignore[operator,union-attr]
     with ScaledBy(2.0**20):
@@ -363,9 +363,9 @@ def test_layers_really_go_through_the_compiler(all_data: dict[str, Data], monkey
         return graph.forward
 
     monkeypatch.setattr(precision, "COMPILER", backend)
-    setting = made(task="rec", compile=True)
+    setup = made(task="rec", compile=True)
     graphs.clear()  # that of the trial
-    evaluate(setting, all_data["rec"].validation)
+    evaluate(setup, all_data["rec"].validation)
     assert len(graphs) >= 3
 
 

@@ -17,12 +17,12 @@ from petlbench.api import schemas
 from petlbench.api.task import Batch, Row, Scores, Task
 from petlbench.api.tokens import Images
 from petlbench.core.recipe import Recipe
-from petlbench.training.batches import Batches, ahead
+from petlbench.training.batches import Batches, prefetch
 from petlbench.training.context import RunContext
 from petlbench.training.evaluation import evaluate, load_state
 from petlbench.training.loop import Diverged, fit
 from petlbench.training.optimizers import optimizer, rate
-from petlbench.training.setup import Setting
+from petlbench.training.setup import TrainingSetup
 from tests.backbone_factory import posing
 
 
@@ -67,9 +67,9 @@ def rows(number: int = 10) -> Dataset:
     return Dataset.from_dict({"x": x, "image": [None] * number})
 
 
-def setting(recipe: Recipe, seed: int = 0) -> Setting:
+def setup(recipe: Recipe, seed: int = 0) -> TrainingSetup:
     torch.manual_seed(0)
-    return Setting(posing(nn.Linear(1, 1)), nn.Module(), Line(), recipe, seed, RunContext.on("cpu"))
+    return TrainingSetup(posing(nn.Linear(1, 1)), nn.Module(), Line(), recipe, seed, RunContext.on("cpu"))
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -77,7 +77,7 @@ def recipe(**changes: Any) -> Recipe:
 
 
 def test_training_fits_and_says_how() -> None:
-    found = fit(setting(recipe()), rows(), rows(5), lr=0.1)
+    found = fit(setup(recipe()), rows(), rows(5), lr=0.1)
     assert found.validation["fit"] > -0.01
     assert found.best_step == 60
     assert found.losses[-1][0] == 60 and found.losses[-1][1] < found.losses[0][1] / 10
@@ -87,7 +87,7 @@ def test_training_fits_and_says_how() -> None:
 
 
 def test_the_best_state_on_validation_is_kept_not_the_last() -> None:
-    here = setting(recipe(validations=3))
+    here = setup(recipe(validations=3))
     here.task.scripted = [1.0, 3.0, 2.0]  # type: ignore[attr-defined]
     states: list[Tensor] = []
 
@@ -105,7 +105,7 @@ def test_the_best_state_on_validation_is_kept_not_the_last() -> None:
 
 
 def test_every_row_comes_once_an_epoch_in_an_order_that_the_seed_alone_decides() -> None:
-    first, again, other = (setting(recipe(steps=5), seed) for seed in (0, 0, 1))
+    first, again, other = (setup(recipe(steps=5), seed) for seed in (0, 0, 1))
     for here in (first, again, other):
         fit(here, rows(10), rows(5), lr=0.1)
     seen = [x for batch in first.task.seen for x in batch]  # type: ignore[attr-defined]
@@ -114,12 +114,12 @@ def test_every_row_comes_once_an_epoch_in_an_order_that_the_seed_alone_decides()
 
 
 def test_fewer_rows_than_a_batch_still_fill_it() -> None:
-    here = setting(recipe(batch_size=4))
+    here = setup(recipe(batch_size=4))
     assert len(next(Batches(rows(3), here)).extras["x"]) == 4
 
 
 def test_a_batch_depends_on_the_seed_and_its_number_alone() -> None:
-    here = setting(recipe(batch_size=4))
+    here = setup(recipe(batch_size=4))
     batches = Batches(rows(10), here)
     made = [next(batches).extras["x"] for _ in range(7)]
     later = Batches(rows(10), here, start=5)
@@ -128,7 +128,7 @@ def test_a_batch_depends_on_the_seed_and_its_number_alone() -> None:
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_workers_change_no_batch_and_no_prediction(workers: int) -> None:
-    alone, helped = setting(recipe()), setting(recipe())
+    alone, helped = setup(recipe()), setup(recipe())
     helped.workers = workers
     first, second = (fit(here, rows(), rows(5), lr=0.1) for here in (alone, helped))
     assert first.losses == second.losses and first.validation == second.validation
@@ -137,7 +137,7 @@ def test_workers_change_no_batch_and_no_prediction(workers: int) -> None:
 
 def test_workers_stay_a_batch_each_ahead_and_no_more() -> None:
     made: list[int] = []
-    batches = ahead(lambda number: made.append(number) or number, count(), 3)  # type: ignore[arg-type,func-returns-value,return-value]
+    batches = prefetch(lambda number: made.append(number) or number, count(), 3)  # type: ignore[arg-type,func-returns-value,return-value]
     assert [next(batches), next(batches)] == [0, 1]
     assert set(made) <= {0, 1, 2, 3, 4} and {0, 1} <= set(made)
     batches.close()  # type: ignore[attr-defined]
@@ -149,7 +149,7 @@ def test_what_a_worker_stumbles_over_is_raised_where_its_batch_is_due() -> None:
             raise ValueError("torn")
         return number  # type: ignore[return-value]
 
-    batches = ahead(make, range(9), 4)
+    batches = prefetch(make, range(9), 4)
     assert [next(batches), next(batches)] == [0, 1]
     with pytest.raises(ValueError, match="torn"):
         next(batches)
@@ -157,17 +157,17 @@ def test_what_a_worker_stumbles_over_is_raised_where_its_batch_is_due() -> None:
 
 def test_a_loss_that_is_not_finite_ends_the_trial() -> None:
     with pytest.raises(Diverged, match="at step"):
-        fit(setting(recipe(lr=1e30, clip_norm=1e30)), rows(), rows(5), lr=1e30)
+        fit(setup(recipe(lr=1e30, clip_norm=1e30)), rows(), rows(5), lr=1e30)
 
 
 def test_training_is_in_training_mode_also_after_a_validation() -> None:
-    here = setting(recipe(steps=4, validations=4))
+    here = setup(recipe(steps=4, validations=4))
     fit(here, rows(), rows(5), lr=0.1)
     assert here.task.training == [True] * 4  # type: ignore[attr-defined]
 
 
 def test_evaluation_is_not_training_time() -> None:
-    here = setting(recipe(steps=4))
+    here = setup(recipe(steps=4))
     fit(here, rows(), rows(5), lr=0.1)
     timing = here.clock.timing()
     parts = [timing.phases[name] for name in ("data", "forward", "backward", "optimizer")]
@@ -175,7 +175,7 @@ def test_evaluation_is_not_training_time() -> None:
 
 
 def test_scores_come_in_the_order_of_the_rows_whatever_the_batch() -> None:
-    scores, predictions = evaluate(setting(recipe(eval_batch_size=3)), rows(7))
+    scores, predictions = evaluate(setup(recipe(eval_batch_size=3)), rows(7))
     assert len(predictions) == 7 and scores.sample_ids == [str(x) for x in rows(7)["x"]]
 
 

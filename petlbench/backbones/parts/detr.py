@@ -58,7 +58,7 @@ def resnet(blocks: Sequence[int], channels: int) -> Any:
     return net
 
 
-def sine_positions(mask: Tensor, width: int) -> Tensor:
+def detr_sine_positions(mask: Tensor, width: int) -> Tensor:
     """(B, H, W) True-is-real -> (B, H * W, width) in the default precision: half the channels code y, half x.
 
     Coordinates count real cells up to 2 pi; sines and cosines of geometric frequencies alternate.

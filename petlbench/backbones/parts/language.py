@@ -15,7 +15,7 @@ from petlbench.api.tokens import Texts, Tokens, plain_tokens
 from petlbench.backbones.parts.encoder_decoder import EncoderDecoder
 from petlbench.backbones.parts.masks import additive, causal
 from petlbench.backbones.parts.transformers_parts import bart_decoder_layer, bart_encoder_layer
-from petlbench.backbones.weights.library_models import enlarged, library_model
+from petlbench.backbones.weights.library_models import grown_table, library_model
 
 FIXED = ("encoder_attention_heads", "decoder_attention_heads", "activation_function", "scale_embedding")  # of BART
 
@@ -30,7 +30,7 @@ class BartHost(EncoderDecoder[C]):
         """
         bart = library_model(BartModel, config, source, fixed=FIXED)
         self.width, self.dropout, self.max_text = config.d_model, config.dropout, config.max_position_embeddings
-        self.token_embedding = enlarged(bart.shared, added_rows, config.init_std)
+        self.token_embedding = grown_table(bart.shared, added_rows, config.init_std)
         self.encoder_positions = bart.encoder.embed_positions
         self.decoder_positions = bart.decoder.embed_positions
         encoder = [bart_encoder_layer(layer) for layer in bart.encoder.layers]

@@ -97,7 +97,7 @@ class LatentPool(nn.Module):
         return self.pool(states[:, self.skip :])
 
 
-class Reader(nn.Module):
+class TokenPooler(nn.Module):
     """Tokens after their tower -> unit vectors (B, e): pooled, normed, projected."""
 
     def __init__(self, projection: nn.Module, *, pool: nn.Module | None = None, norm: nn.Module | None = None) -> None:
@@ -118,7 +118,7 @@ class ImageTower:
 
     stem: PatchStem | TimmStem
     stack: Stack
-    reader: Reader
+    reader: TokenPooler
     width: int
     marked: bool
     drop: int = 0
@@ -131,7 +131,7 @@ class TextTower:
 
     stem: TextStem
     stack: Stack
-    reader: Reader
+    reader: TokenPooler
     pooling: str
     causal: bool
     eos_id: int
@@ -168,7 +168,7 @@ def _own_image_tower(visual: VisionTransformer) -> ImageTower:
     return ImageTower(
         stem=PatchStem(visual),
         stack=stack,
-        reader=Reader(Matrix(visual.proj), norm=visual.ln_post if late_norm else None),
+        reader=TokenPooler(Matrix(visual.proj), norm=visual.ln_post if late_norm else None),
         width=visual.ln_post.normalized_shape[0],
         marked=visual.pool_type == "tok",
         drop=int(visual.pool_type == "avg"),
@@ -183,7 +183,7 @@ def _timm_image_tower(visual: TimmModel) -> ImageTower:
     skip = 0 if trunk.pool_include_prefix else trunk.num_prefix_tokens
     pool = LatentPool(trunk.attn_pool, skip) if trunk.attn_pool is not None else None
     parts = [part for part in (trunk.head_drop, trunk.head, visual.head) if list(part.parameters()) or _drops(part)]
-    reader = Reader(nn.Sequential(*parts), pool=pool, norm=_or_none(trunk.fc_norm))
+    reader = TokenPooler(nn.Sequential(*parts), pool=pool, norm=_or_none(trunk.fc_norm))
     stack = Stack(
         [timm_layer(block) for block in trunk.blocks],
         width=trunk.embed_dim,
@@ -221,7 +221,7 @@ def text_tower(model: Any) -> TextTower:
     return TextTower(
         stem,
         stack,
-        Reader(projection, norm=source.ln_final if late_norm else None),
+        TokenPooler(projection, norm=source.ln_final if late_norm else None),
         pooling,
         causal=source.attn_mask is not None,
         eos_id=int(getattr(source, "eos_id", getattr(source, "text_eos_id", 2))),

@@ -16,7 +16,7 @@ from petlbench.api.tokens import Texts, Tokens, plain_tokens
 from petlbench.backbones.parts.encoder_decoder import EncoderDecoder
 from petlbench.backbones.parts.masks import HIDDEN, MEMORY_HIDDEN, additive, causal
 from petlbench.backbones.parts.transformers_parts import t5_decoder_layer, t5_encoder_layer
-from petlbench.backbones.weights.library_models import enlarged, library_model
+from petlbench.backbones.weights.library_models import grown_table, library_model
 
 FIXED = ("num_heads", "d_kv", "feed_forward_proj", "relative_attention_max_distance", "layer_norm_epsilon")
 
@@ -39,7 +39,7 @@ class T5Host(EncoderDecoder[C]):
         """
         t5 = library_model(T5Model, config, source, fixed=FIXED)
         self.width, self.dropout, self.max_text = config.d_model, config.dropout_rate, longest
-        self.token_embedding = enlarged(t5.shared, added_rows, config.initializer_factor)
+        self.token_embedding = grown_table(t5.shared, added_rows, config.initializer_factor)
         encoder = [t5_encoder_layer(block) for block in t5.encoder.block]
         decoder = [t5_decoder_layer(block) for block in t5.decoder.block]
         self.stacks["encoder"] = Stack(encoder, width=self.width, final_norm=t5.encoder.final_layer_norm)

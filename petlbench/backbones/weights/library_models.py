@@ -19,7 +19,7 @@ from transformers.utils import cached_file, logging
 
 from petlbench.api.codec import Codec
 from petlbench.backbones.weights.library_codec import LibraryCodec, file_codec
-from petlbench.backbones.weights.tensors import asset, on_meta, some
+from petlbench.backbones.weights.tensors import asset, first_few, on_meta
 from petlbench.core.errors import UserError
 from petlbench.core.messages import did_you_mean, one_line
 
@@ -47,7 +47,7 @@ def library_model(kind: Any, config: Any, source: str, *, fixed: Sequence[str]) 
     """
     if source == "none" or on_meta():
         return kind(config)
-    place = place_of(source)
+    place = model_location(source)
     with quiet(), readable(source, "a language model"):
         theirs = PretrainedConfig.get_config_dict(place)[0]
     found = theirs.get("model_type")
@@ -65,13 +65,13 @@ def library_model(kind: Any, config: Any, source: str, *, fixed: Sequence[str]) 
     unexpected = [name for name in report["unexpected_keys"] if name not in HEADS]
     shapes = [f"{name} is {list(theirs)}, not {list(ours)}" for name, theirs, ours in report["mismatched_keys"]]
     kinds = {"missing": report["missing_keys"], "unexpected": unexpected, "of another shape": shapes, "other": wrong}
-    said = [f"{len(names)} {kind} ({some(sorted(names))})" for kind, names in kinds.items() if names]
+    said = [f"{len(names)} {kind} ({first_few(sorted(names))})" for kind, names in kinds.items() if names]
     if said:
         raise UserError(f"weights '{source}' do not fit this configuration: {'; '.join(said)}")
     return model.train()
 
 
-def enlarged(table: nn.Embedding, rows: int, std: float) -> nn.Embedding:
+def grown_table(table: nn.Embedding, rows: int, std: float) -> nn.Embedding:
     """The token table with `rows` more at its end, drawn from N(0, std^2); itself for none."""
     if not rows:
         return table
@@ -92,7 +92,7 @@ def library_codec(source: str, sentinels: int, rows: int, *, from_pad: bool) -> 
     if source.endswith(".json"):
         tokenizer = file_codec(asset(source)).tokenizer
     else:
-        place = place_of(source)
+        place = model_location(source)
         with quiet(), readable(source, "a tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(place)
     order = range(sentinels - 1, -1, -1)
@@ -149,7 +149,7 @@ def needed_files(source: str, names: Sequence[str], what: str, most: int | None 
     Fetched before anything runs, so that a missing network is told at once and fingerprints see what is run. Raises
     UserError when there is none of them.
     """
-    place = Path(place_of(source))
+    place = Path(model_location(source))
     if place.is_dir():
         found = [place / name for name in names if (place / name).is_file()][:most]
     else:
@@ -166,7 +166,7 @@ def needed_files(source: str, names: Sequence[str], what: str, most: int | None 
     return found
 
 
-def place_of(source: str) -> str:
+def model_location(source: str) -> str:
     """A hub name as it is; a folder as its path. Raises UserError for what can be neither."""
     path = Path(source).expanduser()
     if path.is_file():

@@ -60,7 +60,7 @@ def architecture(model: str) -> dict[str, Any] | None:
     return TINY[model] if model in TINY else open_clip.get_model_config(model)
 
 
-def names() -> list[str]:
+def model_names() -> list[str]:
     return [*TINY, *open_clip.list_models()]
 
 
@@ -69,7 +69,7 @@ def tags(model: str) -> list[str]:
     return sorted(open_clip.list_pretrained_tags_by_model(model), key=lambda tag: tag != "openai")
 
 
-def published(model: str, tag: str | None) -> dict[str, Any]:
+def is_published(model: str, tag: str | None) -> dict[str, Any]:
     """What open_clip says of the weights `tag` (None: the first): where they are, preprocessing, activation."""
     tag = tag or next(iter(tags(model)), None)
     return dict(open_clip.get_pretrained_cfg(model, tag)) if tag else {}
@@ -79,8 +79,10 @@ def complaint(model: str, tag: str | None, weights: str) -> str | None:
     """Why there is no such model here, or None."""
     towers = architecture(model)
     if towers is None:
-        return f"open_clip has no model '{model}'" + (did_you_mean(model, names()) or ": see open_clip.list_models()")
-    if tag is not None and not published(model, tag):
+        return f"open_clip has no model '{model}'" + (
+            did_you_mean(model, model_names()) or ": see open_clip.list_models()"
+        )
+    if tag is not None and not is_published(model, tag):
         known = tags(model)
         return f"{model} has no weights '{tag}'" + (did_you_mean(tag, known) or f": there are {', '.join(known)}")
     if weights == "pretrained" and not tags(model):
@@ -102,7 +104,7 @@ def build(model: str, tag: str | None) -> nn.Module:
     towers = architecture(model)
     assert towers is not None
     options = {**towers, "vision_cfg": {**towers["vision_cfg"], "patch_dropout": 0.0}}
-    options["quick_gelu"] = towers.get("quick_gelu", False) or published(model, tag).get("quick_gelu", False)
+    options["quick_gelu"] = towers.get("quick_gelu", False) or is_published(model, tag).get("quick_gelu", False)
     custom = options.pop("custom_text", False)
     kind: Any = open_clip.CLIP
     if custom:
@@ -119,7 +121,7 @@ def published_file(model: str, tag: str | None) -> Path:
     found = cached_file(model, tag)
     if found is not None:
         return found
-    where = published(model, tag)
+    where = is_published(model, tag)
     try:
         if not where.get("hf_hub") and os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
             raise OSError("HF_HUB_OFFLINE is set")
@@ -155,7 +157,7 @@ def _wanted(where: Mapping[str, Any]) -> str:
 
 def cached_file(model: str, tag: str | None) -> Path | None:
     """The file of published weights where this machine has it; no network."""
-    where = published(model, tag)
+    where = is_published(model, tag)
     if where.get("hf_hub"):
         repository, files = _hub_names(where)
         found = [try_to_load_from_cache(repository, name) for name in files]
@@ -266,7 +268,7 @@ class Preprocessing:
     @classmethod
     def of(cls, model: str, tag: str | None) -> Preprocessing:
         """As the published weights `tag` want it."""
-        plain, where = PreprocessCfg(), published(model, tag)
+        plain, where = PreprocessCfg(), is_published(model, tag)
         towers = architecture(model)
         assert towers is not None
         options = {

@@ -64,7 +64,7 @@ def load_into(
         if name in tensors and tensors[name].shape != own[name].shape
     ]
     wrong = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    said = [f"{len(names)} {kind} ({some(names)})" for kind, names in wrong.items() if names]
+    said = [f"{len(names)} {kind} ({first_few(names)})" for kind, names in wrong.items() if names]
     if said:
         raise UserError(f"weights {source} do not fit this configuration: {'; '.join(said)}")
     if not on_meta():
@@ -76,7 +76,7 @@ def _shape(tensor: Tensor) -> str:
     return " x ".join(map(str, tensor.shape)) or "a scalar"
 
 
-def some(names: Sequence[str]) -> str:
+def first_few(names: Sequence[str]) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more

@@ -13,7 +13,7 @@ from petlbench.core.errors import UserError
 
 
 @dataclass(frozen=True)
-class Place:
+class ModulePlace:
     """Where a module lies: its file (None: a package without `__init__`), and a package's folders."""
 
     file: Path | None
@@ -21,7 +21,7 @@ class Place:
 
 
 @cache
-def place_of(name: str) -> Place | None:
+def place_of(name: str) -> ModulePlace | None:
     """Where the import system would find `name`, without importing its parents as `find_spec` of importlib does."""
     parent, _, tail = name.rpartition(".")
     above = place_of(parent) if parent else None
@@ -35,13 +35,13 @@ def place_of(name: str) -> Place | None:
         except KeyError:  # a namespace package inside a package asks for its parent, which is not imported
             continue
         if spec is not None:
-            return Place(Path(spec.origin) if spec.origin and spec.has_location else None, folders or None)
+            return ModulePlace(Path(spec.origin) if spec.origin and spec.has_location else None, folders or None)
     inside = tuple(joined for folder in path or () if os.path.isdir(joined := os.path.join(folder, tail)))
-    return Place(None, inside) if inside else None
+    return ModulePlace(None, inside) if inside else None
 
 
 @cache
-def read(name: str) -> ast.Module | bytes | None:
+def read_module(name: str) -> ast.Module | bytes | None:
     """The syntax tree of a module; the content of a file that is no source; None for what is no module with code.
 
     Raises UserError for a file that is missing or no valid Python.

@@ -10,7 +10,7 @@ from functools import cache
 from importlib.util import resolve_name
 from typing import NamedTuple
 
-from petlbench.core.source_code.files import place_of, read
+from petlbench.core.source_code.files import place_of, read_module
 
 CORE = "petlbench"
 WHOLE = "*"  # in the place of a name: a module itself, with all that it defines
@@ -86,7 +86,7 @@ def is_project(name: str, module: str) -> bool:
 @cache
 def module_of(name: str) -> Module | None:
     """None for what is no module with code. Raises UserError for a file that is missing or no valid Python."""
-    code = read(name)
+    code = read_module(name)
     if code is None:
         return None
     place = place_of(name)

@@ -195,12 +195,12 @@ class FileSource(Declaration):
                 self._held[key] = self.reader.read(task, part)
             return self._held[key]
         path = cache_dir() / "tables" / f"{key[:32]}.parquet"
-        table = table_cache.read(path)
+        table = table_cache.read_table(path)
         if table is not None and SKIPS in (table.schema.metadata or {}):
             found = json.loads(table.schema.metadata[SKIPS])
             return Part(table.replace_schema_metadata(), Skips({reason: tuple(told) for reason, told in found.items()}))
         made = self.reader.read(task, part)
-        table_cache.write(made.table.replace_schema_metadata({SKIPS: json.dumps(made.skips.found)}), path)
+        table_cache.write_table(made.table.replace_schema_metadata({SKIPS: json.dumps(made.skips.found)}), path)
         return made
 
     def rows(self, task: str, split: Split, choice: Choice) -> pa.Table:
@@ -292,11 +292,11 @@ def _undecodable(reader: Reader, places: Sequence[str]) -> dict[str, str]:
 
     said = "\n".join(f"{place} {reader.stamp(place)}" for place in places)
     path = cache_dir() / "images" / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.parquet"
-    known = table_cache.read(path)
+    known = table_cache.read_table(path)
     if known is not None:
         return dict(zip(known["place"].to_pylist(), known["reason"].to_pylist(), strict=True))
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding runs outside of Python's lock
         reasons = list(pool.map(reader.fault, places))
     faults = {place: reason for place, reason in zip(places, reasons, strict=True) if reason}
-    table_cache.write(pa.table({"place": list(faults), "reason": list(faults.values())}), path)
+    table_cache.write_table(pa.table({"place": list(faults), "reason": list(faults.values())}), path)
     return faults

@@ -64,7 +64,7 @@ def kind_of(features: Features) -> str | None:
     return next((kind for kind, known in kinds.items() if known == features), None)
 
 
-def resolved(kind: str, there: Sequence[str], said: Mapping[str, str]) -> dict[str, str]:
+def resolve_columns(kind: str, there: Sequence[str], said: Mapping[str, str]) -> dict[str, str]:
     """Our names of the columns that are there, and theirs. `said`: the option `columns`."""
     found = {}
     for ours, known in BY_KIND[kind].items():

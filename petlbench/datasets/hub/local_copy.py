@@ -83,7 +83,7 @@ class CopyFile:
             return pa.Table.from_batches(batches)
 
 
-def place(hub: str, root: Path | None) -> Path:
+def locate_copy(hub: str, root: Path | None) -> Path:
     """The folder of a copy: `hub` is one, or a name on the hub, fetched where it is not on this machine."""
     for folder in [Path(hub).expanduser(), *([root / hub] if root else [])]:
         if hub and folder.is_dir():
@@ -112,12 +112,12 @@ def official(said: str, known: Sequence[str], hint: str = "") -> str | None:
     """Which of the official parts `known` is called `said`; of val2014 and val2017 that whose year is in `hint`."""
     if said in known:
         return said
-    alike = [name for name in known if plain(name) == plain(said)]
+    alike = [name for name in known if plain_name(name) == plain_name(said)]
     dated = [name for name in alike if (year := re.search(r"\d{4}", name)) and year[0] in said + hint]
     return next(iter([*dated, *alike]), None)
 
 
-def plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """A split's name without years, punctuation and the like: `validation` and `val2014` are `val`."""
     letters = re.sub(r"[^a-z]", "", name.lower()).replace("balanced", "")
     return SYNONYMS.get(letters, letters)

@@ -47,7 +47,7 @@ class HubParquet(Reader):
         if not any(columns.kind_of(source.features(task)) for task in source.tasks):
             return None
         if source.config.hub is not None:
-            copy = local_copy.place(source.config.hub, root)
+            copy = local_copy.locate_copy(source.config.hub, root)
             made = cls(source, root or copy, copy)
             made._demand()
             return made
@@ -74,7 +74,7 @@ class HubParquet(Reader):
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        from petlbench.datasets.hub.rows import BY_KIND, answered
+        from petlbench.datasets.hub.rows import BY_KIND, with_answers
 
         kind, skips, tables, first = self._kinds[task], Skips(), [], 0
         for file in self._of(task, part):
@@ -87,7 +87,7 @@ class HubParquet(Reader):
             first += file.rows
         table = pa.concat_tables(tables)
         if kind == "questions":
-            table = answered(table, part, skips)
+            table = with_answers(table, part, skips)
         self._compare(task, part, table.num_rows)
         counts = pc.value_counts(table["sample_id"].combine_chunks())
         twice = counts.filter(pc.greater(counts.field("counts"), 1))
@@ -152,7 +152,7 @@ class HubParquet(Reader):
             )
 
     def _columns(self, task: str, file: CopyFile) -> dict[str, str]:
-        return columns.resolved(self._kinds[task], file.schema.names, self.source.config.columns)
+        return columns.resolve_columns(self._kinds[task], file.schema.names, self.source.config.columns)
 
     def _serving(self, task: str) -> Iterator[CopyFile]:
         """The files with what the task needs that tell which part they are of."""
@@ -163,7 +163,9 @@ class HubParquet(Reader):
     @cached_property
     def _named(self) -> list[CopyFile]:
         """Without those that are of no split, which may be of anything."""
-        return [f for f in self._files if local_copy.plain(f.split) in local_copy.SPLITS or "split" in f.schema.names]
+        return [
+            f for f in self._files if local_copy.plain_name(f.split) in local_copy.SPLITS or "split" in f.schema.names
+        ]
 
     def _demand(self) -> None:
         """Raise UserError when the copy that was asked for serves nothing."""

@@ -23,7 +23,7 @@ CHECKED = 32  # rows from which is told how boxes are written
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def expressions(raw: pa.Table, part: str, where: str, skips: Skips) -> pa.Table:
+def expression_rows(raw: pa.Table, part: str, where: str, skips: Skips) -> pa.Table:
     """One row per expression. `sample_id`: the sentence's, or `<part>-<row>-<number within the row>`."""
     boxes = _boxes(raw, where)
     sound = _sound_boxes(boxes, raw, where, skips)
@@ -55,7 +55,7 @@ def expressions(raw: pa.Table, part: str, where: str, skips: Skips) -> pa.Table:
     )
 
 
-def questions(raw: pa.Table, part: str, where: str, skips: Skips) -> pa.Table:
+def question_rows(raw: pa.Table, part: str, where: str, skips: Skips) -> pa.Table:
     """One row per question; without a column of answers, or where it is empty, no answers."""
     kept = ~_blank(pc.utf8_trim_whitespace(_text(raw, "question")))
     _count(skips, "empty question", where, raw["number"].to_numpy()[~kept])
@@ -80,7 +80,7 @@ def questions(raw: pa.Table, part: str, where: str, skips: Skips) -> pa.Table:
     )
 
 
-def captions(raw: pa.Table, part: str, where: str, skips: Skips) -> pa.Table:
+def caption_rows(raw: pa.Table, part: str, where: str, skips: Skips) -> pa.Table:
     """One row per image, also where the copy has one per caption. Only white space around captions is dropped."""
     column = _array(raw, "captions")
     texts = text_lists(column, TEXT, f"{where}, captions")
@@ -97,7 +97,7 @@ def captions(raw: pa.Table, part: str, where: str, skips: Skips) -> pa.Table:
     return table.append_column("sample_id", table["image_id"]).select(["sample_id", *table.column_names])
 
 
-def answered(table: pa.Table, where: str, skips: Skips) -> pa.Table:
+def with_answers(table: pa.Table, where: str, skips: Skips) -> pa.Table:
     """Without the questions that nobody answered, unless all are such: then the part's answers are not public."""
     lengths = pc.list_value_length(table["answers"])
     kept = pc.greater(lengths, 0)
@@ -109,9 +109,9 @@ def answered(table: pa.Table, where: str, skips: Skips) -> pa.Table:
 
 
 BY_KIND: dict[str, Callable[[pa.Table, str, str, Skips], pa.Table]] = {
-    "expressions": expressions,
-    "questions": questions,
-    "captions": captions,
+    "expressions": expression_rows,
+    "questions": question_rows,
+    "captions": caption_rows,
 }
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 TASKS = frozenset({"captioning", "retrieval"})
 
 
-def published(**parts: tuple[int, int]) -> dict[str, dict[str, dict[str, int]]]:
+def published_sizes(**parts: tuple[int, int]) -> dict[str, dict[str, dict[str, int]]]:
     """A source's `sizes`: of each official part the numbers of images and of captions."""
     sizes = {part: {"images": pictures, "captions": captions} for part, (pictures, captions) in parts.items()}
     return dict.fromkeys(TASKS, sizes)

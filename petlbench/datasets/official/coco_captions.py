@@ -18,7 +18,7 @@ from petlbench.datasets.files.reader import Part, Reader
 from petlbench.datasets.files.reading import found_below, read_json, refuse_repeats
 from petlbench.datasets.files.source import FileSource
 from petlbench.datasets.hub.parquet import HubParquet
-from petlbench.datasets.official.caption_rows import TASKS, below_folder, captioned, published
+from petlbench.datasets.official.caption_rows import TASKS, below_folder, captioned, published_sizes
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -45,20 +45,20 @@ class ImageEntry(TypedDict):
     file_name: str
 
 
-class Annotation(TypedDict):
+class CaptionAnnotation(TypedDict):
     id: int
     image_id: int
     caption: str
 
 
-class Document(TypedDict):
+class CaptionsDocument(TypedDict):
     images: list[ImageEntry]
-    annotations: list[Annotation]
+    annotations: list[CaptionAnnotation]
 
 
 @cache
-def _document() -> TypeAdapter[Document]:
-    return TypeAdapter(Document)
+def _document() -> TypeAdapter[CaptionsDocument]:
+    return TypeAdapter(CaptionsDocument)
 
 
 class CaptionsFiles(Reader):
@@ -101,7 +101,7 @@ class CaptionsFiles(Reader):
             return captioned(image_ids, places, texts, _owners(document, path))
 
 
-def _owners(document: Document, path: Path) -> Ints:
+def _owners(document: CaptionsDocument, path: Path) -> Ints:
     """Of each annotation, the rank of its image."""
     import numpy as np
 
@@ -138,7 +138,7 @@ class COCOCaptions(FileSource):
         "unpacked to coco/train2017, coco/val2017"
     )
     # From memory, as the COCO consortium's files count.
-    sizes: Mapping[str, Mapping[str, Mapping[str, int]]] = published(
+    sizes: Mapping[str, Mapping[str, Mapping[str, int]]] = published_sizes(
         train2014=(82_783, 414_113),
         val2014=(40_504, 202_654),
         train2017=(118_287, 591_753),

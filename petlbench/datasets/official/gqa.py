@@ -35,7 +35,7 @@ class Types(TypedDict):
     structural: str
 
 
-class Question(TypedDict):
+class GQAQuestion(TypedDict):
     """An entry of a file; those of the hidden parts have no answer and no types."""
 
     question: str
@@ -95,7 +95,7 @@ class BalancedQuestions(Reader):
         return Part(table, skips)
 
 
-def _questions(path: Path) -> dict[str, Question]:
+def _questions(path: Path) -> dict[str, GQAQuestion]:
     """The file's questions by id. Raises UserError for one that is not what it should be, or has an id twice."""
     ids: list[str] = []
 
@@ -103,7 +103,7 @@ def _questions(path: Path) -> dict[str, Question]:
         ids.append(question_id)  # a dict alone would not tell that a key came twice
         return question_id
 
-    found = read_json(path, TypeAdapter(dict[Annotated[str, AfterValidator(noted)], Question]))
+    found = read_json(path, TypeAdapter(dict[Annotated[str, AfterValidator(noted)], GQAQuestion]))
     if len(ids) != len(found):
         refuse_repeats(ids, "question id", path)
     return found

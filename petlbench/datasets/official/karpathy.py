@@ -25,7 +25,7 @@ from petlbench.datasets.files.reader import Part, Reader
 from petlbench.datasets.files.reading import found_below, read_json, refuse_repeats
 from petlbench.datasets.files.source import FileSource
 from petlbench.datasets.hub.parquet import HubParquet
-from petlbench.datasets.official.caption_rows import TASKS, below_folder, captioned, published
+from petlbench.datasets.official.caption_rows import TASKS, below_folder, captioned, published_sizes
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -40,7 +40,7 @@ class Sentence(TypedDict):
     sentid: NotRequired[int]
 
 
-class Entry(TypedDict):
+class KarpathyEntry(TypedDict):
     """An image. Flickr30k's have no `cocoid` and no `filepath`."""
 
     filename: str
@@ -50,9 +50,9 @@ class Entry(TypedDict):
     sentences: list[Sentence]
 
 
-class Document(TypedDict):
+class KarpathyDocument(TypedDict):
     dataset: NotRequired[str]
-    images: list[Entry]
+    images: list[KarpathyEntry]
 
 
 class KarpathyFile(Reader):
@@ -108,12 +108,12 @@ class KarpathyFile(Reader):
             refuse_repeats([self._id(entry) for entry in entries], self.identifier, self.path)
             said = [said["sentid"] for entry in entries for said in entry["sentences"] if "sentid" in said]
             refuse_repeats(said, "sentid", self.path)
-            by_split: dict[str, list[Entry]] = {split: [] for split in self.splits}
+            by_split: dict[str, list[KarpathyEntry]] = {split: [] for split in self.splits}
             for entry in entries:
                 self._of(entry, by_split).append(entry)
             return {split: self._rows(chosen) for split, chosen in by_split.items()}
 
-    def _of(self, entry: Entry, by_split: Mapping[str, list[Entry]]) -> list[Entry]:
+    def _of(self, entry: KarpathyEntry, by_split: Mapping[str, list[KarpathyEntry]]) -> list[KarpathyEntry]:
         """Where an entry belongs."""
         split = entry["split"]
         if split not in by_split:
@@ -124,7 +124,7 @@ class KarpathyFile(Reader):
             raise UserError(f"{told}; get the file again")
         return by_split[split]
 
-    def _rows(self, entries: Sequence[Entry]) -> Part:
+    def _rows(self, entries: Sequence[KarpathyEntry]) -> Part:
         import numpy as np
 
         return captioned(
@@ -135,17 +135,17 @@ class KarpathyFile(Reader):
         )
 
     @abstractmethod
-    def _id(self, entry: Entry) -> int | str:
+    def _id(self, entry: KarpathyEntry) -> int | str:
         """What tells the image apart within the data set."""
 
     @abstractmethod
-    def _image(self, entry: Entry) -> str:
+    def _image(self, entry: KarpathyEntry) -> str:
         """Its file, below an image folder."""
 
 
 @cache
-def _document() -> TypeAdapter[Document]:
-    return TypeAdapter(Document)
+def _document() -> TypeAdapter[KarpathyDocument]:
+    return TypeAdapter(KarpathyDocument)
 
 
 class COCOFile(KarpathyFile):
@@ -154,12 +154,12 @@ class COCOFile(KarpathyFile):
     splits: ClassVar[tuple[str, ...]] = ("train", "restval", "val", "test")
     identifier: ClassVar[str] = "cocoid"
 
-    def _id(self, entry: Entry) -> int | str:
+    def _id(self, entry: KarpathyEntry) -> int | str:
         if "cocoid" not in entry:
             raise UserError(f"{self.path} gives {entry['filename']!r} no cocoid: get {self._file()} again")
         return entry["cocoid"]
 
-    def _image(self, entry: Entry) -> str:
+    def _image(self, entry: KarpathyEntry) -> str:
         folder = entry.get("filepath")
         return f"{folder}/{entry['filename']}" if folder else placed(entry["filename"])
 
@@ -170,11 +170,11 @@ class Flickr30kFile(KarpathyFile):
     splits: ClassVar[tuple[str, ...]] = ("train", "val", "test")
     identifier: ClassVar[str] = "filename"
 
-    def _id(self, entry: Entry) -> int | str:
+    def _id(self, entry: KarpathyEntry) -> int | str:
         """The photo's number on Flickr; `imgid` is only a rank in the file."""
         return entry["filename"].rpartition(".")[0] or entry["filename"]
 
-    def _image(self, entry: Entry) -> str:
+    def _image(self, entry: KarpathyEntry) -> str:
         return entry["filename"]
 
 
@@ -202,7 +202,7 @@ class COCO(Karpathy):
     image_bases: ClassVar[tuple[str, ...]] = COCO_BASES
     origin: ClassVar[str] = f"{FILES} (dataset_coco.json); {COCO_IMAGES}"
     # From memory, as the field reports them. They add up to COCO's own 414,113 and 202,654 captions.
-    sizes: Mapping[str, Mapping[str, Mapping[str, int]]] = published(
+    sizes: Mapping[str, Mapping[str, Mapping[str, int]]] = published_sizes(
         train=(82_783, 414_113),
         restval=(30_504, 152_634),
         val=(5_000, 25_010),
@@ -227,7 +227,7 @@ class Flickr30k(Karpathy):
         "unpacked to flickr30k/flickr30k-images"
     )
     # As the notebook of MultiWay-Adapter's code prints them.
-    sizes: Mapping[str, Mapping[str, Mapping[str, int]]] = published(
+    sizes: Mapping[str, Mapping[str, Mapping[str, int]]] = published_sizes(
         train=(29_000, 145_000),
         val=(1_014, 5_070),
         test=(1_000, 5_000),

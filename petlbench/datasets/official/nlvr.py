@@ -52,7 +52,7 @@ class Object(BaseModel):
 Scene = tuple[tuple[Object, ...], tuple[Object, ...], tuple[Object, ...]]
 
 
-class Annotation(BaseModel):
+class NLVRAnnotation(BaseModel):
     """A line of an annotation file; `evals` and whatever else it holds is ignored."""
 
     sentence: str = Field(min_length=1)
@@ -63,7 +63,7 @@ class Annotation(BaseModel):
 
 
 @dataclass(frozen=True)
-class Example:
+class NLVRExample:
     """A sentence with one image. Equal scenes are equal pixel for pixel."""
 
     sample_id: str
@@ -150,10 +150,10 @@ class NLVR(Source):
         )
 
     @cached_property
-    def _parts(self) -> dict[str, list[Example]]:
+    def _parts(self) -> dict[str, list[NLVRExample]]:
         return {part: read_part(self._folder, part) for part in ("dev", "hidden")}
 
-    def _split(self, split: Split) -> list[Example]:
+    def _split(self, split: Split) -> list[NLVRExample]:
         dev, test = self._parts["dev"], self._parts["hidden"]
         if split == "test":
             return test
@@ -180,7 +180,7 @@ class NLVR(Source):
             raise UserError(f"{_summary(part, faults)}: {advice}")
 
 
-def read_part(folder: Path, part: str) -> list[Example]:
+def read_part(folder: Path, part: str) -> list[NLVRExample]:
     """The examples of `<folder>/<part>/<part>.json`. Raises UserError that names the file and the line."""
     path = folder / part / f"{part}.json"
     try:
@@ -197,15 +197,15 @@ def read_part(folder: Path, part: str) -> list[Example]:
         name = f"{part}-{annotation.identifier}-0.png"
         image = found.get(name, folder / part / "images" / (annotation.directory or "") / name)
         sample_id = f"{part}-{annotation.identifier}"
-        examples.append(Example(sample_id, annotation.sentence, annotation.label, annotation.structured_rep, image))
+        examples.append(NLVRExample(sample_id, annotation.sentence, annotation.label, annotation.structured_rep, image))
     if not examples:
         raise UserError(f"{path} holds no sentence: get it again")
     return examples
 
 
-def _parse(line: bytes, path: Path, number: int) -> Annotation:
+def _parse(line: bytes, path: Path, number: int) -> NLVRAnnotation:
     try:
-        return Annotation.model_validate_json(line)
+        return NLVRAnnotation.model_validate_json(line)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -219,7 +219,7 @@ def _summary(part: str, faults: dict[Path, str]) -> str:
     return f"{len(faults)} {verb.format(part)} missing or do not decode, first {path} ({reason})"
 
 
-def _vqa_rows(examples: Iterable[Example]) -> list[Row]:
+def _vqa_rows(examples: Iterable[NLVRExample]) -> list[Row]:
     return [
         {"sample_id": e.sample_id, **image, "question": e.sentence, "answers": [e.label], "answer_type": "true/false"}
         for image, group in _by_image(examples)
@@ -227,7 +227,7 @@ def _vqa_rows(examples: Iterable[Example]) -> list[Row]:
     ]
 
 
-def _captioned_rows(examples: Iterable[Example]) -> list[Row]:
+def _captioned_rows(examples: Iterable[NLVRExample]) -> list[Row]:
     rows = []
     for image, group in _by_image(examples):
         captions = list(dict.fromkeys(e.sentence for e in group if e.label == "true"))
@@ -236,7 +236,7 @@ def _captioned_rows(examples: Iterable[Example]) -> list[Row]:
     return rows
 
 
-def _rec_rows(examples: Iterable[Example]) -> list[Row]:
+def _rec_rows(examples: Iterable[NLVRExample]) -> list[Row]:
     rows = []
     for image, group in _by_image(examples):
         for number, (expression, box) in enumerate(_expressions(group[0])):
@@ -245,7 +245,7 @@ def _rec_rows(examples: Iterable[Example]) -> list[Row]:
     return rows
 
 
-ROWS: dict[str, Callable[[Iterable[Example]], list[Row]]] = {
+ROWS: dict[str, Callable[[Iterable[NLVRExample]], list[Row]]] = {
     "vqa": _vqa_rows,
     "captioning": _captioned_rows,
     "retrieval": _captioned_rows,
@@ -253,9 +253,9 @@ ROWS: dict[str, Callable[[Iterable[Example]], list[Row]]] = {
 }
 
 
-def _by_image(examples: Iterable[Example]) -> list[tuple[Row, list[Example]]]:
+def _by_image(examples: Iterable[NLVRExample]) -> list[tuple[Row, list[NLVRExample]]]:
     """The image's columns and its examples; files with the same scene are one image, known by the first."""
-    groups: dict[Scene, list[Example]] = {}
+    groups: dict[Scene, list[NLVRExample]] = {}
     for example in examples:
         groups.setdefault(example.scene, []).append(example)
     return [
@@ -264,7 +264,7 @@ def _by_image(examples: Iterable[Example]) -> list[tuple[Row, list[Example]]]:
     ]
 
 
-def _expressions(example: Example) -> list[tuple[str, list[float]]]:
+def _expressions(example: NLVRExample) -> list[tuple[str, list[float]]]:
     """For a few objects that colour, shape and size single out: an expression, and the box it refers to.
 
     Boxes are x, y, width, height in pixels. A hash of the sample picks the objects, and for each the full description

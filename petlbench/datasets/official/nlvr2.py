@@ -29,7 +29,7 @@ PARTS = ("train", "dev", "test1")
 FOLDERS = ("nlvr2/data", "nlvr/nlvr2/data", "data", "nlvr2", "")
 
 
-class Example(TypedDict):
+class NLVR2Example(TypedDict):
     """A line of a file; URLs, validation and whatever else it holds is ignored."""
 
     identifier: Annotated[str, Field(pattern=r"^(train|dev|test1)-\d+-\d+-\d+$")]
@@ -38,10 +38,10 @@ class Example(TypedDict):
     directory: NotRequired[int | str]  # of the training images
 
 
-EXAMPLE = TypeAdapter(Example)
+EXAMPLE = TypeAdapter(NLVR2Example)
 
 
-class Lines(Reader):
+class NLVR2Lines(Reader):
     """The files of the lil-lab/nlvr repository."""
 
     layout = "official"
@@ -105,7 +105,7 @@ class Lines(Reader):
         return folder if numbered else folder.partition("/")[0]
 
 
-def read_lines(path: Path) -> list[Example]:
+def read_lines(path: Path) -> list[NLVR2Example]:
     """Raises UserError with the file and the line that is not what it should be."""
     examples = []
     with collector_paused():
@@ -123,7 +123,7 @@ def read_lines(path: Path) -> list[Example]:
     return examples
 
 
-def _home(example: Example, pair: str) -> str:
+def _home(example: NLVR2Example, pair: str) -> str:
     """The folder of a pair's images below the image folder: `train/37`."""
     split, folder = pair.partition("-")[0], example.get("directory")
     return split if folder is None else f"{split}/{folder}"
@@ -141,7 +141,7 @@ class NLVR2(FileSource):
     sizes: Mapping[str, Mapping[str, Mapping[str, int]]] = {
         "pairs": {"train": {"pairs": 86_373}, "dev": {"pairs": 6_982}, "test1": {"pairs": 6_967}}
     }
-    readers = (Lines,)
+    readers = (NLVR2Lines,)
     image_bases = ("nlvr2/images", "nlvr2", "nlvr/nlvr2/images", "nlvr/nlvr2", "nlvr/images", "images", "")
 
     def features(self, task: str) -> Features:

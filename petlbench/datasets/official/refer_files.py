@@ -21,7 +21,7 @@ from petlbench.datasets.files.images import relative
 from petlbench.datasets.files.pickles import load_pickle, taken_apart, text_column
 from petlbench.datasets.files.reader import Part, Reader
 from petlbench.datasets.files.reading import read_json, refuse_repeats
-from petlbench.datasets.official.refer_rows import FAULTS, box_faults, boxed, rec_table, usable
+from petlbench.datasets.official.refer_rows import FAULTS, box_faults, boxed, rec_table, usable_references
 from petlbench.datasets.official.refer_source import ReferSource
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ FOLDERS = ("{}", "refer/data/{}", "refer/{}", "data/{}")  # below the root; the 
 NO_SENTENCE = {"sent_id": None, "sent": None}  # so that a reference without one leaves a row to be counted
 
 
-class Annotation(TypedDict):
+class ReferAnnotation(TypedDict):
     """An annotation of instances.json; `bbox` is x, y, width, height in pixels."""
 
     id: int
@@ -53,7 +53,7 @@ class Instances(TypedDict):
     """What is used of instances.json."""
 
     images: list[Picture]
-    annotations: list[Annotation]
+    annotations: list[ReferAnnotation]
 
 
 INSTANCES = TypeAdapter(Instances)
@@ -102,7 +102,7 @@ class ReferFiles(Reader):
             self._known = digests, self._rows()
         table = self._known[1]
         wanted = [said for said in pc.unique(table["subset"]).to_pylist() if belongs(said, part)]
-        return usable(table.filter(pc.is_in(table["subset"], pa.array(wanted, pa.string()))))
+        return usable_references(table.filter(pc.is_in(table["subset"], pa.array(wanted, pa.string()))))
 
     def _rows(self) -> pa.Table:
         """A row for each sentence of each part, usable or not. Raises UserError."""

@@ -14,7 +14,7 @@ from petlbench.datasets.files.declaration import Declaration
 from petlbench.datasets.files.images import relative
 from petlbench.datasets.files.pickles import load_torch, taken_apart, text_column
 from petlbench.datasets.files.reader import Part, Reader
-from petlbench.datasets.official.refer_rows import box_faults, boxed, rec_table, usable
+from petlbench.datasets.official.refer_rows import box_faults, boxed, rec_table, usable_references
 from petlbench.datasets.official.refer_source import ReferSource
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class TransVGIndex(Reader):
         boxes = self._from_corner(boxes)
         coded = names.dictionary_encode()
         files = pa.array([relative(placed(name), path) for name in coded.dictionary.to_pylist()], pa.string())
-        return usable(
+        return usable_references(
             rec_table(
                 sample_id=pa.array([f"{part}-{number}" for number in range(len(entries))], pa.string()),
                 image_id=names,

@@ -57,7 +57,7 @@ def rec_table(
     return pa.table({**columns, "expression": expression, "box": box, "fault": pa.array(faults)})
 
 
-def usable(table: pa.Table) -> Part:
+def usable_references(table: pa.Table) -> Part:
     """The rows without a fault; the others counted."""
     import pyarrow.compute as pc
 

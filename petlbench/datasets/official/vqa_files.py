@@ -26,7 +26,7 @@ ANSWERED = ("train2014", "val2014")  # the official parts whose answers are publ
 Identifier = Annotated[int, Field(strict=True, ge=0, lt=10**15)]
 
 
-class Question(TypedDict):
+class VQAQuestion(TypedDict):
     """One question, in the file of questions."""
 
     question_id: Identifier
@@ -37,7 +37,7 @@ class Question(TypedDict):
 class Questions(TypedDict):
     """A file of questions."""
 
-    questions: list[Question]
+    questions: list[VQAQuestion]
     data_subtype: NotRequired[str]
 
 
@@ -47,7 +47,7 @@ class Answer(TypedDict):
     answer: str
 
 
-class Annotation(TypedDict):
+class VQAAnnotation(TypedDict):
     """What ten people answered to a question. Answers become bare strings at once: there are millions of them."""
 
     question_id: Identifier
@@ -58,7 +58,7 @@ class Annotation(TypedDict):
 class Annotations(TypedDict):
     """A file of annotations."""
 
-    annotations: list[Annotation]
+    annotations: list[VQAAnnotation]
 
 
 class KarpathyImage(TypedDict):
@@ -107,7 +107,7 @@ def read_annotations(path: Path) -> pa.Table:
     return pa.table({"question_id": ids, "answers": answers, "answer_type": types})
 
 
-def answered(question_path: Path, annotation_path: Path, part: str) -> pa.Table:
+def answered_rows(question_path: Path, annotation_path: Path, part: str) -> pa.Table:
     """The questions of a part, in their order, with the columns of `read_annotations`.
 
     Raises UserError where a question has no annotation, or an annotation no question.
@@ -133,7 +133,7 @@ def unanswered(path: Path, part: str) -> pa.Table:
     return asked.append_column("answers", nothing).append_column("answer_type", pa.array([""] * len(asked)))
 
 
-def usable(rows: pa.Table, skips: Skips, *, trained: bool = True) -> pa.Table:
+def usable_questions(rows: pa.Table, skips: Skips, *, trained: bool = True) -> pa.Table:
     """The rows that ask something and, where they are to be trained or scored on, have answers; the others counted."""
     import pyarrow.compute as pc
 

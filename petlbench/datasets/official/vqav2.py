@@ -101,11 +101,11 @@ class OfficialFiles(Reader):
         skips = Skips()
         if part in HIDDEN:
             found = vqa_files.unanswered(self._file(_questions(part)), part)
-            return Part(_rows(vqa_files.usable(found, skips, trained=False), "test2015"), skips)
-        return Part(_rows(vqa_files.usable(self._answered(part), skips), part), skips)
+            return Part(_rows(vqa_files.usable_questions(found, skips, trained=False), "test2015"), skips)
+        return Part(_rows(vqa_files.usable_questions(self._answered(part), skips), part), skips)
 
     def _answered(self, part: str) -> pa.Table:
-        return vqa_files.answered(self._file(_questions(part)), self._file(_annotations(part)), part)
+        return vqa_files.answered_rows(self._file(_questions(part)), self._file(_annotations(part)), part)
 
     def _karpathy(self) -> dict[str, Part]:
         import pyarrow as pa
@@ -119,7 +119,7 @@ class OfficialFiles(Reader):
             seen += rows["question_id"].chunks
             divided = vqa_files.of_karpathy(rows, splits, skips["karpathy_train"])
             for name, split in KARPATHY_PARTS.items():
-                tables[name].append(_rows(vqa_files.usable(divided[split], skips[name]), official))
+                tables[name].append(_rows(vqa_files.usable_questions(divided[split], skips[name]), official))
         ids = pa.chunked_array(seen, pa.int64()).to_pylist()
         refuse_repeats(ids, "question_id", self._file(_questions("val2014")))
         return {name: Part(pa.concat_tables(tables[name]), skips[name]) for name in KARPATHY_PARTS}

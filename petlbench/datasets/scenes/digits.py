@@ -86,14 +86,14 @@ class Scenes(source.Source):
     def _scenes(self, split: source.Split, limit: int | None) -> pa.Table:
         """The scenes of a split, or the first `limit`, from the cache, or generated; no cache only costs time."""
         path, count = cache_dir() / "scenes" / self.digest[:16] / f"{split}.parquet", self.config.count(split)
-        table = table_cache.read(path)
+        table = table_cache.read_table(path)
         if table is not None and (table.num_rows != count or not table.schema.equals(_scene_schema())):
             table = None
         if table is None and limit is not None and limit < count:
-            return generate(self.domain, self.config, split, limit)  # a few are made faster than all are kept
+            return generate_scenes(self.domain, self.config, split, limit)  # a few are made faster than all are kept
         if table is None:
-            table = generate(self.domain, self.config, split, count)
-            table_cache.write(table, path, **PARQUET)
+            table = generate_scenes(self.domain, self.config, split, count)
+            table_cache.write_table(table, path, **PARQUET)
         return table
 
 
@@ -139,7 +139,7 @@ def _digest(domain: world.Domain, config: ScenesConfig) -> str:
 
 
 @lru_cache(maxsize=3)  # the splits of one source, for when the cache directory cannot be written
-def generate(domain: world.Domain, config: ScenesConfig, split: source.Split, count: int) -> pa.Table:
+def generate_scenes(domain: world.Domain, config: ScenesConfig, split: source.Split, count: int) -> pa.Table:
     """The first `count` scenes of a split, one row each: image_id, image (PNG) and the columns of `_describe`."""
     import pyarrow as pa
 

@@ -42,7 +42,7 @@ def _received(path: Path, handle: Any) -> Claim:
     return Claim(path, os.fdopen(descriptor, "ab"))
 
 
-def take(path: Path) -> Claim | None:
+def claim_cell(path: Path) -> Claim | None:
     """The claim at `path` (its folder exists), or None while another one holds it.
 
     Raises UserError where the file cannot be written or its file system has no locks.
@@ -74,7 +74,7 @@ def take(path: Path) -> Claim | None:
 def idle(folder: Path) -> bool:
     """Whether nobody holds a claim in `folder`. Lock files that nobody holds any more are removed."""
     for path in folder.glob("*.lock"):
-        claim = take(path)
+        claim = claim_cell(path)
         if claim is None:
             return False
         claim.release()

@@ -16,7 +16,7 @@ from petlbench.api.registries import BACKBONES, DATASETS, METHODS, TASKS
 from petlbench.core.cell import Cell
 from petlbench.core.record import Record
 from petlbench.pipeline.launch.child import Job, live
-from petlbench.pipeline.launch.claims import Claim, idle, take
+from petlbench.pipeline.launch.claims import Claim, claim_cell, idle
 from petlbench.pipeline.launch.process import Run, end_server, failure, preloaded_context, stop, stopped_by_signals
 from petlbench.pipeline.launch.progress import Progress, progress_on
 from petlbench.pipeline.launch.watch import Limits, fair_share, last_lines, signal_group
@@ -122,7 +122,7 @@ class _Launch:
     def _start_some(self, progress: Progress) -> None:
         while self.waiting and len(self.running) < self.options.jobs:
             index, cell = self.waiting.popleft()
-            claim = take(self.store.claims / f"{cell.id}.lock")
+            claim = claim_cell(self.store.claims / f"{cell.id}.lock")
             if claim is None:
                 self.held.append((index, cell))
             elif record := self.done(cell):

@@ -63,7 +63,7 @@ def _line(index: int, total: int, record: Record, how: str) -> str:
     return f"[{index + 1}/{total}] {record.cell.label}: {record.outcome}{shown}{how}{reason}"
 
 
-class Lines(Progress):
+class ProgressLines(Progress):
     """One line when a cell starts and one when it ends, whatever the width."""
 
     def __init__(self, total: int, console: Console) -> None:
@@ -89,7 +89,7 @@ class Lines(Progress):
             self._print(f"waiting for {count} {'cell' if count == 1 else 'cells'} that another run works on")
 
 
-class TerminalBars(Lines):
+class TerminalBars(ProgressLines):
     """A bar for the whole run, one per running cell, and the line of every cell that has ended above them."""
 
     def __init__(self, total: int, console: Console) -> None:
@@ -147,4 +147,4 @@ def _detail(event: Event) -> str:
 
 def progress_on(console: Console, total: int) -> Progress:
     """Bars when `console` is a terminal, plain lines otherwise."""
-    return TerminalBars(total, console) if console.is_terminal else Lines(total, console)
+    return TerminalBars(total, console) if console.is_terminal else ProgressLines(total, console)

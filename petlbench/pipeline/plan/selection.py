@@ -22,17 +22,17 @@ def swept(suite: Suite, specs: Iterable[MethodSpec]) -> list[MethodSpec]:
 
 
 def _sizes(spec: MethodSpec) -> list[MethodSpec]:
-    knob = METHODS.get(spec.name).knob
-    if knob is None or knob.field in spec.config:
+    size_option = METHODS.get(spec.name).size_option
+    if size_option is None or size_option.field in spec.config:
         return [spec]
     return [
         spec.model_copy(
             update={
-                "variant": f"{spec.variant} {knob.field}={value:g}".strip(),
-                "config": {**spec.config, knob.field: value},
+                "variant": f"{spec.variant} {size_option.field}={value:g}".strip(),
+                "config": {**spec.config, size_option.field: value},
             }
         )
-        for value in knob.values
+        for value in size_option.values
     ]
 
 

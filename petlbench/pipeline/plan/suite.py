@@ -77,7 +77,7 @@ def expand(
     Every name, configuration, recipe and data set is checked here; UserError says in one line what is wrong.
     """
     where = f"suite '{suite.name}'"
-    own = swept(suite, [variants.resolved(spec, METHODS) for spec in suite.methods])
+    own = swept(suite, [variants.resolve_variant(spec, METHODS) for spec in suite.methods])
     specs = swept(suite, select_methods(own, methods))  # again, for those that the suite lacks
     bodies = list(suite.backbones) if backbone is None else select_backbones(suite.backbones, backbone)
     pairs = select_tasks(suite.tasks, tasks)

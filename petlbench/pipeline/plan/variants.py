@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 WILDCARDS = frozenset("*?[")
 
 
-def resolved(spec: MethodSpec, registry: Registry[Method] = METHODS) -> MethodSpec:
+def resolve_variant(spec: MethodSpec, registry: Registry[Method] = METHODS) -> MethodSpec:
     """`name:variant` taken apart: the variant's options beneath the spec's own, its name for want of another.
 
     Raises UserError for a variant that the method does not have, or that cannot be.
@@ -63,7 +63,7 @@ def beyond(pool: Sequence[MethodSpec], pattern: str, registry: Registry[Method] 
     """
     if not is_wildcard(pattern):
         known = any(matches(spec, pattern) for spec in pool)
-        return [] if known else [resolved(_known(pattern, registry), registry)]
+        return [] if known else [resolve_variant(_known(pattern, registry), registry)]
     found = list(pool)
     family = pattern.partition(":")[0]
     for name in registry.names(family) if ":" in pattern else registry.names():
@@ -91,7 +91,7 @@ def _known(name: str, registry: Registry[Method]) -> MethodSpec:
 def _all(name: str, registry: Registry[Method]) -> list[MethodSpec]:
     """The method and its variants; the variant that is the default goes by the method's name alone."""
     kind = registry.get(name)
-    named = [resolved(MethodSpec(name=f"{name}:{variant}"), registry) for variant in kind.variants]
+    named = [resolve_variant(MethodSpec(name=f"{name}:{variant}"), registry) for variant in kind.variants]
     return [MethodSpec(name=name), *named]
 
 

@@ -51,7 +51,7 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def draw(results: Iterable[Record] | pd.DataFrame, out_dir: Path, floors: Collection[str] = ()) -> list[Path]:
+def draw_plots(results: Iterable[Record] | pd.DataFrame, out_dir: Path, floors: Collection[str] = ()) -> list[Path]:
     """Write a PNG and an SVG per task, data set and backbone that has a score; the paths, in table order.
 
     Where a method was run at several sizes, `curves.csv` (see `curves.curve_table`) comes last. `results` is records

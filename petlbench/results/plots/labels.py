@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.text import Annotation
 
-from petlbench.results.plots.placement import nearest, place, place_beside
+from petlbench.results.plots.placement import nearest, place_beside, place_labels
 
 LEADER_POINTS = 10.0  # a label farther than this from its point gets a line to it
 INK, FAINT = "#222222", "#8A8A8A"
@@ -37,7 +37,7 @@ class Labels:
         chosen = list(names)
         texts = [self._text(index, _short(name), 8.0, INK) for index, name in names.items()]
         solid = self._markers([*chosen, *np.setdiff1d(np.arange(len(self.points)), chosen)])
-        boxes = place(self.pixels[chosen], self._sizes(texts, 1.5), self.frame, solid, self.lines, self.unit)
+        boxes = place_labels(self.pixels[chosen], self._sizes(texts, 1.5), self.frame, solid, self.lines, self.unit)
         for number, (text, box, index) in enumerate(zip(texts, boxes, chosen, strict=True)):
             self._move(text, box, index)
             text.set_gid(f"label-{self.axes.get_subplotspec().colspan.start}-{number}")  # type: ignore[union-attr]

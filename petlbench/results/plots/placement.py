@@ -16,7 +16,7 @@ BESIDE = np.array([[0, -1], [0, 1], [1, -1], [-1, 1], [1, 1], [-1, -1], [1, 0], 
 AWAY = 6.0  # for a place on no ring: the rings look tidier
 
 
-def place(
+def place_labels(
     anchors: np.ndarray, sizes: np.ndarray, frame: np.ndarray, solid: np.ndarray, thin: np.ndarray, unit: float
 ) -> np.ndarray:
     """Boxes [n, 4] for labels of `sizes` [n, 2] that name the points `anchors` [n, 2], inside the box `frame`.

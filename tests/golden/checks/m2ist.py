@@ -19,7 +19,7 @@ from petlbench.api.backbone import Backbone
 from petlbench.api.sites import IMAGE, TEXT, Pass, Stack
 from petlbench.api.tokens import Tokens, plain_tokens
 from petlbench.backbones.parts.bert import bert_config, bert_layer
-from petlbench.backbones.parts.detr import detr_stack, sine_positions
+from petlbench.backbones.parts.detr import detr_sine_positions, detr_stack
 from petlbench.backbones.parts.masks import additive
 from petlbench.backbones.transvg import BoxHead, TransVG, TransVGConfig
 from petlbench.metrics.boxes import acc_at, iou_cxcywh
@@ -336,7 +336,7 @@ def _losses(backbone: TransVG, fused: Tokens, target: Tensor) -> dict[str, Tenso
 
 def _rec_utils(arrays: Arrays) -> Iterator[Difference]:
     mask, expected = ~arrays["pos_mask"], arrays["pos_encoding"]
-    found = sine_positions(mask, 2 * arrays.meta["num_pos_feats"]).transpose(1, 2).reshape(expected.shape)
+    found = detr_sine_positions(mask, 2 * arrays.meta["num_pos_feats"]).transpose(1, 2).reshape(expected.shape)
     yield difference("pos_encoding", found, expected, SINGLE)
     predicted, target = arrays["pred_cxcywh"], arrays["gt_cxcywh"]
     giou = generalised_iou(corners(predicted), corners(target))

@@ -19,13 +19,13 @@ from petlbench.api.registries import TASKS
 from petlbench.api.sites import IMAGE, TEXT, Pass
 from petlbench.api.tokens import Images, Texts, Tokens, plain_tokens
 from petlbench.backbones.parts.vision import preprocess
-from petlbench.backbones.supplied import Decoder, Extended, Fusion, lend, like
+from petlbench.backbones.supplied import Decoder, Fusion, SuppliedBackbone, supply, with_parts_of
 from petlbench.backbones.tiny import Tiny
 from petlbench.core.cell import Cell
-from petlbench.pipeline.assembly import build_setting
+from petlbench.pipeline.assembly import build_setup
 from petlbench.training.context import RunContext
 from petlbench.training.evaluation import load_state
-from petlbench.training.setup import Setting
+from petlbench.training.setup import TrainingSetup
 from petlbench.training.step_costs import counted, extra_at_inference
 from tests.backbone_factory import draw, randomise, small_tiny
 
@@ -88,18 +88,18 @@ def dual() -> Backbone:
     return Dual().eval()
 
 
-def setting(backbone: Backbone, task: str, method: str = "head_only", seed: int = 0) -> Setting:
+def setup(backbone: Backbone, task: str, method: str = "head_only", seed: int = 0) -> TrainingSetup:
     cell = Cell(method=method, task=task, dataset="digits", backbone="tiny", seed=seed)
-    made = build_setting(cell, backbone, TASKS.get(task)(), RunContext.on(CPU))[0]
+    made = build_setup(cell, backbone, TASKS.get(task)(), RunContext.on(CPU))[0]
     made.modules().double().eval()
     return made
 
 
-def extended(needs: set[str] = {"fuse", "decode"}) -> Extended:  # noqa: B006
+def extended(needs: set[str] = {"fuse", "decode"}) -> SuppliedBackbone:  # noqa: B006
     """A dual encoder with lent parts of random values."""
-    found = lend(dual(), frozenset(needs))
-    assert isinstance(found, Extended)
-    randomise(found.lent, std=0.2)
+    found = supply(dual(), frozenset(needs))
+    assert isinstance(found, SuppliedBackbone)
+    randomise(found.supplied, std=0.2)
     return found.eval()
 
 
@@ -117,7 +117,7 @@ def parts(lengths: tuple[int, int] = (5, 6), batch: int = 2, seed: int = 0) -> t
 
 
 @pytest.mark.parametrize(
-    ("needs", "lent", "served"),
+    ("needs", "supplied", "served"),
     [
         (set(), [], {"embed", "ground"}),
         ({"embed"}, [], {"embed", "ground"}),
@@ -128,12 +128,12 @@ def parts(lengths: tuple[int, int] = (5, 6), batch: int = 2, seed: int = 0) -> t
         ({"fuse", "pair"}, ["fusion", "order"], {"embed", "ground", "fuse", "pair"}),
     ],
 )
-def test_what_is_lacking_is_lent_and_nothing_else(needs: set[str], lent: list[str], served: set[str]) -> None:
+def test_what_is_lacking_is_lent_and_nothing_else(needs: set[str], supplied: list[str], served: set[str]) -> None:
     backbone = dual()
-    found = lend(backbone, frozenset(needs))
+    found = supply(backbone, frozenset(needs))
     assert found.abilities == served
-    if lent:
-        assert isinstance(found, Extended) and found.inner is backbone and list(found.lent) == lent
+    if supplied:
+        assert isinstance(found, SuppliedBackbone) and found.inner is backbone and list(found.supplied) == supplied
     else:
         assert found is backbone
 
@@ -147,12 +147,12 @@ def test_everything_else_is_the_backbone_s_own() -> None:
     assert found.host_parameters() == {f"inner.{name}" for name in inner.host_parameters()} != set()
     assert found.config is inner.config
     names = {name for name, _ in found.named_parameters()}
-    assert found.head_parameters() == {name for name in names if name.startswith("lent.")} < names
+    assert found.head_parameters() == {name for name in names if name.startswith("supplied.")} < names
 
 
 @pytest.mark.parametrize("task", TASKS_LENT_FOR)
 def test_a_dual_encoder_trains_and_predicts_on_every_task_that_it_was_not_born_for(task: str) -> None:
-    here = setting(dual(), task)
+    here = setup(dual(), task)
     images = {"image": new_image("RGB", (40, 32)), "image_2": new_image("RGB", (40, 32), "red")}
     rows = [ROW[task] | images | {"sample_id": str(i)} for i in range(2)]
     batch = here.task.collate(rows, here.backbone, np.random.default_rng(0))
@@ -177,8 +177,8 @@ ROW: dict[str, dict[str, Any]] = {
 
 def test_an_encoder_keeps_its_own_joint_pass_and_is_lent_a_decoder() -> None:
     backbone = Encoder(small_tiny().config).double().eval()
-    found = lend(backbone, frozenset({"fuse", "decode"}))
-    assert isinstance(found, Extended) and list(found.lent) == ["decoder"]
+    found = supply(backbone, frozenset({"fuse", "decode"}))
+    assert isinstance(found, SuppliedBackbone) and list(found.supplied) == ["decoder"]
     tokens = backbone.embed_text(backbone.texts(["red circle"], 8))
     assert torch.equal(found.fuse(tokens, task="vqa").states, backbone.fuse(tokens, task="vqa").states)
 
@@ -198,30 +198,30 @@ def test_lent_parts_count_as_head_and_cost_nothing_at_inference() -> None:
     backbone = dual()
     untouched = sum(p.numel() for p in backbone.parameters())
     host = sum(backbone.get_parameter(name).numel() for name in backbone.host_parameters())
-    here = setting(backbone, "vqa")
-    lent = sum(p.numel() for p in here.backbone.lent.parameters())  # type: ignore[union-attr,operator]
+    here = setup(backbone, "vqa")
+    supplied = sum(p.numel() for p in here.backbone.supplied.parameters())  # type: ignore[union-attr,operator]
     found = counted(here)
     own = sum(p.numel() for p in here.head.parameters())
-    assert (found.method, found.head, found.host) == (0, lent + own, host) and lent > 0
-    assert found.total == untouched + lent + own
+    assert (found.method, found.head, found.host) == (0, supplied + own, host) and supplied > 0
+    assert found.total == untouched + supplied + own
     assert extra_at_inference(here, untouched) == 0
 
 
 def test_no_method_goes_into_lent_parts() -> None:
     backbone = dual()
     projections = len(list(backbone.stack("text"))) + len(list(backbone.stack("vision")))
-    here = setting(backbone, "vqa", "lora")
+    here = setup(backbone, "vqa", "lora")
     paths = [name for name, m in here.backbone.named_modules() if type(m).__name__ == "LowRank"]
-    assert len(paths) == 2 * projections and not any(name.startswith("lent.") for name in paths)
+    assert len(paths) == 2 * projections and not any(name.startswith("supplied.") for name in paths)
 
 
 def test_an_adapter_file_holds_lent_parts_and_brings_them_back(tmp_path: Any) -> None:
-    here = setting(dual(), "vqa")
-    randomise(here.backbone.lent, seed=5)  # type: ignore[arg-type]
+    here = setup(dual(), "vqa")
+    randomise(here.backbone.supplied, seed=5)  # type: ignore[arg-type]
     state = {name: p.detach().clone() for name, p in here.trainable().items()}
     assert {f"backbone.{name}" for name in here.backbone.head_parameters()} < state.keys()
     save_file(state, tmp_path / "adapter.safetensors")
-    other = setting(dual(), "vqa")
+    other = setup(dual(), "vqa")
     load_state(other, load_file(tmp_path / "adapter.safetensors"))
     tokens = parts()
     ones, others = (s.backbone.fuse(*tokens, task="vqa").states for s in (here, other))
@@ -230,7 +230,7 @@ def test_an_adapter_file_holds_lent_parts_and_brings_them_back(tmp_path: Any) ->
 
 def test_lent_values_follow_from_the_cell_s_seed() -> None:
     def values(seed: int) -> dict[str, Tensor]:
-        return dict(setting(dual(), "vqa", seed=seed).backbone.lent.state_dict())  # type: ignore[union-attr,operator]
+        return dict(setup(dual(), "vqa", seed=seed).backbone.supplied.state_dict())  # type: ignore[union-attr,operator]
 
     one, again, other = values(0), values(0), values(1)
     assert all(torch.equal(one[name], again[name]) for name in one)
@@ -240,22 +240,22 @@ def test_lent_values_follow_from_the_cell_s_seed() -> None:
 
 @pytest.mark.parametrize(("method", "reached"), [("full", True), ("head_only", False)])
 def test_gradients_reach_the_word_table_only_where_it_trains(method: str, reached: bool) -> None:
-    here = setting(dual(), "captioning", method)
+    here = setup(dual(), "captioning", method)
     _, image = parts()
     logits, _ = here.backbone.decode(image, torch.tensor([[2, 5], [2, 7]]), task="captioning")
     logits.square().sum().backward()
     gradient = here.backbone.word_table().grad
     assert (gradient is not None and bool(gradient.any())) is reached
-    enter = here.backbone.lent["decoder"].enter.weight.grad  # type: ignore[union-attr,index]
+    enter = here.backbone.supplied["decoder"].enter.weight.grad  # type: ignore[union-attr,index]
     assert enter is not None and enter.any()
 
 
 def test_the_same_parts_can_be_put_on_another_backbone() -> None:
     one, plain = extended(), dual()
-    other = like(plain, one)
-    assert isinstance(other, Extended) and other.inner is plain
-    assert other.lent["fusion"] is one.lent["fusion"] and other.abilities == one.abilities
-    assert like(plain, dual()) is plain
+    other = with_parts_of(plain, one)
+    assert isinstance(other, SuppliedBackbone) and other.inner is plain
+    assert other.supplied["fusion"] is one.supplied["fusion"] and other.abilities == one.abilities
+    assert with_parts_of(plain, dual()) is plain
 
 
 # What it computes
@@ -349,12 +349,12 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(repeatable: None) -> No
 
     found.eval()
     assert all(torch.equal(one, other) for one, other in zip(outputs(), outputs(), strict=True))
-    found.lent.train()
+    found.supplied.train()
     assert not any(torch.equal(one, other) for one, other in zip(outputs(), outputs(), strict=True))
-    for module in found.lent.modules():
+    for module in found.supplied.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    for layer in [*found.lent["fusion"].stack, *found.lent["decoder"].stack]:  # type: ignore[misc]
+    for layer in [*found.supplied["fusion"].stack, *found.supplied["decoder"].stack]:  # type: ignore[misc]
         for _, sublayer in layer.items():
             sublayer.core.eval()
     one, other = outputs(), outputs()
@@ -365,7 +365,7 @@ def test_the_pass_says_task_types_and_step() -> None:
     found, (text, image) = extended(), parts()
     seen: list[Pass] = []
     for part in ("fusion", "decoder"):
-        layer = found.lent[part].stack.layers[0]  # type: ignore[union-attr,index]
+        layer = found.supplied[part].stack.layers[0]  # type: ignore[union-attr,index]
         layer.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[1]))
     found.fuse(text, image, task="rec")
     cache = found.new_cache()
@@ -386,7 +386,7 @@ def image_pair(backbone: Backbone) -> Images:
 
 def test_the_order_is_added_to_the_tokens_of_each_image() -> None:
     found = extended({"pair"})
-    images, order = image_pair(found), found.get_parameter("lent.order.image.weight")
+    images, order = image_pair(found), found.get_parameter("supplied.order.image.weight")
     both = found.embed_image(images)
     first, second = found.embed_pair(images)
     assert first.states.shape == (2, *both.states.shape[1:]) and first.segments == second.segments == both.segments
@@ -404,12 +404,12 @@ def test_it_is_the_order_that_tells_two_images_apart() -> None:
         return found.fuse(text, *found.embed_pair(given), task="pairs").of_type(TEXT).mean()
 
     assert float((of_text(images) - of_text(swapped)).detach().abs().max()) > 1e-3
-    nn.init.zeros_(found.get_parameter("lent.order.image.weight"))
+    nn.init.zeros_(found.get_parameter("supplied.order.image.weight"))
     torch.testing.assert_close(of_text(images), of_text(swapped), rtol=0, atol=1e-12)
 
 
 def test_a_lent_order_counts_as_the_task_s_head_and_is_small() -> None:
-    here = setting(small_tiny(), "pairs")
-    assert here.backbone.head_parameters() == {"lent.order.image.weight"}
+    here = setup(small_tiny(), "pairs")
+    assert here.backbone.head_parameters() == {"supplied.order.image.weight"}
     assert counted(here).head == 2 * here.backbone.width
-    assert float(here.backbone.get_parameter("lent.order.image.weight").detach().abs().max()) < 0.2
+    assert float(here.backbone.get_parameter("supplied.order.image.weight").detach().abs().max()) < 0.2
