@@ -1,7 +1,8 @@
 """`beit3`: one multiway transformer that embeds images, texts or both (Wang et al., CVPR 2023, arXiv 2208.10442).
 
-Home of MultiWay-Adapter. Alone, an image or a text meets its own modality's modules only, so that retrieval is that of
-a dual encoder; in a fused pass attention is joint and everything else routes by token type.
+MultiWay-Adapter was published on this model. An image or a text alone passes only through the modules of its own
+modality, so retrieval works as in a dual encoder; in a fused pass attention is joint, and all other modules route by
+token type.
 """
 
 from __future__ import annotations
@@ -46,44 +47,44 @@ from petlbench.core.errors import UserError
 class BEiT3Config(BackboneConfig):
     """Sizes; the defaults are those of the published base model at 224 pixels."""
 
-    image_size: int = Field(224, gt=0, description="pixels of both sides of an image, whose aspect is not kept")
+    image_size: int = Field(224, gt=0, description="pixels of both sides of an image; the aspect ratio is not kept")
     patch: int = Field(16, gt=0, description="pixels of a patch's sides")
     width: int = Field(768, gt=0)
     layers: int = Field(12, gt=0)
     attention_heads: int = Field(12, gt=0)
     ffn: int = Field(3072, gt=0, description="width of the feed-forward networks")
     vocabulary: int = Field(64_010, gt=0, description="rows of the token table")
-    text_positions: int = Field(1024, gt=UNUSED, description="rows of the text's position table, two of them unused")
-    max_text: int = Field(64, gt=2, description="longest text in tokens, special ones included")
-    drop_path: float = Field(0.1, ge=0, lt=1, description="rate of the last layer; the published recipes take 0.2")
+    text_positions: int = Field(1024, gt=UNUSED, description="rows of the text position table; two of them are unused")
+    max_text: int = Field(64, gt=2, description="longest text in tokens, special tokens included")
+    drop_path: float = Field(0.1, ge=0, lt=1, description="rate of the last layer; the published recipes use 0.2")
     heads: Literal["trained", "frozen"] = Field(
         "trained",
         description="whether retrieval heads and temperature train with every method; MultiWay-Adapter's release "
-        "freezes what a checkpoint brings",
+        "freezes those that a checkpoint holds",
     )
     tokenizer: str = Field(
         "pretrained",
-        description="`pretrained` (beit3.spm), or a path: a SentencePiece model, or a tokenizers JSON",
+        description="`pretrained` (beit3.spm), or the path of a SentencePiece model or a tokenizers JSON file",
     )
     weights: str = Field(
         "pretrained",
         description="`pretrained` (the published checkpoint of this width and depth), `none`, or the path of a "
-        "safetensors or torch file in our own names or the published ones",
+        "safetensors or torch file that uses our names or the published ones",
     )
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
         if self.image_size % self.patch:
-            raise ValueError(f"image_size {self.image_size} is no multiple of patch {self.patch}")
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch {self.patch}")
         if self.width % self.attention_heads:
-            raise ValueError(f"width {self.width} is no multiple of attention_heads {self.attention_heads}")
+            raise ValueError(f"width {self.width} is not a multiple of attention_heads {self.attention_heads}")
         if self.max_text > self.text_positions - UNUSED:
             raise ValueError(f"max_text {self.max_text} exceeds text_positions {self.text_positions} less {UNUSED}")
         return self
 
 
 class ImageEmbedding(nn.Module):
-    """Patches as a convolution, a leading CLS, learned positions. The mask token serves pre-training only."""
+    """Cut patches by a convolution, put CLS first, add learned positions. Only pre-training uses the mask token."""
 
     def __init__(self, side: int, patch: int, width: int) -> None:
         super().__init__()
@@ -101,7 +102,7 @@ class ImageEmbedding(nn.Module):
 
 
 class TextEmbedding(nn.Module):
-    """Tokens and learned positions."""
+    """Embed tokens and add learned positions."""
 
     def __init__(self, vocabulary: int, positions: int, width: int) -> None:
         super().__init__()
@@ -114,7 +115,7 @@ class TextEmbedding(nn.Module):
 
 
 class RetrievalHeads(Aligner):
-    """A projection without bias for each modality's first token, and a temperature that nothing clamps."""
+    """A projection without bias for the first token of each modality, and a temperature without a bound."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -132,7 +133,7 @@ class RetrievalHeads(Aligner):
 
 
 class BEiT3(Backbone[BEiT3Config]):
-    """Both modalities through one stack, `encoder`: text alone, an image alone, or both in one pass."""
+    """One stack, `encoder`, for both modalities: it takes a text, an image, or both in one pass."""
 
     Config = BEiT3Config
     sizes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -181,7 +182,7 @@ class BEiT3(Backbone[BEiT3Config]):
         return [*weights, tokenizer_file(config.tokenizer)]
 
     def _load(self, path: Path) -> None:
-        """Backbone tensors, and retrieval heads where the file has them: a pre-training checkpoint does not."""
+        """Load the backbone, and the retrieval heads if the file has them: a pre-training checkpoint has none."""
         tensors = own_layout(read_tensors(path), self.config.layers)
         table = tensors.get(IMAGE_POSITIONS)
         if table is not None:
@@ -212,7 +213,7 @@ class BEiT3(Backbone[BEiT3Config]):
         return Images(pixels, mask, scale, torch.zeros_like(scale))
 
     def embed_image(self, images: Images, *, task: str | None = None) -> Tokens:
-        """CLS, then patches; CLS is marked."""
+        """Return CLS, then patches; CLS is marked."""
         x = self.image_embedding(images.pixels)
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         side = self.image_embedding.grid
@@ -220,12 +221,12 @@ class BEiT3(Backbone[BEiT3Config]):
         return plain_tokens(x, mask, IMAGE, positions=centres, mark=_mark(x))
 
     def embed_text(self, texts: Texts, *, task: str | None = None) -> Tokens:
-        """Padding is zeroed here, once; <s> is marked."""
+        """Return text tokens with padding set to zero, which is done only here; <s> is marked."""
         x = self.text_embedding(texts.ids) * texts.mask.unsqueeze(-1)
         return plain_tokens(x, texts.mask, TEXT, mark=_mark(x))
 
     def fuse(self, *parts: Tokens, task: str) -> Tokens:
-        """One pass over all parts; the CLS of the first image is marked, or else <s>."""
+        """Run one pass over all parts; the CLS of the first image is marked, or <s> if there is no image."""
         tokens = join(parts)
         kinds = [kind for kind, _ in tokens.segments]
         context = tokens.context(
@@ -237,20 +238,20 @@ class BEiT3(Backbone[BEiT3Config]):
 
 
 def _mark(x: Tensor) -> Tensor:
-    """(B,): the first token of every row of x (B, N, d)."""
+    """Return the mark (B,) of the first token in every row of x (B, N, d)."""
     return torch.zeros(len(x), dtype=torch.long, device=x.device)
 
 
 def _first_mark(parts: Sequence[Tokens]) -> Tensor | None:
-    """(B,): where the mark of the first image stands once all parts are joined, or else that of the first text."""
+    """Return the position (B,) in the joined parts of the first image's mark, or else of the first text's mark."""
     starts = accumulate((part.mask.shape[1] for part in parts), initial=0)
-    placed = zip(starts, parts, strict=False)  # one start more: where everything ends
-    marked = [(start + part.mark, part.segments[0][0]) for start, part in placed if part.mark is not None]
+    starts_and_parts = zip(starts, parts, strict=False)  # `starts` has one entry more: the end of the last part
+    marked = [(start + part.mark, part.segments[0][0]) for start, part in starts_and_parts if part.mark is not None]
     return next((mark for mark, kind in marked if kind == IMAGE), marked[0][0] if marked else None)
 
 
 def _initialise(module: nn.Module) -> None:
-    """BEiT-3's: linear weights normal, cut off at one standard deviation; norms and convolutions as torch has them."""
+    """Initialise as BEiT-3: linear weights normal, cut off at one standard deviation; all else as torch does."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02, a=-0.02, b=0.02)
         if module.bias is not None:
@@ -258,7 +259,7 @@ def _initialise(module: nn.Module) -> None:
 
 
 def _codec(config: BEiT3Config) -> Codec:
-    """Raises UserError for a tokenizer with more ids than the token table has rows."""
+    """Return the tokenizer. Raise UserError if it has more ids than the token table has rows."""
     name = config.tokenizer
     if name == "pretrained":
         codec: Codec = SentencePieceCodec(lambda: tokenizer_file(name))

@@ -1,4 +1,4 @@
-"""The published files of `beit3`: where they are fetched from, and their layout under our names."""
+"""The published files of `beit3`: where to fetch them, and how their tensor names map to ours."""
 
 from __future__ import annotations
 
@@ -16,62 +16,62 @@ from petlbench.core.errors import UserError
 RELEASE = "https://github.com/addf400/files/releases/download/beit3"
 TOKENIZER = "beit3.spm"
 TOKENIZER_SHA256 = "6f5e2fefcf793761a76a6bfb8ad35489f9c203b25557673284b6d032f41043f4"
-ITC = {  # (width, layers): the published checkpoint, fine-tuned by image-text contrast
+ITC = {  # (width, layers): the published checkpoint, fine-tuned with an image-text contrastive loss
     (768, 12): "beit3_base_itc_patch16_224.pth",
     (1024, 24): "beit3_large_itc_patch16_224.pth",
 }
-UNUSED = 2  # first rows of both position tables, as in fairseq
+UNUSED = 2  # the first rows of both position tables, as in fairseq
 HEADS = "own_heads."
 IMAGE_POSITIONS = "image_embedding.positions.weight"
 
 
 def tokenizer_file(source: str) -> Path:
-    """`pretrained` (beit3.spm, fetched once) or a path. Raises UserError when it is not there."""
+    """Return the file: beit3.spm (fetched once) for `pretrained`, or a path. Raise UserError if it does not exist."""
     return _fetched(TOKENIZER, "tokenizer", TOKENIZER_SHA256) if source == "pretrained" else asset(source)
 
 
 def weights_file(source: str, width: int, layers: int) -> Path:
-    """`pretrained` (the checkpoint of this width and depth, fetched once) or a path.
+    """Return the file: the checkpoint of this width and depth (fetched once) for `pretrained`, or a path.
 
-    Raises UserError when it is not there, and for sizes of which nothing was published.
+    Raise UserError if it does not exist, or if no checkpoint of these sizes was published.
     """
     if source != "pretrained":
         return asset(source)
     if (width, layers) not in ITC:
-        known = " or ".join(f"width {width} with {layers} layers" for width, layers in ITC)
+        sizes = " or ".join(f"width {width} with {layers} layers" for width, layers in ITC)
         raise UserError(
-            f"no weights of beit3 at width {width} with {layers} layers were published: take {known}, or give "
+            f"no weights of beit3 at width {width} with {layers} layers were published: use {sizes}, or give "
             "`weights: none` or a path"
         )
     return _fetched(ITC[width, layers], "weights")
 
 
 def _cached(name: str) -> Path:
-    """Where torch.hub keeps a file that it has downloaded."""
+    """Return the path at which torch.hub keeps a downloaded file."""
     return Path(torch.hub.get_dir()) / "checkpoints" / name
 
 
 def _fetched(name: str, option: str, sha256: str | None = None) -> Path:
-    """A file of the release, downloaded once. Raises UserError where there is neither a copy nor a network."""
+    """Return a file of the release; download it once. Raise UserError if there is neither a copy nor a network."""
     path, url = _cached(name), f"{RELEASE}/{name}"
     if path.exists():
         return path
-    advice = f"put it into {path.parent}, or set `{option}` to where it is"
+    advice = f"put it into {path.parent}, or set `{option}` to its path"
     if hub.HF_HUB_OFFLINE:
         raise UserError(f"{url} is not on this machine, and HF_HUB_OFFLINE is set: {advice}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)
-    except (OSError, RuntimeError) as error:  # no network, or another content
-        said = " ".join(str(error).split())[:120]
-        raise UserError(f"{url} cannot be downloaded ({said}): {advice}") from error
+    except (OSError, RuntimeError) as error:  # no network, or a file with other content
+        message = " ".join(str(error).split())[:120]
+        raise UserError(f"{url} cannot be downloaded ({message}): {advice}") from error
     return path
 
 
 def resized_positions(table: Tensor, rows: int) -> Tensor:
-    """An image position table (UNUSED + 1 + g^2, d) for another grid: bicubic in float32, the first rows kept.
+    """Resize an image position table (UNUSED + 1 + g^2, d) to another grid: bicubic in float32; the first rows stay.
 
-    A table that is no square grid comes back as it is.
+    Return a table that is not a square grid unchanged.
     """
     kept, grid = table[: UNUSED + 1], table[UNUSED + 1 :]
     before, after = math.isqrt(len(grid)), math.isqrt(rows - UNUSED - 1)
@@ -83,9 +83,9 @@ def resized_positions(table: Tensor, rows: int) -> Tensor:
 
 
 def own_layout(tensors: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """Tensors by our own names, from either layout. What has no name of ours keeps its own, to be complained of.
+    """Rename tensors of either layout to our names. A tensor without such a name keeps its own, and loading reports it.
 
-    A published pre-training checkpoint also carries the heads of its own objectives; they are left out.
+    A published pre-training checkpoint also holds the heads of its own objectives; they are left out.
     """
     if not any(name.startswith("beit3.") for name in tensors):
         return dict(tensors)
@@ -99,7 +99,7 @@ def own_layout(tensors: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
 
 
 def published_names(layers: int) -> dict[str, tuple[str, ...]]:
-    """Our names to those of published checkpoints; where there are several, ours holds them one above another."""
+    """Map our names to published ones; if there are several, our tensor stacks them along the first axis."""
     image, text, encoder = "image_embedding", "text_embedding", "beit3.encoder"
     names: dict[str, tuple[str, ...]] = {
         f"{image}.patches.weight": ("beit3.vision_embed.proj.weight",),

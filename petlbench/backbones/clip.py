@@ -1,12 +1,12 @@
-"""`clip`: dual encoders of open_clip (Radford et al., ICML 2021; Ilharco et al., 2021), by open_clip's own names.
+"""`clip`: dual encoders of open_clip (Radford et al., ICML 2021; Ilharco et al., 2021), under open_clip's names.
 
 `clip:NAME` is any model of `open_clip.list_models()` whose towers are plain transformers: CLIP and its successors
-(`ViT-…`, with CLIPA's and the multilingual ones), SigLIP (`…SigLIP…`), MobileCLIP's transformers, and CoCa, which can
-also caption. Convolutional image towers, EVA's and PE's rotary ones, and text towers of transformers are refused.
+(`ViT-…`, including CLIPA and multilingual models), SigLIP (`…SigLIP…`), MobileCLIP's transformers, and CoCa, which can
+also caption. Refused are convolutional image towers, the rotary ones of EVA and PE, and text towers from transformers.
 
-Two things differ from a call of open_clip. The activation follows the weights: `ViT-B-16` with OpenAI's weights is what
-open_clip calls `ViT-B-16-quickgelu`. And retrieval trains every model with the same softmax loss, where SigLIP's
-`logit_bias` would cancel out: it is counted, and never trains.
+Two things differ from a direct call of open_clip. The activation follows the weights: `ViT-B-16` with OpenAI's weights
+is the model that open_clip calls `ViT-B-16-quickgelu`. And retrieval trains every model with the same softmax loss, in
+which SigLIP's `logit_bias` cancels out: it is counted but never trains.
 """
 
 from __future__ import annotations
@@ -42,36 +42,36 @@ from petlbench.backbones.weights.tensors import asset, load_into, on_meta, read_
 from petlbench.core.errors import UserError
 from petlbench.core.messages import did_you_mean
 
-CAP = math.log(100.0)  # of the logarithm of the scale, as CLIP and open_clip train
+CAP = math.log(100.0)  # upper bound of the logarithm of the scale, as in the training of CLIP and open_clip
 
 
 class ClipConfig(BackboneConfig):
-    """Which of open_clip's models, with which weights."""
+    """The open_clip model, and its weights."""
 
-    model: str = Field("ViT-B-16", description="a name that open_clip knows, or tiny or coca-tiny, for tests")
+    model: str = Field("ViT-B-16", description="an open_clip model name; or tiny or coca-tiny, for tests")
     tag: str | None = Field(
-        None, description="which of its published weights, whose activation and preprocessing are used; null: the first"
+        None, description="name of the published weights, which set activation and preprocessing; null: the first"
     )
     weights: str = Field(
-        "pretrained", description="`pretrained` (those of `tag`), `none`, or a file, in open_clip's layout or in ours"
+        "pretrained", description="`pretrained` (those of `tag`), `none`, or a file in open_clip's layout or ours"
     )
     tokenizer: str | None = Field(
         None, description="a folder in transformers' layout or a tokenizers file; null: the model's own"
     )
     heads: Literal["trained", "frozen"] = Field(
-        "trained", description="whether its projections and its scale train with every method, in retrieval"
+        "trained", description="whether the projections and the scale train with every method, in retrieval"
     )
 
     @model_validator(mode="after")
     def _exists(self) -> ClipConfig:
-        said = models.complaint(self.model, self.tag, self.weights)
-        if said:
-            raise ValueError(said)
+        problem = models.unsupported_reason(self.model, self.tag, self.weights)
+        if problem:
+            raise ValueError(problem)
         return self
 
 
 class ClipAligner(Aligner):
-    """The model's own projections of its pooled tokens, and its scale, which is capped at 100 as in training."""
+    """The model's own projections of its pooled tokens, and its scale with the upper bound 100 of CLIP's training."""
 
     def __init__(self, image: TokenPooler, text: TokenPooler, logit_scale: nn.Parameter) -> None:
         super().__init__()
@@ -89,17 +89,18 @@ class ClipAligner(Aligner):
 
 @dataclass
 class History:
-    """A decoding cache that holds the ids so far (B, T): CoCa computes them all again."""
+    """A decoding cache of the ids so far (B, T): CoCa computes all their states again in each step."""
 
     ids: Tensor | None = None
 
 
 class Clip(Backbone[ClipConfig]):
-    """Two towers. Image tokens are what leaves the image tower: the class token (marked, at the image's centre), then
-    patches; of CoCa, the tokens that its captions attend to, behind the one that it compares (marked and masked).
+    """Two towers. Image tokens are the outputs of the image tower: the class token (marked, at the image's centre),
+    then patches. For CoCa they are the token that retrieval compares (marked, masked), then those that captions attend
+    to.
 
-    Texts of towers that are not causal, and of CoCa, are padded to the full context, since padding reaches what they
-    pool. Layer scale is part of the cores, and so of the value at `output`.
+    Texts of CoCa and of towers that are not causal are padded to the full context, since padding changes the token that
+    they pool. Layer scale is part of the cores, and so of the value at `output`.
     """
 
     Config = ClipConfig
@@ -140,19 +141,19 @@ class Clip(Backbone[ClipConfig]):
 
     @classmethod
     def files(cls, config: ClipConfig) -> list[Path]:
-        found: list[Path] = []
+        paths: list[Path] = []
         if config.weights == "pretrained":
-            found.append(models.published_file(config.model, config.tag))
+            paths.append(models.published_file(config.model, config.tag))
         elif config.weights != "none":
-            found.append(asset(config.weights))
+            paths.append(asset(config.weights))
         if config.tokenizer is None:
-            return found + models.published_tokenizer(config.model)
+            return paths + models.published_tokenizer(config.model)
         folder = Path(config.tokenizer)
         files = (path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else [asset(config.tokenizer)]
-        return found + sorted(files)
+        return paths + sorted(files)
 
     def _load(self, model: nn.Module) -> dict[str, Tensor] | None:
-        """The weights into the library's model; or, of a file in our own layout, its tensors."""
+        """Load the weights into the library's model; for a file in our own layout, return its tensors instead."""
         weights = self.config.weights
         if on_meta() or weights == "none":
             return None
@@ -196,7 +197,7 @@ class Clip(Backbone[ClipConfig]):
         return set()
 
     def fixed_parameters(self) -> set[str]:
-        """What the library keeps fixed (tables of sines), and the bias that no loss here feels."""
+        """Return what the library keeps fixed (tables of sines), and `logit_bias`, which changes no loss here."""
         return self.fixed if self.logit_bias is None else self.fixed | {"logit_bias"}
 
     def images(self, images: Sequence[Image]) -> Images:
@@ -218,7 +219,7 @@ class Clip(Backbone[ClipConfig]):
             centres = torch.full_like(x[..., :2], 0.5)
         mask = torch.ones_like(x[..., 0], dtype=torch.bool)
         if self.resampler is not None:
-            mask[:, 0] = False  # captions attend to all but the token that is compared
+            mask[:, 0] = False  # captions attend to all tokens except the one that retrieval compares
         mark = torch.zeros_like(mask[:, 0], dtype=torch.long) if self.pooled_mark else None
         return plain_tokens(x, mask, IMAGE, positions=centres, mark=mark)
 
@@ -239,7 +240,7 @@ class Clip(Backbone[ClipConfig]):
         return plain_tokens(x, mask, TEXT, mark=mark)
 
     def _text_bias(self, ids: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """(1 or B, 1, N, N). CoCa's mask of padding stands one place too far to the right, as it was trained."""
+        """Return (1 or B, 1, N, N). CoCa's padding mask is one place too far to the right, as in its training."""
         bias = causal(mask, 0, dtype) if self.causal else None
         if self.text_stem.class_embedding is None:
             return bias
@@ -247,7 +248,7 @@ class Clip(Backbone[ClipConfig]):
         return bias if seen is None else seen if bias is None else bias + seen
 
     def _mark(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """(B,): where the token stands that the tower pools."""
+        """Return the position (B,) of the token that the tower pools."""
         if self.pooling == "argmax":
             return ids.argmax(-1)
         if self.pooling == "eos":
@@ -256,7 +257,7 @@ class Clip(Backbone[ClipConfig]):
 
     def fuse(self, *parts: Tokens, task: str) -> Tokens:
         if len(parts) > 1:
-            raise NotImplementedError("clip has no joint pass: lend it one")
+            raise NotImplementedError("clip has no joint pass: supply one")
         return parts[0]
 
     def new_cache(self) -> History:
@@ -266,7 +267,7 @@ class Clip(Backbone[ClipConfig]):
         return History(None if cache.ids is None else cache.ids[index])
 
     def decode(self, memory: Tokens, ids: Tensor, cache: Any = None, *, task: str) -> tuple[Tensor, Any]:
-        """CoCa: the words through the text tower, then across to the memory."""
+        """Decode with CoCa: words pass through the text tower, then through layers that attend to the memory."""
         if "decode" not in self.abilities:
             raise NotImplementedError("clip decodes with CoCa models only")
         new = ids.shape[1]

@@ -1,8 +1,8 @@
-"""What a backbone lacks for a task, lent by trained parts that count as the task's head.
+"""Small trained parts for what a backbone lacks for a task; they count as the task's head.
 
-A dual encoder has no joint pass, an encoder no decoder, and most families cannot tell two images apart. All that is
-lent small and fresh, after the method has adapted the backbone, so that no method goes into it: what is compared stays
-the backbone's adaptation.
+A dual encoder has no joint pass, an encoder has no decoder, and most families cannot tell two images apart. The suite
+adds small, untrained parts after the method has adapted the backbone. So no method goes into these parts, and methods
+are compared only by how they adapt the backbone.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from petlbench.backbones.parts.masks import additive, causal
 from petlbench.backbones.parts.transformers_parts import bart_decoder_layer, bart_encoder_layer
 
 LAYERS = 2
-HEAD_WIDTH = 64  # at least, as far as the backbone is so wide
-ABILITIES = {"fusion": "fuse", "decoder": "decode", "order": "pair"}  # what each part adds
+HEAD_WIDTH = 64  # at least this, if the backbone is wide enough
+ABILITIES = {"fusion": "fuse", "decoder": "decode", "order": "pair"}  # the ability that each part adds
 LONGEST = 128  # tokens that can be decoded
 DROPOUT = 0.1
 
 
 def supply(backbone: Backbone, needs: frozenset[str]) -> Backbone:
-    """`backbone` with what it lacks of `needs`, as far as it can be lent; itself where it lacks nothing."""
+    """Return `backbone` with parts for the `needs` that it lacks and that parts can add; itself if there are none."""
     lacking = needs - backbone.abilities
     parts: dict[str, nn.Module] = {}
     if "fuse" in lacking:
@@ -46,14 +46,14 @@ def supply(backbone: Backbone, needs: frozenset[str]) -> Backbone:
 
 
 def with_parts_of(backbone: Backbone, other: Backbone) -> Backbone:
-    """`backbone` with the very parts that are lent to `other`, if any: to compare both beneath the same ones."""
+    """Return `backbone` with the parts of `other` (the same modules), if any, to compare both under equal parts."""
     return SuppliedBackbone(backbone, dict(other.supplied.items())) if isinstance(other, SuppliedBackbone) else backbone
 
 
 def _config(width: int) -> BartConfig:
     heads = next(n for n in range(max(1, width // HEAD_WIDTH), 0, -1) if width % n == 0)
     return BartSizes(
-        vocabulary=3,  # has no words of its own, but the library's special ids must exist
+        vocabulary=3,  # it has no words of its own, but the library's special ids must exist
         width=width,
         encoder_layers=LAYERS,
         decoder_layers=LAYERS,
@@ -76,7 +76,7 @@ class Fusion(nn.Module):
         self.apply(initialise_bart)
 
     def forward(self, parts: Sequence[Tokens], task: str) -> Tokens:
-        """Parts, each of one type, text (B, N', text_width) or image (B, N'', width) -> one sequence (B, N, width)."""
+        """Fuse texts (B, N', text_width) and images (B, N'', width), a part each, to one sequence (B, N, width)."""
         projections = {TEXT: self.text, IMAGE: self.image}
         states = [projections[part.segments[0][0]](part.states) for part in parts]
         tokens = join([Tokens(x, p.mask, p.types, p.positions, p.segments) for x, p in zip(states, parts, strict=True)])
@@ -87,7 +87,7 @@ class Fusion(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A post-norm decoder over states of `width`, whose words are the backbone's own token table (V, words)."""
+    """A post-norm decoder of `width`, which embeds and predicts words by the backbone's own token table (V, words)."""
 
     def __init__(self, words: int, width: int) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class Decoder(nn.Module):
         self.apply(initialise_bart)
 
     def forward(self, memory: Tokens, ids: Tensor, table: Tensor, cache: Any, task: str) -> Tensor:
-        """Logits (B, T, V) for `ids` (B, T), which follow what is in the cache."""
+        """Return logits (B, T, V) for `ids` (B, T), which follow those in the cache."""
         step = 0 if cache is None else int(cache.get_seq_length())
         dtype = memory.states.dtype
         biases = {"bias": causal(ids, step, dtype), "memory_bias": additive(memory.mask, dtype)}
@@ -112,7 +112,7 @@ class Decoder(nn.Module):
 
 
 class Order(nn.Module):
-    """One vector (width) for the tokens of each of two images, added to them, as VL-T5's E_img is."""
+    """One vector (width) for each of two images, added to all tokens of that image, like E_img in VL-T5."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -120,12 +120,14 @@ class Order(nn.Module):
         self.apply(initialise_bart)
 
     def forward(self, pair: Sequence[Tokens]) -> tuple[Tokens, Tokens]:
-        first, second = (replace(one, states=one.states + at) for one, at in zip(pair, self.image.weight, strict=True))
+        first, second = (
+            replace(image, states=image.states + vector) for image, vector in zip(pair, self.image.weight, strict=True)
+        )
         return first, second
 
 
 class SuppliedBackbone(Wrapper):
-    """A backbone, adapted or not, with lent parts."""
+    """A backbone, adapted or not, with supplied parts."""
 
     def __init__(self, inner: Backbone, parts: dict[str, nn.Module]) -> None:
         super().__init__(inner)
@@ -138,8 +140,8 @@ class SuppliedBackbone(Wrapper):
     def embed_pair(self, images: Images, *, task: str | None = None) -> tuple[Tokens, Tokens]:
         if "order" not in self.supplied:
             return super().embed_pair(images, task=task)
-        told: tuple[Tokens, Tokens] = self.supplied["order"](halves(self.inner.embed_image(images, task=task)))
-        return told
+        ordered: tuple[Tokens, Tokens] = self.supplied["order"](halves(self.inner.embed_image(images, task=task)))
+        return ordered
 
     def fuse(self, *parts: Tokens, task: str) -> Tokens:
         if "fusion" not in self.supplied:

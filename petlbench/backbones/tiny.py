@@ -1,4 +1,4 @@
-"""`tiny`, the embedded default: a small transformer image encoder, a visual projection, and a small BART."""
+"""`tiny`, the packaged default: a small transformer image encoder, a visual projection, and a small BART."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from petlbench.backbones.weights.tensors import asset, load_into, read_tensors
 
 
 class TinyConfig(BackboneConfig):
-    """Sizes of both halves; the packaged weights fit the defaults."""
+    """Sizes of the image encoder and of BART; the packaged weights fit the defaults."""
 
     image_size: int = Field(48, gt=0, description="pixels of an image's short side")
     vision_width: int = Field(96, gt=0)
@@ -33,16 +33,18 @@ class TinyConfig(BackboneConfig):
     heads: int = Field(4, gt=0)
     ffn: int = Field(384, gt=0)
     max_positions: int = Field(128, gt=0, description="longest text in tokens")
-    dropout: float = Field(0.0, ge=0, lt=1, description="none, as in its pre-training: it is too small to overfit")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="zero, as in its pre-training: the model is too small to overfit"
+    )
     attention: str = Field("sdpa", pattern="^(sdpa|eager)$", description="fused or unfused attention")
-    tokenizer: str = Field("tiny/tokenizer.json", description="tokenizers file, in the package's assets or on disk")
+    tokenizer: str = Field("tiny/tokenizer.json", description="a tokenizers file, in the package's assets or on disk")
     weights: str = Field(
         "tiny/model.safetensors", description="`none`, or a safetensors file in the package's assets or on disk"
     )
 
 
 class VisualProjection(nn.Module):
-    """Image features to the width of the language model: Linear and norm. Trained by every method."""
+    """Map image features to the width of the language model by Linear and norm. Every method trains it."""
 
     def __init__(self, features: int, width: int) -> None:
         super().__init__()
@@ -53,7 +55,7 @@ class VisualProjection(nn.Module):
 
 
 class Tiny(BartHost[TinyConfig]):
-    """A laboratory animal of a million parameters, pre-trained on scenes of shapes; no claim about the real world."""
+    """A test model of a million parameters, pre-trained on drawn shapes; its scores say nothing about real models."""
 
     Config = TinyConfig
     abilities = frozenset({"embed", "fuse", "decode", "ground"})
@@ -93,7 +95,7 @@ class Tiny(BartHost[TinyConfig]):
         return [asset(name) for name in (config.tokenizer, config.weights) if name != "none"]
 
     def _load(self, path: Path) -> None:
-        """Backbone tensors, and under `head.<task>.` the heads it was pre-trained with."""
+        """Load the backbone, and keep the pre-trained heads, whose names start with `head.<task>.`."""
         tensors = read_tensors(path)
         for key in [k for k in tensors if k.startswith("head.")]:
             _, task, name = key.split(".", 2)

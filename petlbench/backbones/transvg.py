@@ -1,6 +1,6 @@
 """`transvg`: DETR's image encoder, BERT, a fusion encoder over both, and a box head (Deng et al., ICCV 2021).
 
-The home of M2IST, whose authors' variant of BERT is `released: true`.
+M2IST was published on this model; `released: true` is its authors' variant of BERT.
 """
 
 from __future__ import annotations
@@ -43,31 +43,38 @@ BERT = "google-bert/bert-base-uncased"
 
 
 class TransVGConfig(BackboneConfig):
-    """Sizes of the four parts, and where their values come from."""
+    """Sizes of the four parts, and the sources of their weights."""
 
     image_size: int = Field(640, gt=0, description="pixels of the square canvas that an image is padded to")
     resnet_blocks: tuple[int, ...] = Field((3, 4, 6, 3), min_length=4, max_length=4, description="blocks per stage")
-    resnet_channels: int = Field(64, gt=0, description="of the first stage's bottlenecks; each stage doubles them")
-    width: int = Field(256, gt=0, multiple_of=4, description="of both encoders over image tokens")
+    resnet_channels: int = Field(
+        64, gt=0, description="channels of the first stage's bottlenecks; each stage doubles them"
+    )
+    width: int = Field(256, gt=0, multiple_of=4, description="width of both encoders over image tokens")
     vision_layers: int = Field(6, gt=0)
     fusion_layers: int = Field(6, gt=0)
-    heads: int = Field(8, gt=0, description="of attention in vision and fusion layers")
-    ffn: int = Field(2048, gt=0, description="of vision and fusion layers")
+    heads: int = Field(8, gt=0, description="attention heads of vision and fusion layers")
+    ffn: int = Field(2048, gt=0, description="feed-forward width of vision and fusion layers")
     bert_width: int = Field(768, gt=0)
     bert_layers: int = Field(12, gt=0)
     bert_heads: int = Field(12, gt=0)
     bert_ffn: int = Field(3072, gt=0)
     vocabulary: int = Field(30522, gt=0, description="word pieces")
     max_positions: int = Field(512, gt=0, description="rows of BERT's own position table")
-    text_length: int = Field(20, gt=2, description="tokens a text is cut and padded to; RefCOCO 20, RefCOCOg 40")
+    text_length: int = Field(20, gt=2, description="tokens to which a text is cut or padded; RefCOCO 20, RefCOCOg 40")
     dropout: float = Field(0.1, ge=0, lt=1)
-    released: bool = Field(False, description="M2IST's BERT: no token types, residual and norm twice in first layers")
-    weights: str = Field("pretrained", description="of both encoders: `pretrained` or `none`; or a file of the whole")
+    released: bool = Field(
+        False, description="use M2IST's BERT: no token types, residual and norm twice in the first layers"
+    )
+    weights: str = Field(
+        "pretrained", description="`pretrained` or `none`, for both encoders; or a file of the whole backbone"
+    )
     vision_weights: str | None = Field(
-        None, description="of ResNet and image encoder: `pretrained`, `none`, a DETR's hub name, folder or file"
+        None,
+        description="for ResNet and image encoder: `pretrained`, `none`, or the hub name, folder or file of a DETR",
     )
     text_weights: str | None = Field(
-        None, description="of BERT: `pretrained`, `none`, a hub name, or a folder or file in transformers' layout"
+        None, description="for BERT: `pretrained`, `none`, a hub name, or a folder or file in transformers' layout"
     )
     tokenizer: str | None = Field(
         None, description="a hub name, a folder, or a tokenizers file with BART's special tokens; null: BERT's own"
@@ -77,18 +84,18 @@ class TransVGConfig(BackboneConfig):
     def _check(self) -> TransVGConfig:
         for width, heads in (("width", "heads"), ("bert_width", "bert_heads")):
             if getattr(self, width) % getattr(self, heads):
-                raise ValueError(f"{width} {getattr(self, width)} is no multiple of {heads} {getattr(self, heads)}")
+                raise ValueError(f"{width} {getattr(self, width)} is not a multiple of {heads} {getattr(self, heads)}")
         if self.text_length > self.max_positions:
             raise ValueError(f"text_length {self.text_length} exceeds max_positions {self.max_positions}")
         return self
 
     @property
     def side(self) -> int:
-        """Image tokens along each axis."""
+        """Return the number of image tokens along each axis."""
         return -(-self.image_size // STRIDE)
 
     def sources(self) -> dict[str, str]:
-        """By option: where values come from beyond a file of the whole; without `none`."""
+        """Return, by option, the sources of the parts' weights besides a file of the whole; `none` is left out."""
         detr: dict[tuple[int, ...], str] = {
             (3, 4, 6, 3): "facebook/detr-resnet-50",
             (3, 4, 23, 3): "facebook/detr-resnet-101",
@@ -96,13 +103,13 @@ class TransVGConfig(BackboneConfig):
         common = self.weights if self.weights in ("pretrained", "none") else "none"
         chosen = {"vision_weights": self.vision_weights or common, "text_weights": self.text_weights or common}
         published = {"vision_weights": detr.get(self.resnet_blocks, ""), "text_weights": BERT}
-        found = {option: published[option] if source == "pretrained" else source for option, source in chosen.items()}
-        if not found["vision_weights"]:
+        places = {option: published[option] if source == "pretrained" else source for option, source in chosen.items()}
+        if not places["vision_weights"]:
             raise UserError(f"no DETR is published for resnet_blocks {list(self.resnet_blocks)}: set vision_weights")
-        return {option: source for option, source in found.items() if source != "none"}
+        return {option: source for option, source in places.items() if source != "none"}
 
     def words_source(self) -> str:
-        """Where the tokenizer comes from."""
+        """Return the source of the tokenizer."""
         text = self.sources().get("text_weights", BERT)
         return self.tokenizer or (BERT if Path(text).is_file() else text)
 
@@ -122,7 +129,7 @@ class BoxHead(Grounder):
 
 
 class TransVG(Backbone[TransVGConfig]):
-    """Image and text each through their own encoder, then both and a [REG] token through a fusion encoder.
+    """An encoder for the image, one for the text, then a fusion encoder over both and a [REG] token.
 
     Images lie in the middle of a square canvas, whose side is the unit of boxes.
     """
@@ -181,7 +188,7 @@ class TransVG(Backbone[TransVGConfig]):
         return [*whole, *parts, *tokenizer_files(config.words_source())]
 
     def _load(self) -> None:
-        """The whole from a file first, then the parts that have sources of their own."""
+        """Load a file of the whole backbone first, then the parts that have sources of their own."""
         c, sources = self.config, self.config.sources()
         if c.weights not in ("pretrained", "none"):
             path = asset(c.weights)
@@ -192,13 +199,13 @@ class TransVG(Backbone[TransVGConfig]):
             self._load_part(from_detr(tensors, *vision), vision, source)
         if source := sources.get("text_weights"):
             tensors = encoder_tensors(BertModel, source, c, BERT_SIZES)
-            found = from_bert(tensors, "bert", "stacks.text", released=c.released)
-            self._load_part(found, ("bert", "stacks.text"), source, optional=["bert.pooler."])
+            renamed = from_bert(tensors, "bert", "stacks.text", released=c.released)
+            self._load_part(renamed, ("bert", "stacks.text"), source, optional=["bert.pooler."])
 
     def _load_part(
         self, tensors: dict[str, Tensor], prefixes: Iterable[str], source: str, optional: Iterable[str] = ()
     ) -> None:
-        """Values of what stands under `prefixes`; everything else stays as it is."""
+        """Load the tensors whose names start with `prefixes`; all others stay unchanged."""
         starts = tuple(f"{prefix}." for prefix in prefixes)
         rest = {name: value for name, value in self.state_dict().items() if not name.startswith(starts)}
         load_into(self, rest | tensors, source, optional=optional)
@@ -215,11 +222,11 @@ class TransVG(Backbone[TransVGConfig]):
         return self.bert.words.words.weight
 
     def images(self, images: Sequence[Image]) -> Images:
-        """Long side to `image_size`, in the middle of a square canvas that is zero after normalisation."""
+        """Resize the long side to `image_size`, in the middle of a square canvas that is zero after normalisation."""
         return self.images_placed(images, [Placement()] * len(images))
 
     def images_placed(self, images: Sequence[Image], placements: Sequence[Placement]) -> Images:
-        """The same, with sizes and places on the canvas as `placements` say; the one resampling of every image."""
+        """Do the same with the sizes and places of `placements`; every image is resampled only here."""
         side = self.config.image_size
         pixels = torch.zeros(len(images), 3, side, side)
         mask = torch.zeros(len(images), side, side, dtype=torch.bool)
@@ -234,12 +241,12 @@ class TransVG(Backbone[TransVGConfig]):
             values = torch.from_numpy(np.asarray(rgb, dtype=np.float32)).permute(2, 0, 1) / 255
             pixels[i, :, top : top + height, left : left + width] = (values - mean) / std
             mask[i, top : top + height, left : left + width] = True
-            scale[i] = ratio / side  # of both axes, as the original has it: rounding moves a box by half a pixel
+            scale[i] = ratio / side  # of both axes, as in the original: rounding moves a box by half a pixel
             offset[i] = torch.tensor([left, top]) / side
         return Images(pixels, mask, scale, offset)
 
     def image_input(self, images: Images, task: str | None = None) -> tuple[Tokens, Pass]:
-        """What enters the image encoder, and its pass."""
+        """Return the input of the image encoder, and its pass."""
         grid = self.input_projection(self.resnet.forward_features(images.pixels))
         rows, columns = grid.shape[-2:]
         mask = grid_mask(images.mask, rows, columns)
@@ -253,7 +260,7 @@ class TransVG(Backbone[TransVGConfig]):
         return tokens, _pass(tokens, positions=detr_sine_positions(mask, self.width).to(grid), task=task)
 
     def text_input(self, texts: Texts, task: str | None = None) -> tuple[Tokens, Pass]:
-        """What enters BERT's layers, padded to `text_length`, and their pass."""
+        """Return the input of BERT's layers, padded to `text_length`, and their pass."""
         missing = self.config.text_length - texts.ids.shape[1]
         ids, mask = F.pad(texts.ids, (0, missing)), F.pad(texts.mask, (0, missing))
         norm = self.stack("text").embedding_norm
@@ -272,7 +279,7 @@ class TransVG(Backbone[TransVGConfig]):
         return self.project(tokens, states)
 
     def project(self, tokens: Tokens, states: Tensor) -> Tokens:
-        """`tokens` of one encoder with its final states, at the fusion encoder's width."""
+        """Return `tokens` of one encoder with its final states projected to the fusion encoder's width."""
         layer = self.text_projection if tokens.segments[0][0] == TEXT else self.image_projection
         return plain_tokens(layer(states), tokens.mask, tokens.segments[0][0], positions=tokens.positions)
 
@@ -287,7 +294,7 @@ class TransVG(Backbone[TransVGConfig]):
         return Tokens(states, tokens.mask, tokens.types, tokens.positions, tokens.segments, mark)
 
     def _table(self, parts: Sequence[Tokens]) -> Tensor:
-        """(1, 1 + n, width): the rows of [REG] and of the tokens that are there."""
+        """Return the position rows (1, 1 + n, width) of [REG] and of the n tokens in `parts`."""
         starts = {TEXT: 1, IMAGE: 1 + self.config.text_length}
         rows = [self.positions[:1]]
         for kind, length in (segment for part in parts for segment in part.segments):
@@ -314,13 +321,13 @@ def _bert_sizes(c: TransVGConfig) -> BertConfig:
 
 
 def _files(source: str) -> list[Path]:
-    """The weights of a part: a file, or what a folder or a hub's repository has."""
+    """Return the weight files of a part: the file itself, or those in a folder or a hub repository."""
     path = Path(source).expanduser()
     return [path] if path.is_file() else model_files(source)
 
 
 def _codec(config: TransVGConfig) -> LibraryCodec:
-    """Decoding, which is lent, starts from [CLS] and ends with [SEP]."""
+    """Return the tokenizer. Decoding, by a supplied decoder, starts from [CLS] and ends with [SEP]."""
     source = config.words_source()
     if source.endswith(".json"):
         codec = file_codec(asset(source))

@@ -1,4 +1,4 @@
-"""Where the values of `transvg` come from: published encoders, and whole backbones in the authors' names."""
+"""Load the weights of `transvg`: from published encoders, or from whole backbones in the authors' names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from petlbench.backbones.weights.library_models import model_location, quiet, re
 from petlbench.backbones.weights.tensors import read_tensors
 from petlbench.core.errors import UserError
 
-# Our options, and what the library calls them.
+# Our option -> the library's name.
 DETR_SIZES = {
     "width": "d_model",
     "vision_layers": "encoder_layers",
@@ -34,32 +34,32 @@ BERT_SIZES = {
 }
 
 
-def encoder_tensors(kind: Any, source: str, config: BackboneConfig, sizes: Mapping[str, str]) -> dict[str, Tensor]:
-    """The tensors of a published encoder: from a file, or through the library's loader by hub name or from a folder.
+def encoder_tensors(cls: Any, source: str, config: BackboneConfig, sizes: Mapping[str, str]) -> dict[str, Tensor]:
+    """Return the tensors of an encoder `cls`: from a file, or by the library's loader, given a hub name or folder.
 
-    Raises UserError when it is not there, or of other sizes than `config`'s; `sizes`: theirs by our option.
+    `sizes`: our option -> the library's name. Raise UserError if the source is missing or has other sizes.
     """
     if Path(source).expanduser().is_file():
         return read_tensors(Path(source).expanduser())
-    place, what = model_location(source), f"a {kind.__name__}"
+    place, what = model_location(source), f"a {cls.__name__}"
     with quiet(), readable(source, what), torch.device("cpu"):
         theirs = PretrainedConfig.get_config_dict(place)[0]
-        known = kind.config_class.from_dict(theirs)
-    found = theirs.get("model_type")
-    if found != known.model_type:
-        said = f"a model of type '{found}'" if found else "no model, for it has no config.json that names a type"
-        raise UserError(f"'{source}' is {said}; give one of type '{known.model_type}'")
-    wrong = [f"{o}={getattr(known, t)}" for o, t in sizes.items() if getattr(known, t) != getattr(config, o)]
+        published = cls.config_class.from_dict(theirs)
+    model_type = theirs.get("model_type")
+    if model_type != published.model_type:
+        reason = f"a model of type '{model_type}'" if model_type else "not a model: no config.json names its type"
+        raise UserError(f"'{source}' is {reason}; give one of type '{published.model_type}'")
+    wrong = [f"{o}={getattr(published, t)}" for o, t in sizes.items() if getattr(published, t) != getattr(config, o)]
     if wrong:
-        raise UserError(f"'{source}' is of other sizes than this configuration: set {', '.join(wrong)}")
+        raise UserError(f"'{source}' has other sizes than this configuration: set {', '.join(wrong)}")
     with quiet(), readable(source, what), torch.device("cpu"):
-        model, report = kind.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
+        model, report = cls.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
     absent = set(report["missing_keys"])
     return {name: tensor for name, tensor in model.state_dict().items() if name not in absent}
 
 
 def from_transvg(tensors: Mapping[str, Tensor], *, released: bool) -> dict[str, Tensor]:
-    """The tensors of a whole backbone in the authors' names under ours; in our own names as they are."""
+    """Rename the tensors of a whole backbone from the authors' names to ours; return our own names unchanged."""
     if not any(name.startswith("visumodel.") for name in tensors):
         return dict(tensors)
     whole = {
@@ -69,12 +69,12 @@ def from_transvg(tensors: Mapping[str, Tensor], *, released: bool) -> dict[str, 
         "reg_token.weight": "reg",
         "bbox_embed.": "own_heads.rec.",
     }
-    found = from_layers(tensors, "vl_transformer.encoder.layers.", "stacks.fusion")
-    found |= from_detr(_under(tensors, "visumodel."), "resnet", "input_projection", "stacks.vision")
-    found |= from_bert(_under(tensors, "textmodel."), "bert", "stacks.text", released=released)
+    renamed = from_layers(tensors, "vl_transformer.encoder.layers.", "stacks.fusion")
+    renamed |= from_detr(_under(tensors, "visumodel."), "resnet", "input_projection", "stacks.vision")
+    renamed |= from_bert(_under(tensors, "textmodel."), "bert", "stacks.text", released=released)
     for theirs, ours in whole.items():
-        found |= {ours + name: tensor for name, tensor in _under(tensors, theirs).items()}
-    return found
+        renamed |= {ours + name: tensor for name, tensor in _under(tensors, theirs).items()}
+    return renamed
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
-"""`vl_bart`: CLIP's grid features into BART, the home of VL-Adapter (CVPR 2022) and VL-PET (ICCV 2023).
+"""`vl_bart`: BART on CLIP's grid features, the model of VL-Adapter (CVPR 2022) and VL-PET (ICCV 2023).
 
-Also called CLIP-BART; VL-BART (Cho et al., ICML 2021) with grid features for its region features.
+Also called CLIP-BART: VL-BART (Cho et al., ICML 2021) with grid features in place of region features.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from petlbench.backbones.parts.visual_block import TINY, GridTextConfig, GridVis
 
 
 class VLBartConfig(GridTextConfig):
-    """BART-base as published, with one row of the token table for each added token."""
+    """BART-base as published, and one more row of the token table for each added token."""
 
     width: int = Field(768, gt=0, description="BART's d_model")
     encoder_layers: int = Field(6, gt=0)
@@ -24,12 +24,12 @@ class VLBartConfig(GridTextConfig):
     ffn: int = Field(3072, gt=0)
     max_positions: int = Field(1024, gt=0, description="longest text in tokens")
     vocabulary: int = Field(50265, gt=0, description="rows of the language model's token table")
-    added_rows: int = Field(200, ge=0, description="random rows that are added to it, N(0, 0.02^2)")
-    language: str = Field("facebook/bart-base", description="the published language model: a hub name")
+    added_rows: int = Field(200, ge=0, description="random rows added to the token table, N(0, 0.02^2)")
+    language: str = Field("facebook/bart-base", description="hub name of the published language model")
 
 
 class VLBart(GridVision[VLBartConfig], BartHost[VLBartConfig]):
-    """Text with learned positions and the embedding norm, then visual tokens with neither; post-norm layers."""
+    """Text has learned positions and the embedding norm; visual tokens follow without both; layers are post-norm."""
 
     Config = VLBartConfig
     sizes: ClassVar[dict[str, dict[str, Any]]] = {

@@ -1,6 +1,6 @@
-"""`vl_t5`: CLIP's grid features into T5, the second home of VL-Adapter (CVPR 2022) and VL-PET (ICCV 2023).
+"""`vl_t5`: T5 on CLIP's grid features, the second model of VL-Adapter (CVPR 2022) and VL-PET (ICCV 2023).
 
-Also called CLIP-T5; VL-T5 (Cho et al., ICML 2021) with grid features for its region features.
+Also called CLIP-T5: VL-T5 (Cho et al., ICML 2021) with grid features in place of region features.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from petlbench.backbones.parts.visual_block import TINY, GridTextConfig, GridVis
 
 
 class VLT5Config(GridTextConfig):
-    """T5-base as published; its tokenizer knows <extra_id_N> already, and its table has rows to spare."""
+    """T5-base as published; its tokenizer already has <extra_id_N>, and its table has more rows than ids."""
 
     width: int = Field(768, gt=0, description="T5's d_model")
     encoder_layers: int = Field(12, gt=0)
     decoder_layers: int = Field(12, gt=0)
     heads: int = Field(12, gt=0)
-    head_width: int = Field(64, gt=0, description="T5's d_kv: width of one head")
+    head_width: int = Field(64, gt=0, description="T5's d_kv: the width of one head")
     ffn: int = Field(3072, gt=0)
-    buckets: int = Field(32, gt=0, description="of relative distances")
-    max_distance: int = Field(128, gt=0, description="beyond which all distances are one")
+    buckets: int = Field(32, gt=0, description="number of buckets of relative distances")
+    max_distance: int = Field(128, gt=0, description="all distances beyond it share one bucket")
     max_text: int = Field(512, gt=0, description="longest text in tokens; T5 itself has no limit")
     vocabulary: int = Field(32128, gt=0, description="rows of the language model's token table")
-    added_rows: int = Field(72, ge=0, description="random rows that are added to it, N(0, 1)")
-    language: str = Field("google-t5/t5-base", description="the published language model: a hub name")
+    added_rows: int = Field(72, ge=0, description="random rows added to the token table, N(0, 1)")
+    language: str = Field("google-t5/t5-base", description="hub name of the published language model")
 
 
 class VLT5(GridVision[VLT5Config], T5Host[VLT5Config]):
-    """Text with relative positions among its own tokens, then visual tokens without; pre-norm layers."""
+    """Text has relative positions between its own tokens; visual tokens follow without any; layers are pre-norm."""
 
     Config = VLT5Config
     starts_from_pad = True
@@ -77,5 +77,5 @@ class VLT5(GridVision[VLT5Config], T5Host[VLT5Config]):
             added_rows=c.added_rows,
             longest=c.max_text,
         )
-        self.build_vision(T5LayerNorm)  # the visual block stays as torch draws it
+        self.build_vision(T5LayerNorm)  # the visual block keeps torch's initial values
         self.load_whole()

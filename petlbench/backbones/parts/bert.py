@@ -1,4 +1,4 @@
-"""BERT (Devlin et al., 2019) from transformers' modules, as a text encoder with sites."""
+"""BERT (Devlin et al., 2019), built from transformers' modules: a text encoder with sites."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from petlbench.backbones.parts.transformers_parts import FeedForward
 
 
 class BertAttention(nn.Module):
-    """A library self-attention with its output projection."""
+    """The library's self-attention, then its output projection."""
 
     def __init__(self, attention: nn.Module, dense: nn.Linear) -> None:
         super().__init__()
@@ -24,10 +24,10 @@ class BertAttention(nn.Module):
 
 
 class TwiceNormed(SubLayer):
-    """Residual addition and norm applied twice: with t the ordinary result, y = norm(t + x).
+    """A sub-layer that applies residual addition and norm twice: with t the ordinary result, y = norm(t + x).
 
-    So M2IST's released BERT does after the attention of the layers that it pairs with the image encoder's. Its taps are
-    those of the first time.
+    M2IST's released BERT does this after attention, in the layers that it pairs with layers of the image encoder. Taps
+    are those of the first application.
     """
 
     norm_twice = True
@@ -38,13 +38,13 @@ class TwiceNormed(SubLayer):
 
 
 def bert_layer(layer: BertLayer, *, twice: bool = False) -> Layer:
-    """Post-norm: attention, ffn. `twice`: the attention's residual and norm are applied twice, see `TwiceNormed`."""
-    mixing, output, kind = layer.attention.self, layer.attention.output, TwiceNormed if twice else SubLayer
+    """Build a post-norm layer: attention, ffn. `twice`: attention adds and norms twice, see `TwiceNormed`."""
+    mixing, output, cls = layer.attention.self, layer.attention.output, TwiceNormed if twice else SubLayer
     core = BertAttention(mixing, output.dense)
     projections = {role: Projection(mixing, name) for role, name in (("q", "query"), ("k", "key"), ("v", "value"))}
     projections["o"] = Projection(core, "dense")
     width = output.dense.out_features
-    attention = kind(core, output.LayerNorm, output.dropout, width=width, pre_norm=False, projections=projections)
+    attention = cls(core, output.LayerNorm, output.dropout, width=width, pre_norm=False, projections=projections)
     feed = FeedForward(layer.intermediate.dense, layer.output.dense, layer.intermediate.intermediate_act_fn, 0.0)
     linear = {"in": Projection(feed, "fc1"), "out": Projection(feed, "fc2")}
     norm, drop = layer.output.LayerNorm, layer.output.dropout
@@ -55,7 +55,10 @@ def bert_layer(layer: BertLayer, *, twice: bool = False) -> Layer:
 
 
 class BertWords(nn.Module):
-    """Words, positions and, but for BLIP's kind of BERT, the first token type: what the embedding norm is given."""
+    """Sum words, positions and, if `types` is given, the first token type: the input of the embedding norm.
+
+    BLIP's BERT has no token types.
+    """
 
     def __init__(self, words: nn.Embedding, positions: nn.Embedding, types: nn.Embedding | None) -> None:
         super().__init__()
@@ -70,22 +73,22 @@ class BertWords(nn.Module):
 
 
 class Bert(nn.Module):
-    """What stands before BERT's layers, and after them the pooler, which is counted and never read."""
+    """The embedding before BERT's layers, and the pooler after them, which is counted but never used."""
 
     def __init__(self, words: BertWords, drop: nn.Module, pooler: nn.Linear | None) -> None:
         super().__init__()
         self.words, self.drop, self.pooler = words, drop, pooler
 
     def forward(self, ids: Tensor, norm: nn.Module) -> Tensor:
-        """(B, N) -> (B, N, width): what enters the first layer."""
+        """Map ids (B, N) to the input (B, N, width) of the first layer."""
         states: Tensor = self.drop(norm(self.words(ids)))
         return states
 
 
 def build_bert(config: BertConfig, *, released: bool, paired: int) -> tuple[Bert, Stack]:
-    """A library BERT taken apart into what stands around its layers, and the layers.
+    """Split a library BERT into the modules around its layers, and the layers.
 
-    `released`: M2IST's variant, without token types and pooler, and with the first `paired` layers normed twice.
+    `released`: M2IST's variant, without token types and pooler, whose first `paired` layers apply the norm twice.
     """
     library = BertModel(config, add_pooling_layer=not released)
     table = library.embeddings
@@ -99,10 +102,10 @@ def build_bert(config: BertConfig, *, released: bool, paired: int) -> tuple[Bert
 def bert_config(
     *, vocabulary: int, width: int, layers: int, heads: int, ffn: int, positions: int, dropout: float
 ) -> BertConfig:
-    """BERT of these sizes.
+    """Return the configuration of a BERT of these sizes.
 
-    Its GELU is written out, as in the first implementation of BERT, which TransVG trains: for backward it keeps three
-    tensors of the FFN's width where the library's fused one keeps one, and that is part of the published memory.
+    Its GELU is not fused, as in the first implementation of BERT, which TransVG trains: it saves three tensors of the
+    FFN's width for backward where the fused one saves one, and the published memory figures include them.
     """
     return BertConfig(
         hidden_act="gelu_python",
@@ -135,19 +138,19 @@ _LAYER = {
 
 
 def from_bert(tensors: Mapping[str, Tensor], tower: str, stack: str, *, released: bool) -> dict[str, Tensor]:
-    """A library BERT's tensors under the names of `Bert` at `tower` and of its layers at `stack`.
+    """Rename a library BERT's tensors to those of `Bert` at `tower` and of its layers at `stack`.
 
-    Heads of its pre-training and what the `released` variant lacks are left out; a name that is unknown stays as it is.
+    Leave out pre-training heads and what the `released` variant lacks; keep a name that is unknown.
     """
-    found: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     left_out = ("cls.", "embeddings.position_ids") + (
         ("pooler.", "embeddings.token_type_embeddings.") if released else ()
     )
     for name, tensor in tensors.items():
         name = name.removeprefix("bert.")
         if not name.startswith(left_out):
-            found[_own_name(name, tower, stack)] = tensor
-    return found
+            renamed[_own_name(name, tower, stack)] = tensor
+    return renamed
 
 
 def _own_name(name: str, tower: str, stack: str) -> str:

@@ -1,4 +1,4 @@
-"""DETR's image encoder (Carion et al., ECCV 2020): a ResNet of timm, and encoder layers from transformers' modules."""
+"""DETR's image encoder (Carion et al., ECCV 2020): timm's ResNet, then encoder layers of transformers' modules."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from petlbench.backbones.parts.transformers_parts import FeedForward
 
 STRIDE = 32  # pixels per token along each axis
 TEMPERATURE = 10_000.0
-SMALL_GAIN = 0.2  # of a fresh block's branch, for frozen normalisation does not keep sums of branches in range
-FIXED = ("conv1.", "layer1.")  # of the ResNet: they never train
+SMALL_GAIN = 0.2  # gain of a new block's branch: frozen normalisation does not keep sums of branches in range
+FIXED = ("conv1.", "layer1.")  # parts of the ResNet that never train
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """Batch normalisation that is a fixed affine map: statistics, gain and offset are buffers."""
+    """Batch normalisation as a fixed affine map: statistics, gain and offset are buffers."""
 
     weight: Tensor
     bias: Tensor
@@ -42,11 +42,11 @@ class FrozenBatchNorm2d(nn.Module):
 
 
 def resnet(blocks: Sequence[int], channels: int) -> Any:
-    """timm's ResNet of bottleneck blocks with frozen normalisation and no classifier.
+    """Return timm's ResNet of bottleneck blocks, with frozen normalisation and without a classifier.
 
-    Its `forward_features` gives (B, 32 * channels, H / 32, W / 32) from (B, 3, H, W).
+    Its `forward_features` maps (B, 3, H, W) to (B, 32 * channels, H / 32, W / 32).
     """
-    from timm.models import resnet as timm  # here, for timm takes seconds to import
+    from timm.models import resnet as timm  # imported here because timm takes seconds to import
 
     widths = tuple(channels * 2**stage for stage in range(4))
     block: Any = timm.Bottleneck
@@ -59,7 +59,9 @@ def resnet(blocks: Sequence[int], channels: int) -> Any:
 
 
 def detr_sine_positions(mask: Tensor, width: int) -> Tensor:
-    """(B, H, W) True-is-real -> (B, H * W, width) in the default precision: half the channels code y, half x.
+    """Map a mask (B, H, W), True where real, to (B, H * W, width): half the channels code y, half x.
+
+    The precision is torch's default.
 
     Coordinates count real cells up to 2 pi; sines and cosines of geometric frequencies alternate.
     """
@@ -75,12 +77,12 @@ def detr_sine_positions(mask: Tensor, width: int) -> Tensor:
 
 
 def grid_mask(mask: Tensor, rows: int, columns: int) -> Tensor:
-    """(B, H, W) -> (B, rows, columns), by the nearest pixel."""
+    """Resize a mask (B, H, W) to (B, rows, columns) by the nearest pixel."""
     return F.interpolate(mask[:, None].float(), size=(rows, columns))[:, 0].bool()
 
 
 class DetrAttention(nn.Module):
-    """A library attention that adds the pass's positions to queries and keys, and to no value."""
+    """The library's attention, which adds the pass's positions to queries and keys but not to values."""
 
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()
@@ -91,7 +93,7 @@ class DetrAttention(nn.Module):
 
 
 def detr_layer(layer: DetrEncoderLayer) -> Layer:
-    """Post-norm: attention, ffn."""
+    """Build a post-norm layer: attention, ffn."""
     attention, mlp, width = layer.self_attn, layer.mlp, layer.hidden_size
     names = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
     core = FeedForward(mlp.fc1, mlp.fc2, mlp.activation_fn, mlp.activation_dropout)
@@ -116,7 +118,7 @@ def detr_layer(layer: DetrEncoderLayer) -> Layer:
 
 
 def detr_stack(width: int, layers: int, heads: int, ffn: int, dropout: float) -> Stack:
-    """Encoder layers with dropout after attention weights and activation too, as initialised by DETR."""
+    """Build encoder layers with DETR's initial values; dropout also follows attention weights and activation."""
     config = DetrConfig(
         d_model=width,
         encoder_attention_heads=heads,
@@ -134,7 +136,7 @@ def detr_stack(width: int, layers: int, heads: int, ffn: int, dropout: float) ->
 
 
 def _initialise(layer: DetrEncoderLayer) -> None:
-    """Xavier-uniform matrices, where q, k and v count as one packed matrix; no bias in attention."""
+    """Draw Xavier-uniform matrices, with q, k and v counted as one packed matrix; set attention biases to zero."""
     attention = layer.self_attn
     packed = attention.q_proj, attention.k_proj, attention.v_proj
     for module in (*packed, attention.o_proj, layer.mlp.fc1, layer.mlp.fc2):
@@ -157,8 +159,8 @@ _LAYER = {
 
 
 def from_layers(tensors: Mapping[str, Tensor], theirs: str, stack: str) -> dict[str, Tensor]:
-    """The encoder layers under `theirs`, in transformers' names or torch's, under the names of our `stack`."""
-    found: dict[str, Tensor] = {}
+    """Rename encoder layers to those of our `stack`: names that start with `theirs`, as in transformers or torch."""
+    renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if not name.startswith(theirs):
             continue
@@ -166,28 +168,28 @@ def from_layers(tensors: Mapping[str, Tensor], theirs: str, stack: str) -> dict[
         layer = f"{stack}.layers.{index}.sublayers"
         if rest.startswith("self_attn.in_proj_"):
             for role, part in zip("qkv", tensor.chunk(3), strict=True):
-                found[f"{layer}.attention.core.attention.{role}_proj.{rest.rpartition('_')[2]}"] = part
+                renamed[f"{layer}.attention.core.attention.{role}_proj.{rest.rpartition('_')[2]}"] = part
             continue
-        known = next((prefix for prefix in _LAYER if rest.startswith(prefix)), "")
-        found[f"{layer}.{_LAYER[known]}{rest.removeprefix(known)}" if known else name] = tensor
-    return found
+        known_prefix = next((prefix for prefix in _LAYER if rest.startswith(prefix)), "")
+        renamed[f"{layer}.{_LAYER[known_prefix]}{rest.removeprefix(known_prefix)}" if known_prefix else name] = tensor
+    return renamed
 
 
-_RESNET = ("backbone.model.", "backbone.0.body.")  # transformers', DETR's own
+_RESNET = ("backbone.model.", "backbone.0.body.")  # in transformers, in DETR's own code
 _PROJECTION = ("input_projection.", "input_proj.")
 _LAYERS = ("encoder.layers.", "transformer.encoder.layers.")
 
 
 def from_detr(tensors: Mapping[str, Tensor], resnet: str, projection: str, stack: str) -> dict[str, Tensor]:
-    """The image encoder of a detector, in transformers' or DETR's own names, under ours; the rest is left out."""
-    found: dict[str, Tensor] = {}
+    """Rename a detector's image encoder, from transformers' or DETR's names to ours; leave out all other tensors."""
+    renamed: dict[str, Tensor] = {}
     for sources, target in ((_RESNET, resnet), (_PROJECTION, projection)):
         for source in sources:
-            found |= {
+            renamed |= {
                 f"{target}.{name.removeprefix(source)}": tensor
                 for name, tensor in tensors.items()
                 if name.startswith(source) and not name.endswith("num_batches_tracked")
             }
     for source in _LAYERS:
-        found |= from_layers(tensors, source, stack)
-    return found
+        renamed |= from_layers(tensors, source, stack)
+    return renamed

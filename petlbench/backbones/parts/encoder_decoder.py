@@ -1,4 +1,4 @@
-"""Language models with an encoder and a decoder, as hosts of visual tokens: what a side network re-enters them by."""
+"""Encoder-decoder language models that also read visual tokens, with the methods that side networks call."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from petlbench.backbones.parts.masks import additive
 
 
 class EncoderDecoder(Backbone[C]):
-    """Encoder input is text tokens, then visual tokens; the decoder attends to all of them."""
+    """The encoder reads text tokens, then visual tokens; the decoder attends to all of them."""
 
     stacked_decoder = True
     token_embedding: nn.Embedding
@@ -24,26 +24,26 @@ class EncoderDecoder(Backbone[C]):
 
     @abstractmethod
     def encoder_bias(self, tokens: Tokens) -> Tensor | None:
-        """What the encoder's attention adds to its scores: (B or 1, heads or 1, N or 1, N)."""
+        """Return the bias (B or 1, heads or 1, N or 1, N) that the encoder's attention adds to its scores."""
 
     @abstractmethod
     def decoder_bias(self, ids: Tensor, step: int, dtype: torch.dtype) -> Tensor | None:
-        """What the decoder's self-attention adds for `ids` (B, T) after `step` earlier ones: (1, …, T, step + T)."""
+        """Return the decoder's self-attention bias (1, …, T, step + T) for `ids` (B, T) after `step` earlier ones."""
 
     def memory_bias(self, memory: Tokens) -> Tensor | None:
-        """What the decoder's cross-attention adds to its scores: (B, 1, 1, N)."""
+        """Return the bias (B, 1, 1, N) that the decoder's cross-attention adds to its scores."""
         return additive(memory.mask, memory.states.dtype)
 
     @abstractmethod
     def embed_decoder(self, ids: Tensor, step: int) -> Tensor:
-        """(B, T) -> (B, T, width): the decoder's input states for ids that follow `step` earlier ones."""
+        """Map ids (B, T) that follow `step` earlier ones to the decoder's input states (B, T, width)."""
 
     @abstractmethod
     def logits(self, states: Tensor) -> Tensor:
-        """(…, width) -> (…, vocabulary): the output head is the embedding table."""
+        """Map states (…, width) to logits (…, vocabulary); the output head is the embedding table."""
 
     def leave(self, states: Tensor) -> Tensor:
-        """States as they come out of a stack -> as the rest of the model sees them."""
+        """Map the output states of a stack to those that the rest of the model reads."""
         return states
 
     def fuse(self, *parts: Tokens, task: str) -> Tokens:
@@ -72,5 +72,5 @@ class EncoderDecoder(Backbone[C]):
 
 
 def encodes_and_decodes(backbone: Backbone) -> TypeGuard[EncoderDecoder[Any]]:
-    """Whether its decoder attends to an encoder, as its trait says."""
+    """Return whether the backbone is an encoder-decoder, by its trait `stacked_decoder`."""
     return backbone.stacked_decoder

@@ -1,7 +1,7 @@
 """Grid features: the last residual stage of CLIP's ResNet, before attention pooling (Radford et al., 2021).
 
-The network never trains and is never counted, so all its tensors are buffers, and what it makes of an image can be
-computed once and kept on disk.
+The network never trains and is never counted, so all its tensors are buffers, and the features of an image can be
+computed once and stored on disk.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from petlbench.core.messages import did_you_mean, one_line
 from petlbench.core.paths import cache_dir
 
 STRIDE = 32  # pixels per cell along each axis
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, per channel of RGB in 0..1
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's values per RGB channel, in 0..1
 STD = (0.26862954, 0.26130258, 0.27577711)
 TINY: dict[str, Any] = {"layers": [1, 1, 1, 1], "width": 4}
 FITS = ("crop", "squash")
-REVISION = 1  # of what is kept on disk: raise it when the same weights and options come to mean other features
-HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # open_clip takes the first that is there
+REVISION = 1  # of the stored features: raise it when the same weights and options give other features
+HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # open_clip takes the first that exists
 
 
 class GridFeatures(nn.Module):
-    """A frozen CNN: images -> (B, grid * grid, channels), row by row from the upper left.
+    """A frozen CNN that maps images to (B, grid * grid, channels), row by row from the upper left.
 
-    `cnn`: one of open_clip's ResNets (`RN101`, say), or `tiny`. `weights`: `pretrained` (OpenAI's), `none`, or a file
-    in open_clip's layout, of the whole model or of its visual part. `fit`: `crop` (short side to `image_size`, then the
-    centre) or `squash` (both sides to it). `cached`: features are kept on disk as float16, under `cache_dir()`, and
-    `images` runs the network on what it has not seen before. Raises UserError for what does not exist or does not fit.
+    `cnn`: an open_clip ResNet (such as `RN101`), or `tiny`. `weights`: `pretrained` (OpenAI's), `none`, or a file in
+    open_clip's layout, of the whole model or of its visual part. `fit`: `crop` (short side to `image_size`, then the
+    centre) or `squash` (both sides to it). `cached`: store features on disk as float16, under `cache_dir()`; `images`
+    then runs the network on new images only. Raise UserError if a name or file does not exist or weights do not fit.
     """
 
     def __init__(self, cnn: str, image_size: int, weights: str, *, cached: bool, fit: str) -> None:
@@ -53,25 +53,25 @@ class GridFeatures(nn.Module):
         self.note = f"image features: {'cached, float16' if cached else 'live'}"
         self.cnn = as_buffers(_network(cnn, weights))
         self.channels = STRIDE * int(_shape(cnn)["width"])
-        self._fingerprint: tuple[Any, str] = (None, "")  # of which state of the tensors, and what
+        self._fingerprint: tuple[Any, str] = (None, "")  # the state of the tensors, and its digest
         self.train(False)
 
     @classmethod
     def files(cls, cnn: str, weights: str) -> list[Path]:
-        """The file of weights, fetched if need be. Raises UserError where it is not there and cannot be."""
+        """Return the weight file, fetched if necessary. Raise UserError if it does not exist and cannot be fetched."""
         if weights == "none":
             return []
         return [_published(cnn) if weights == "pretrained" else asset(weights)]
 
     def train(self, mode: bool = True) -> GridFeatures:
-        """Running statistics stay what they are: this never leaves evaluation."""
+        """Stay in evaluation mode, so that running statistics do not change."""
         super().train(False)
         return self
 
     def images(self, images: Sequence[Image]) -> Images:
-        """Fitted and normalised pixels (B, 3, image_size, image_size); cached: features instead, and no pixels.
+        """Return fitted, normalised pixels (B, 3, image_size, image_size); if `cached`, features and no pixels.
 
-        Raises Unwritable when the cache can not be written to.
+        Raise Unwritable if the cache cannot be written.
         """
         places = [_place(image.size, self.image_size, self.fit) for image in images]
         scale = torch.tensor([scale for scale, _ in places])
@@ -81,14 +81,14 @@ class GridFeatures(nn.Module):
         return Images(pixels, torch.ones_like(pixels[:, 0], dtype=torch.bool), scale, offset, features)
 
     def forward(self, images: Images) -> Tensor:
-        """(B, grid * grid, channels) in the precision of the network's tensors."""
+        """Return (B, grid * grid, channels) in the precision of the network's tensors."""
         if images.features is not None:
             return images.features.to(self._weight.dtype)
         return self._extract(images.pixels)
 
     @property
     def _weight(self) -> Tensor:
-        """Any of the network's tensors, for device and precision."""
+        """Return one of the network's tensors, which shows device and precision."""
         return next(self.cnn.buffers())
 
     @torch.no_grad()
@@ -99,19 +99,19 @@ class GridFeatures(nn.Module):
         return torch.stack([_fitted(image, self.image_size, self.fit) for image in images])
 
     def _kept(self, images: Sequence[Image]) -> Tensor:
-        """(B, grid * grid, channels) float16, from disk where they are there."""
+        """Return features (B, grid * grid, channels) float16; read stored ones from disk."""
         shape = (self.grid * self.grid, self.channels)
         if self._weight.is_meta:
             return torch.zeros(len(images), *shape, dtype=torch.float16)
-        # What is kept must not depend on who asks: no autocast.
+        # Stored features must not depend on the caller: no autocast.
         with torch.autocast(self._weight.device.type, enabled=False):
             kept = FeatureCache(cache_dir() / "features" / self.fingerprint(), shape)
             return kept.get(images, lambda unseen: self._extract(self._pixels(unseen)))
 
     def fingerprint(self) -> str:
-        """Hex digest of all that features depend on but the image: the network's tensors, and how an image is fitted.
+        """Return the hex digest of all that features depend on besides the image: the network's tensors, and the fit.
 
-        Computed once, and again only after a tensor was replaced or written to.
+        It is computed once, and again only after a tensor was replaced or changed.
         """
         tensors = {name: tensor for name, tensor in self.cnn.named_buffers() if tensor.is_floating_point()}
         state = [(tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors.values()]
@@ -125,18 +125,18 @@ class GridFeatures(nn.Module):
 
 
 def as_buffers(module: nn.Module) -> nn.Module:
-    """`module` with every parameter made a buffer of the same name; a parameter with two names stays one tensor."""
-    made: dict[int, Tensor] = {}
+    """Turn every parameter of `module` into a buffer of the same name; a parameter with two names stays one tensor."""
+    buffers: dict[int, Tensor] = {}
     for part in module.modules():
         for name, parameter in list(part._parameters.items()):
             if parameter is not None:
                 del part._parameters[name]
-                part.register_buffer(name, made.setdefault(id(parameter), parameter.detach()))
+                part.register_buffer(name, buffers.setdefault(id(parameter), parameter.detach()))
     return module
 
 
 def _network(cnn: str, weights: str) -> nn.Module:
-    """open_clip's ResNet up to its last residual stage."""
+    """Return open_clip's ResNet up to its last residual stage, with weights."""
     shape = _shape(cnn)
     from open_clip.modified_resnet import ModifiedResNet
 
@@ -154,21 +154,21 @@ def _network(cnn: str, weights: str) -> nn.Module:
 
 @cache
 def _shape(cnn: str) -> dict[str, Any]:
-    """Blocks of each stage, and width. Raises UserError for a name that is none of a ResNet of open_clip's."""
+    """Return the blocks of each stage, and the width. Raise UserError if open_clip has no ResNet of this name."""
     if cnn == "tiny":
         return TINY
     import open_clip
 
     configs = {name: open_clip.get_model_config(name)["vision_cfg"] for name in open_clip.list_models()}
-    known = {name: config for name, config in configs.items() if isinstance(config.get("layers"), list)}
-    if cnn not in known:
-        names = [*known, "tiny"]
+    resnets = {name: config for name, config in configs.items() if isinstance(config.get("layers"), list)}
+    if cnn not in resnets:
+        names = [*resnets, "tiny"]
         raise UserError(f"unknown CNN '{cnn}'{did_you_mean(cnn, names) or ': choose one of ' + ', '.join(names)}")
-    return {key: known[cnn][key] for key in ("layers", "width")}
+    return {key: resnets[cnn][key] for key in ("layers", "width")}
 
 
 def _source(cnn: str) -> dict[str, Any]:
-    """Where open_clip finds OpenAI's weights. Raises UserError where there are none."""
+    """Return open_clip's entry for OpenAI's weights. Raise UserError if there is none."""
     from open_clip.pretrained import get_pretrained_cfg
 
     _shape(cnn)
@@ -178,16 +178,16 @@ def _source(cnn: str) -> dict[str, Any]:
 
 
 def _local(cnn: str) -> Path | None:
-    """The file of OpenAI's weights in the hub's cache, if it is there."""
+    """Return the file of OpenAI's weights in the hub's cache; None if it is not there."""
     from huggingface_hub import try_to_load_from_cache
 
     repository = _source(cnn).get("hf_hub", "").rstrip("/")
-    found = (try_to_load_from_cache(repository, name) for name in HUB_FILES if repository)
-    return next((Path(path) for path in found if isinstance(path, str)), None)
+    paths = (try_to_load_from_cache(repository, name) for name in HUB_FILES if repository)
+    return next((Path(path) for path in paths if isinstance(path, str)), None)
 
 
 def _published(cnn: str) -> Path:
-    """The same, fetched if need be. Raises UserError where it can not be."""
+    """Return the file of OpenAI's weights, fetched if necessary. Raise UserError if it cannot be fetched."""
     from open_clip.pretrained import download_pretrained
 
     source = _source(cnn)
@@ -202,7 +202,7 @@ def _published(cnn: str) -> Path:
 
 
 def _visual(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of a whole model or its visual part: the tensors below attention pooling."""
+    """Return the tensors before attention pooling, from those of a whole model or of its visual part."""
     prefix = "visual."
     if any(name.startswith(prefix) for name in tensors):
         tensors = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
@@ -210,13 +210,13 @@ def _visual(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _initialise(module: nn.Module) -> None:
-    """So that random features keep the scale of the pixels, whatever the depth; biases and norms stay open_clip's."""
+    """Draw convolutions so that features keep the pixels' scale at any depth; keep open_clip's biases and norms."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
 
 def _resized(size: tuple[int, int], side: int, fit: str) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(width, height) after resizing, and the upper left corner (x, y) of the side x side region that is kept of it."""
+    """Return (width, height) after resizing, and the upper left corner (x, y) of the side x side region to keep."""
     if fit == "squash":
         return (side, side), (0, 0)
     short = min(size)
@@ -225,14 +225,14 @@ def _resized(size: tuple[int, int], side: int, fit: str) -> tuple[tuple[int, int
 
 
 def _place(size: tuple[int, int], side: int, fit: str) -> tuple[list[float], list[float]]:
-    """`scale` and `offset` of `Images`; points that the crop cuts off lie outside 0..1."""
+    """Return `scale` and `offset` of `Images`; points that the crop cuts off lie outside 0..1."""
     resized, corner = _resized(size, side, fit)
     scale = [after / before / side for after, before in zip(resized, size, strict=True)]
     return scale, [-start / side for start in corner]
 
 
 def _fitted(image: Image, side: int, fit: str) -> Tensor:
-    """(3, side, side), normalised as CLIP's."""
+    """Return pixels (3, side, side), normalised as for CLIP."""
     size, (left, top) = _resized(image.size, side, fit)
     rgb = image.convert("RGB").resize(size, Resampling.BICUBIC).crop((left, top, left + side, top + side))
     values = torch.from_numpy(np.array(rgb)).permute(2, 0, 1).to(torch.float32) / 255

@@ -1,4 +1,4 @@
-"""BART (Lewis et al., 2020) from transformers' modules, as a host of visual tokens."""
+"""BART (Lewis et al., 2020), built from transformers' modules, with visual tokens in its input."""
 
 from __future__ import annotations
 
@@ -17,16 +17,21 @@ from petlbench.backbones.parts.masks import additive, causal
 from petlbench.backbones.parts.transformers_parts import bart_decoder_layer, bart_encoder_layer
 from petlbench.backbones.weights.library_models import grown_table, library_model
 
-FIXED = ("encoder_attention_heads", "decoder_attention_heads", "activation_function", "scale_embedding")  # of BART
+FIXED = (
+    "encoder_attention_heads",
+    "decoder_attention_heads",
+    "activation_function",
+    "scale_embedding",
+)  # BART's options that shapes do not show
 
 
 class BartHost(EncoderDecoder[C]):
-    """Subclasses add how an image becomes tokens."""
+    """BART as a backbone; a subclass adds how an image becomes tokens."""
 
     def build_bart(self, config: BartConfig, *, source: str = "none", added_rows: int = 0) -> None:
-        """Take a library model apart into token table, positions and stacks.
+        """Split a library model into token table, positions and stacks.
 
-        `source`: of its weights, see `library_model`. `added_rows`: at the end of the token table, random.
+        `source`: of its weights, see `library_model`. `added_rows`: random rows to add at the end of the token table.
         """
         bart = library_model(BartModel, config, source, fixed=FIXED)
         self.width, self.dropout, self.max_text = config.d_model, config.dropout, config.max_position_embeddings
@@ -61,7 +66,7 @@ class BartHost(EncoderDecoder[C]):
 
 
 def initialise_bart(module: nn.Module) -> None:
-    """BART's generic initialisation, for modules beside a library model; to be given to `apply`."""
+    """Initialise a module as BART does, for modules outside a library model; pass it to `apply`."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:
@@ -70,7 +75,7 @@ def initialise_bart(module: nn.Module) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class BartSizes:
-    """Both halves are of the same sizes; `dropout` is everywhere, as VL-BART has it."""
+    """Sizes of BART, where encoder and decoder share them; `dropout` applies everywhere, as in VL-BART."""
 
     vocabulary: int
     width: int
@@ -83,7 +88,7 @@ class BartSizes:
     attention: str = "sdpa"
 
     def config(self) -> BartConfig:
-        """The same as the library names them."""
+        """Return the library's configuration of these sizes."""
         return BartConfig(
             vocab_size=self.vocabulary,
             d_model=self.width,

@@ -1,7 +1,7 @@
 """Multiway transformer layers: every module exists once per modality, and attention is joint over all tokens.
 
-Peng et al., "Multiway Transformers" (VLMo, NeurIPS 2022; BEiT-3, CVPR 2023). The computing modules are those of timm's
-blocks, one block per modality and layer; only the routing and the residual wiring around them are ours.
+Peng et al., "Multiway Transformers" (VLMo, NeurIPS 2022; BEiT-3, CVPR 2023). The computing modules come from timm's
+blocks, one block per modality and layer; only the routing and the residual additions around them are ours.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from petlbench.backbones.parts.transformers_parts import Stateless
 
 
 class Routed(nn.Module):
-    """One module per modality: (B, N, d) -> (B, N, e), each run of tokens of the current pass through its own.
+    """One module per modality, (B, N, d) -> (B, N, e): each run of tokens passes through its modality's module.
 
-    The runs are the pass's `segments`, known without looking at a tensor; a pass over one modality splits nothing.
-    Raises LookupError outside of a pass, and ValueError in one that does not say its segments.
+    The runs are the `segments` of the current pass, so that no tensor is read; a pass over one modality splits nothing.
+    Raise LookupError outside a pass, and ValueError in a pass without segments.
     """
 
     def __init__(self, text: nn.Module, image: nn.Module) -> None:
@@ -26,7 +26,7 @@ class Routed(nn.Module):
         self.text, self.image = text, image
 
     def of(self, kind: int) -> nn.Module:
-        """The module of one token type."""
+        """Return the module of one token type."""
         return self.image if kind == IMAGE else self.text
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def _pair(routed: Routed, rows: slice | None = None) -> ProjectionPair:
 
 
 def multiway_layer(text: Block, image: Block, *, width: int, heads: int) -> Layer:
-    """Pre-norm: attention, ffn. Drop-path is the text block's, whose rate both blocks share."""
+    """Build a pre-norm layer: attention, ffn. Drop-path is the text block's; both blocks have the same rate."""
 
     def routed(name: str) -> Routed:
         return Routed(text.get_submodule(name), image.get_submodule(name))
@@ -89,7 +89,7 @@ def multiway_layer(text: Block, image: Block, *, width: int, heads: int) -> Laye
 
 
 def multiway_stack(*, width: int, layers: int, heads: int, ffn: int, drop_path: float) -> Stack:
-    """Layers and a final norm; the rate of drop-path rises from 0 at the first layer to `drop_path` at the last."""
+    """Build layers and a final norm; the drop-path rate rises from 0 at the first layer to `drop_path` at the last."""
 
     def block(rate: float) -> Block:
         return Block(
@@ -100,7 +100,7 @@ def multiway_stack(*, width: int, layers: int, heads: int, ffn: int, drop_path: 
             scale_attn_norm=True,
             scale_mlp_norm=True,
             drop_path=rate,
-            norm_layer=nn.LayerNorm,  # eps 1e-5; timm's own default has another
+            norm_layer=nn.LayerNorm,  # eps 1e-5, unlike timm's own default
         )
 
     rates = [drop_path * i / max(1, layers - 1) for i in range(layers)]

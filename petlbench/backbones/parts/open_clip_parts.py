@@ -1,6 +1,6 @@
-"""Layers of open_clip's towers, its own and timm's vision transformers', taken apart into sub-layers with sites.
+"""Split layers of open_clip's towers, which are its own or timm's vision transformers', into sub-layers with sites.
 
-The computing modules and the parameters are the libraries' own; only the residual wiring around them is ours, and the
+The computing modules and the parameters are the libraries' own. Ours are the residual additions around them, and the
 packed attention of `nn.MultiheadAttention`, whose projections become linear modules over the same parameters.
 """
 
@@ -17,7 +17,7 @@ from petlbench.core.errors import UserError
 
 
 class Scaled(nn.Module):
-    """A library module that takes x alone, then its layer scale: h is what enters the residual addition."""
+    """A library module that takes only x, then its layer scale: the output h enters the residual addition."""
 
     def __init__(self, module: nn.Module, scale: nn.Module) -> None:
         super().__init__()
@@ -28,14 +28,14 @@ class Scaled(nn.Module):
 
 
 def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
-    """A linear module over these very parameters."""
+    """Return a linear module that holds these parameters, not copies."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight, linear.bias = weight, bias  # type: ignore[assignment]
     return linear
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None) -> Tensor:
-    """(B, N, d), (B, M, d), (B, M, d) -> (B, N, d)."""
+    """Attend from queries (B, N, d) to keys and values (B, M, d); return (B, N, d)."""
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
 
@@ -54,9 +54,9 @@ class PackedAttention(nn.Module):
 
 
 class PackedCrossAttention(nn.Module):
-    """The same from one sequence to the pass's memory, which has its own norm.
+    """`nn.MultiheadAttention` from one sequence to the pass's memory, which has its own norm; then layer scale.
 
-    Two sequences cannot share one packed projection without computing what is thrown away, so it is split in three.
+    The packed projection is split in three: used on both sequences, it would compute outputs that nobody needs.
     """
 
     def __init__(self, attention: nn.MultiheadAttention, norm: nn.Module, scale: nn.Module) -> None:
@@ -87,9 +87,9 @@ def _ffn(block: ResidualAttentionBlock, width: int) -> SubLayer:
 
 
 def block_layer(block: ResidualAttentionBlock, crossing: ResidualAttentionBlock | None = None) -> Layer:
-    """Pre-norm: attention, ffn; where a block of cross-attention follows (CoCa), cross_attention and cross_ffn too."""
+    """Build a pre-norm layer: attention, ffn; with `crossing`, CoCa's block, also cross_attention and cross_ffn."""
     if type(block) is not ResidualAttentionBlock:
-        raise UserError(f"clip knows no layers of the kind {type(block).__name__}: choose a model with plain ones")
+        raise UserError(f"clip does not support layers of class {type(block).__name__}: choose a model with plain ones")
     width = block.attn.embed_dim
     core = PackedAttention(block.attn, block.ls_1)
     projections = _packed(core, "in_proj", "out_proj", width)
@@ -112,10 +112,10 @@ def block_layer(block: ResidualAttentionBlock, crossing: ResidualAttentionBlock 
 
 
 def timm_layer(block: TimmBlock) -> Layer:
-    """Pre-norm: attention, ffn, with timm's drop-path on both branches."""
+    """Build a pre-norm layer: attention, ffn, with timm's drop-path on both branches."""
     if type(block) is not TimmBlock or type(block.attn) is not TimmAttention or not hasattr(block.mlp, "fc1"):
-        raise UserError(f"clip knows no layers of the kind {type(block).__name__}: choose a model with plain ones")
-    block.attn.fused_attn = True  # type: ignore[misc]  # one call, which a recipe may run otherwise
+        raise UserError(f"clip does not support layers of class {type(block).__name__}: choose a model with plain ones")
+    block.attn.fused_attn = True  # type: ignore[misc]  # one call, which a recipe may replace
     width = block.attn.qkv.in_features
     attention = SubLayer(
         Scaled(block.attn, block.ls1),

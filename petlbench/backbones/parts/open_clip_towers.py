@@ -1,7 +1,7 @@
-"""Towers of open_clip, its own and timm's vision transformers, taken apart into stems, stacks of layers and readers.
+"""Split open_clip's towers, its own or timm's vision transformers, into stems, stacks of layers and token poolers.
 
-What a library applies to all tokens belongs to a tower; what it applies to the pooled one alone (a pooling module, a
-norm after pooling, the projection) belongs to a `Reader`, half of the head of image-text retrieval.
+Modules that a library applies to all tokens belong to a tower; modules that it applies only to the pooled token (a
+pooling module, a norm after pooling, the projection) belong to a `TokenPooler`, half of the image-text retrieval head.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from petlbench.core.errors import UserError
 
 
 class PatchStem(nn.Module):
-    """Pixels to what enters open_clip's vision transformer: a class token, then patches, with positions."""
+    """Turn pixels into the input of open_clip's vision transformer: a class token, then patches, with positions."""
 
     def __init__(self, visual: VisionTransformer) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class PatchStem(nn.Module):
 
 
 class TimmStem(nn.Module):
-    """The same of timm's: what is left of its model when layers, norms and pooling are taken out."""
+    """The stem of timm's vision transformer: the model without its layers, norms and pooling."""
 
     def __init__(self, trunk: TimmTransformer) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class TimmStem(nn.Module):
 
 
 class TextStem(nn.Module):
-    """Token ids to what enters the text tower: words with positions and, in CoCa, a class token at the end."""
+    """Turn token ids into the input of the text tower: words with positions and, in CoCa, a class token at the end."""
 
     def __init__(self, source: Any) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class TextStem(nn.Module):
 
 
 class Matrix(nn.Module):
-    """x W, with W (in, out) as open_clip keeps it."""
+    """The product x W, with W (in, out) as in open_clip."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Matrix(nn.Module):
 
 
 class LatentPool(nn.Module):
-    """timm's pooling by attention from a learned query, over all tokens but the first `skip`."""
+    """timm's pooling by attention from a learned query, over all tokens except the first `skip`."""
 
     def __init__(self, pool: nn.Module, skip: int) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class LatentPool(nn.Module):
 
 
 class TokenPooler(nn.Module):
-    """Tokens after their tower -> unit vectors (B, e): pooled, normed, projected."""
+    """Pool, norm and project the tokens of a tower to unit vectors (B, e)."""
 
     def __init__(self, projection: nn.Module, *, pool: nn.Module | None = None, norm: nn.Module | None = None) -> None:
         super().__init__()
@@ -111,8 +111,9 @@ class TokenPooler(nn.Module):
 
 @dataclass(frozen=True)
 class ImageTower:
-    """`drop`: how many first tokens do not leave the tower. `marked`: the first token stands for the image.
+    """The parts of an image tower.
 
+    `drop`: how many tokens to remove from the start of the output. `marked`: the first token represents the image.
     `resampler` (CoCa): pooling by attention from several queries, whose outputs are the image tokens.
     """
 
@@ -127,7 +128,10 @@ class ImageTower:
 
 @dataclass(frozen=True)
 class TextTower:
-    """`pooling`: of argmax (the highest id), eos, first and last, where the token stands that is the text's."""
+    """The parts of a text tower.
+
+    `pooling`: which token represents the text: argmax (the highest id), eos, first or last.
+    """
 
     stem: TextStem
     stack: Stack
@@ -143,21 +147,21 @@ def _or_none(module: nn.Module) -> nn.Module | None:
 
 
 def image_tower(visual: nn.Module) -> ImageTower:
-    """Takes an open_clip image tower apart. Raises UserError for a kind that has no such layers."""
+    """Split an open_clip image tower into its parts. Raise UserError if it is not a plain vision transformer."""
     if isinstance(visual, VisionTransformer):
         return _own_image_tower(visual)
     if isinstance(visual, TimmModel) and type(visual.trunk) is TimmTransformer:
         return _timm_image_tower(visual)
-    kind = type(getattr(visual, "trunk", visual)).__name__
-    raise UserError(f"clip cannot take an image tower of the kind {kind} apart: choose a plain vision transformer")
+    class_name = type(getattr(visual, "trunk", visual)).__name__
+    raise UserError(f"clip does not support image towers of class {class_name}: choose a plain vision transformer")
 
 
 def _own_image_tower(visual: VisionTransformer) -> ImageTower:
     resampled, late_norm = visual.attn_pool is not None, visual.final_ln_after_pool and visual.attn_pool is None
     if visual.pool_type not in ("tok", "avg") or getattr(visual, "attn_pool_contrastive", None) is not None:
-        raise UserError("clip knows no image tower with two poolings, or none: choose another model")
+        raise UserError("clip does not support image towers with two poolings or none: choose another model")
     if resampled and visual.pool_type == "avg":
-        raise UserError("clip knows no image tower that averages over pooled tokens: choose another model")
+        raise UserError("clip does not support image towers that average over pooled tokens: choose another model")
     width = visual.conv1.out_channels
     stack = Stack(
         [block_layer(block) for block in visual.transformer.resblocks],
@@ -179,7 +183,7 @@ def _own_image_tower(visual: VisionTransformer) -> ImageTower:
 def _timm_image_tower(visual: TimmModel) -> ImageTower:
     trunk = visual.trunk
     if trunk.global_pool not in ("token", "avg", "map") or hasattr(visual.head, "pool"):
-        raise UserError(f"clip knows no pooling '{trunk.global_pool}' of an image tower: choose another model")
+        raise UserError(f"clip does not support pooling '{trunk.global_pool}' of an image tower: choose another model")
     skip = 0 if trunk.pool_include_prefix else trunk.num_prefix_tokens
     pool = LatentPool(trunk.attn_pool, skip) if trunk.attn_pool is not None else None
     parts = [part for part in (trunk.head_drop, trunk.head, visual.head) if list(part.parameters()) or _drops(part)]
@@ -201,7 +205,7 @@ def _drops(part: nn.Module) -> bool:
 
 
 def text_tower(model: Any) -> TextTower:
-    """Takes the text tower of an open_clip model apart, whether it stands in the model itself or in its `text`."""
+    """Split the text tower of an open_clip model into its parts, whether it is the model itself or its `text`."""
     source = getattr(model, "text", model)
     stem = TextStem(source)
     projection = source.text_projection
@@ -217,7 +221,7 @@ def text_tower(model: Any) -> TextTower:
     )
     pooling = "last" if late_norm else str(getattr(source, "pool_type", None) or source.text_pool_type)
     if pooling not in ("argmax", "eos", "first", "last"):
-        raise UserError(f"clip knows no pooling '{pooling}' of a text tower: choose another model")
+        raise UserError(f"clip does not support pooling '{pooling}' of a text tower: choose another model")
     return TextTower(
         stem,
         stack,
@@ -230,7 +234,7 @@ def text_tower(model: Any) -> TextTower:
 
 
 def caption_decoder(decoder: Any) -> tuple[Stack, Matrix]:
-    """CoCa's decoder over the text tower's states: its layers, and the projection to words."""
+    """Return the layers of CoCa's decoder over the text tower's states, and its projection to words."""
     blocks = zip(decoder.resblocks, decoder.cross_attn, strict=True)
     layers = [block_layer(block, crossing) for block, crossing in blocks]
     stack = Stack(layers, width=decoder.ln_final.normalized_shape[0], final_norm=decoder.ln_final)

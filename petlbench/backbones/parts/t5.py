@@ -1,4 +1,4 @@
-"""T5 (Raffel et al., 2020) from transformers' modules, as a host of visual tokens."""
+"""T5 (Raffel et al., 2020), built from transformers' modules, with visual tokens in its input."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ FIXED = ("num_heads", "d_kv", "feed_forward_proj", "relative_attention_max_dista
 
 
 class T5Host(EncoderDecoder[C]):
-    """Distances count between text tokens only: a relative bias is added for their pairs, and zero for all others.
+    """T5 as a backbone; a subclass adds how an image becomes tokens.
 
-    Each stack computes it once per pass, from the one table that its first layer holds. Subclasses add how an image
-    becomes tokens.
+    Only pairs of text tokens have a distance: the relative bias of other pairs is zero. Each stack computes the bias
+    once per pass, from the table in its first layer.
     """
 
     initialisation = "t5"
     norm_bias = False
 
     def build_t5(self, config: T5Config, *, source: str = "none", added_rows: int = 0, longest: int) -> None:
-        """Take a library model apart into token table and stacks.
+        """Split a library model into token table and stacks.
 
-        `source`: of its weights, see `library_model`. `added_rows`: at the end of the token table, random. `longest`
-        text in tokens: T5 itself has no limit.
+        `source`: of its weights, see `library_model`. `added_rows`: random rows to add at the end of the token table.
+        `longest`: the longest text in tokens, since T5 itself has no limit.
         """
         t5 = library_model(T5Model, config, source, fixed=FIXED)
         self.width, self.dropout, self.max_text = config.d_model, config.dropout_rate, longest
@@ -46,7 +46,7 @@ class T5Host(EncoderDecoder[C]):
         self.stacks["decoder"] = Stack(decoder, width=self.width, final_norm=t5.decoder.final_layer_norm)
 
     def _relative(self, role: str, queries: int, keys: int, step: int = 0) -> Tensor:
-        """(1, heads, queries, keys) from the stack's table, for queries that follow `step` earlier ones."""
+        """Return the bias (1, heads, queries, keys) from the stack's table, for queries after `step` earlier ones."""
         attention: Any = next(iter(self.stack(role)))["attention"].core.attention
         bias: Tensor = attention.compute_bias(queries, keys, past_seen_tokens=step)
         return bias
@@ -76,7 +76,7 @@ class T5Host(EncoderDecoder[C]):
         return F.dropout(self.token_embedding(ids), self.dropout, self.training)
 
     def leave(self, states: Tensor) -> Tensor:
-        """T5 has one more dropout behind its final norms."""
+        """Apply the additional dropout that T5 has after its final norms."""
         return F.dropout(states, self.dropout, self.training)
 
     def logits(self, states: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class T5Host(EncoderDecoder[C]):
 
 
 def _text_places(segments: Segments) -> Tensor:
-    """Where in a sequence its text tokens stand, in order; visual tokens between them do not count as distance."""
+    """Return the positions of the text tokens in a sequence; visual tokens between them add no distance."""
     places, start = [], 0
     for kind, length in segments:
         places += list(range(start, start + length)) if kind == TEXT else []
@@ -94,7 +94,7 @@ def _text_places(segments: Segments) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class T5Sizes:
-    """Of T5 of the first version: a ReLU in the feed-forward network, head and token table one."""
+    """Sizes of T5's first version: ReLU in the feed-forward network, and one tensor for head and token table."""
 
     vocabulary: int
     width: int
@@ -108,7 +108,7 @@ class T5Sizes:
     max_distance: int = 128
 
     def config(self) -> T5Config:
-        """The same as the library names them."""
+        """Return the library's configuration of these sizes."""
         return T5Config(
             vocab_size=self.vocabulary,
             d_model=self.width,

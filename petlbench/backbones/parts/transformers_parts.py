@@ -1,6 +1,6 @@
-"""Layers of transformers' BART, CLIP and T5, taken apart into sub-layers with sites.
+"""Split layers of transformers' BART, CLIP and T5 into sub-layers with sites.
 
-The computing modules are the library's own; only the residual wiring around them is ours.
+The computing modules are the library's own; only the residual additions around them are ours.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from petlbench.api.sites import Layer, Pass, Projection, SubLayer
 
 
 class SelfAttention(nn.Module):
-    """A library attention that reads mask and cache from the pass."""
+    """The library's self-attention, which takes mask and cache from the pass."""
 
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(SelfAttention):
-    """The same over the pass's memory."""
+    """The library's attention over the pass's memory."""
 
     def forward(self, x: Tensor, context: Pass) -> Tensor:
         return self.attention(
@@ -38,7 +38,7 @@ class CrossAttention(SelfAttention):
 
 
 class T5SelfAttention(SelfAttention):
-    """T5's attention; the pass's bias holds mask and relative positions together, causality included."""
+    """T5's attention; the pass's bias is the sum of mask, causal mask and relative positions."""
 
     def forward(self, x: Tensor, context: Pass) -> Tensor:
         options = {"position_bias": context.bias, "past_key_values": context.cache, "is_causal": False}
@@ -46,7 +46,7 @@ class T5SelfAttention(SelfAttention):
 
 
 class T5CrossAttention(SelfAttention):
-    """T5's attention over the pass's memory, to which distances mean nothing."""
+    """T5's attention over the pass's memory, without relative positions."""
 
     def forward(self, x: Tensor, context: Pass) -> Tensor:
         options = {"position_bias": context.memory_bias, "past_key_values": context.cache}
@@ -54,7 +54,7 @@ class T5CrossAttention(SelfAttention):
 
 
 class FeedForward(nn.Module):
-    """fc2(drop(act(fc1(x)))) from a library layer's own linear modules."""
+    """fc2(drop(act(fc1(x)))) of a library layer's own linear modules."""
 
     def __init__(self, fc1: nn.Module, fc2: nn.Module, activation: nn.Module, drop: float) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class FeedForward(nn.Module):
 
 
 class Stateless(nn.Module):
-    """A library feed-forward that takes x alone."""
+    """A library feed-forward network that takes only x and ignores the pass."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -95,20 +95,20 @@ def _bart_ffn(layer: BartEncoderLayer | BartDecoderLayer) -> SubLayer:
 
 
 def bart_encoder_layer(layer: BartEncoderLayer) -> Layer:
-    """Post-norm: attention, ffn."""
+    """Build a post-norm layer: attention, ffn."""
     attention = _bart_attention(layer.self_attn, layer.self_attn_layer_norm, layer.dropout, SelfAttention)
     return Layer(attention=attention, ffn=_bart_ffn(layer))
 
 
 def bart_decoder_layer(layer: BartDecoderLayer) -> Layer:
-    """Post-norm: attention, cross_attention, ffn."""
+    """Build a post-norm layer: attention, cross_attention, ffn."""
     attention = _bart_attention(layer.self_attn, layer.self_attn_layer_norm, layer.dropout, SelfAttention)
     cross = _bart_attention(layer.encoder_attn, layer.encoder_attn_layer_norm, layer.dropout, CrossAttention)
     return Layer(attention=attention, cross_attention=cross, ffn=_bart_ffn(layer))
 
 
 def clip_layer(layer: CLIPEncoderLayer, drop: float = 0.0) -> Layer:
-    """Pre-norm (CLIP, ViT): attention, ffn. `drop` is a dropout on both branches; CLIP itself has none."""
+    """Build a pre-norm layer (CLIP, ViT): attention, ffn. `drop`: dropout of both branches; CLIP itself has none."""
     width, mlp = layer.embed_dim, layer.mlp
     attention = SubLayer(
         SelfAttention(layer.self_attn),
@@ -149,13 +149,13 @@ def _t5_ffn(part: nn.Module) -> SubLayer:
 
 
 def t5_encoder_layer(block: T5Block) -> Layer:
-    """Pre-norm: attention, ffn."""
+    """Build a pre-norm layer: attention, ffn."""
     first, last = block.layer
     return Layer(attention=_t5_attention(first, first.SelfAttention, T5SelfAttention), ffn=_t5_ffn(last))
 
 
 def t5_decoder_layer(block: T5Block) -> Layer:
-    """Pre-norm: attention, cross_attention, ffn."""
+    """Build a pre-norm layer: attention, cross_attention, ffn."""
     first, second, last = block.layer
     return Layer(
         attention=_t5_attention(first, first.SelfAttention, T5SelfAttention),

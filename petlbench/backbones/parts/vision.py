@@ -23,7 +23,7 @@ STRIDE = 8  # pixels per token along each axis: three convolutions of stride 2
 
 
 def sine_positions(rows: int, columns: int, width: int) -> Tensor:
-    """(rows * columns, width): half the channels code x, half y, as sines and cosines of geometric frequencies."""
+    """Return (rows * columns, width): half the channels code x, half y, by sines, cosines of geometric frequencies."""
     quarter = width // 4
     rate = torch.exp(-math.log(100.0) * torch.arange(quarter) / quarter)
     x = torch.arange(columns)[None, :, None] * rate
@@ -34,7 +34,7 @@ def sine_positions(rows: int, columns: int, width: int) -> Tensor:
 
 
 def vision_stack(width: int, layers: int, heads: int, ffn: int, drop: float, attention: str) -> Stack:
-    """Pre-norm layers and a final norm."""
+    """Build pre-norm layers and a final norm."""
     config = CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=ffn,
@@ -49,8 +49,10 @@ def vision_stack(width: int, layers: int, heads: int, ffn: int, drop: float, att
 
 
 class MaskedNorm(nn.GroupNorm):
-    """One group over channels and real positions: padding must not enter the statistics, or images in one batch
-    would change one another. (B, C, H, W) and mask (B, 1, H, W) -> (B, C, H, W)."""
+    """Normalise (B, C, H, W) over channels and real positions, by a mask (B, 1, H, W).
+
+    Statistics leave out padding, so that images in one batch do not change each other.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__(1, channels)
@@ -67,7 +69,7 @@ class MaskedNorm(nn.GroupNorm):
 
 
 class ImageTokenizer(nn.Module):
-    """Images of any size -> one token per 8 x 8 pixels: three convolutions and sine positions, before the layers."""
+    """Turn images of any size into one token per 8 x 8 pixels, by three convolutions and sine positions."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -79,7 +81,7 @@ class ImageTokenizer(nn.Module):
         self.apply(_initialise)
 
     def forward(self, images: Images) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens (B, N, width), their mask (B, N), and their centres (B, N, 2) in pixels."""
+        """Return tokens (B, N, width), their mask (B, N), and their centres (B, N, 2) in pixels."""
         features, mask = images.pixels, images.mask[:, None]
         for module in self.stem:
             if isinstance(module, MaskedNorm):
@@ -88,7 +90,7 @@ class ImageTokenizer(nn.Module):
             else:
                 features = module(features)
                 if isinstance(module, nn.GELU):
-                    features = features * mask  # or padding would leak into the next convolution
+                    features = features * mask  # otherwise padding would enter the next convolution
         batch, width, rows, columns = features.shape
         x = features.flatten(2).transpose(1, 2)
         x = x + sine_positions(rows, columns, width).to(x)
@@ -107,7 +109,7 @@ def _initialise(module: nn.Module) -> None:
 
 
 def preprocess(images: Sequence[Image], side: int) -> Images:
-    """Short side to `side`, aspect kept, padded below and right to whole tokens and to the batch's largest canvas."""
+    """Resize the short side to `side`, keep the aspect; pad below and right to whole tokens and the largest image."""
     arrays, scales = [], []
     for image in images:
         scale = side / min(image.size)

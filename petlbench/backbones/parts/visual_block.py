@@ -1,4 +1,4 @@
-"""What `vl_bart` and `vl_t5` share: image features as tokens beside text (VL-T5, Cho et al., ICML 2021; VL-Adapter)."""
+"""Image features as tokens after text, for `vl_bart` and `vl_t5` (VL-T5, Cho et al., ICML 2021; VL-Adapter)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from petlbench.backbones.weights.library_models import (
 )
 from petlbench.backbones.weights.tensors import asset, load_into, read_tensors
 
-IMAGES = 2  # the most images of one sample (NLVR2)
+IMAGES = 2  # the largest number of images in one sample (NLVR2)
 TINY: dict[str, Any] = {  # the test size of both families
     "cnn": "tiny",
     "image_size": 128,
@@ -47,32 +47,36 @@ TINY: dict[str, Any] = {  # the test size of both families
 
 
 class GridTextConfig(BackboneConfig):
-    """What both families are configured by; the defaults are the published ones where both have the same."""
+    """Options of both families; the defaults are the published values where both families have the same."""
 
-    cnn: str = Field("RN101", description="the CLIP ResNet that gives grid features: a name of open_clip's, or `tiny`")
+    cnn: str = Field("RN101", description="the CLIP ResNet that computes grid features: an open_clip name, or `tiny`")
     image_size: int = Field(224, gt=0, description="pixels of an image's side")
     fit: Literal["crop", "squash"] = Field(
-        "crop", description="short side to `image_size`, then the centre; or both sides to it, which loses no target"
+        "crop",
+        description="crop: short side to `image_size`, then the centre; squash: both sides, which cuts off nothing",
     )
     features: Literal["live", "cached"] = Field(
-        "live", description="run the CNN in every step, or once per image and keep its features as float16"
+        "live", description="run the CNN in every step, or once per image and store its features as float16"
     )
     cells: int = Field(6, gt=0, description="visual tokens along each side, pooled from the CNN's grid")
     sentinels: int = Field(
-        100, ge=0, description="how many tokens <extra_id_N>, and how many <vis_extra_id_N>, the tokenizer must know"
+        100, ge=0, description="how many tokens <extra_id_N>, and as many <vis_extra_id_N>, the tokenizer has"
     )
-    dropout: float = Field(0.1, ge=0, lt=1, description="of states, attention maps and inside feed-forward networks")
+    dropout: float = Field(
+        0.1, ge=0, lt=1, description="rate for states, attention maps and inside feed-forward networks"
+    )
     tokenizer: str | None = Field(
-        None, description="tokenizers file (in the package's assets or on disk), folder or hub name; null: the model's"
+        None,
+        description="a tokenizers file (in the package's assets or on disk), folder or hub name; null: the model's",
     )
     weights: str = Field(
         "pretrained", description="`pretrained` (CLIP and the language model), `none`, or a file of the whole backbone"
     )
     vision_weights: str | None = Field(
-        None, description="of the CNN: `pretrained`, `none`, or a file in open_clip's layout; null: as `weights` says"
+        None, description="for the CNN: `pretrained`, `none`, or a file in open_clip's layout; null: as `weights`"
     )
     language_weights: str | None = Field(
-        None, description="of the language model: `pretrained`, `none`, a hub name or a folder; null: as `weights` says"
+        None, description="for the language model: `pretrained`, `none`, a hub name or a folder; null: as `weights`"
     )
 
     language: str
@@ -80,26 +84,26 @@ class GridTextConfig(BackboneConfig):
     added_rows: int
 
     def part(self, own: str | None) -> str:
-        """Where a part's weights come from: `own` where given; `none` where a file of the whole backbone has them."""
+        """Return the source of a part's weights: `own` if given; `none` if a file of the whole backbone holds them."""
         return own or (self.weights if self.weights in PUBLISHED else "none")
 
     def text_source(self) -> str:
-        """Of the language model's weights: `none`, a hub name or a folder."""
+        """Return the source of the language model's weights: `none`, a hub name or a folder."""
         source = self.part(self.language_weights)
         return self.language if source == "pretrained" else source
 
     def tokenizer_source(self) -> str:
-        """Of the tokenizer: as given, or where the language model is from, or would be."""
+        """Return the source of the tokenizer: as given, or the language model, even if its weights are `none`."""
         own = self.language_weights not in (None, *PUBLISHED)
         return self.tokenizer or (self.text_source() if own else self.language)
 
     def whole(self) -> Path | None:
-        """The file of the whole backbone, if one is to be read."""
+        """Return the file of the whole backbone; None if `weights` names none."""
         return None if self.weights in PUBLISHED else asset(self.weights)
 
 
 def pooled(grid: Tensor, cells: int) -> Tensor:
-    """(…, G * G, C) -> (…, cells * cells, C): maxima over windows, which overlap where `cells` does not divide G.
+    """Map (…, G * G, C) to (…, cells * cells, C): maxima over windows, which overlap if `cells` does not divide G.
 
     Along each side, window i is floor(G i / cells) up to ceil(G (i + 1) / cells).
     """
@@ -110,7 +114,7 @@ def pooled(grid: Tensor, cells: int) -> Tensor:
 
 
 def centres(side: int, cells: int) -> Tensor:
-    """(cells * cells, 2): the centres (x, y) of the windows that `pooled` takes, in units of the image's side."""
+    """Return the centres (cells * cells, 2), as (x, y), of the windows of `pooled`, in units of the image's side."""
     index = torch.arange(cells)
     start, stop = side * index // cells, -(-side * (index + 1) // cells)
     along = (start + stop) / (2 * side)
@@ -121,8 +125,8 @@ def centres(side: int, cells: int) -> Tensor:
 class VisualBlock(nn.Module):
     """Token i of image m: Norm(W_f f_i + b_f) + Norm(W_b [x1, x2, y1, y2, area] + b_b) + E_img[m] + E_tok[V - 1 - i].
 
-    f is the pooled grid, E_tok the language model's token table, whose last rows tell places apart. Every method trains
-    this block, but not the table. `norm` makes one of the family's norms.
+    f is the pooled grid, E_tok the language model's token table, whose last rows mark places. Every method trains this
+    block, but not the table. `norm` builds a norm of the family.
     """
 
     def __init__(self, channels: int, width: int, cells: int, norm: Callable[[int], nn.Module]) -> None:
@@ -133,10 +137,10 @@ class VisualBlock(nn.Module):
         self.image = nn.Embedding(IMAGES, width)
 
     def forward(self, grids: Tensor, table: Tensor, boxes: Tensor | None = None) -> Tensor:
-        """Grids (B, M, G * G, C) of M images per sample, the table (V, width) -> (B, M * cells * cells, width).
+        """Map grids (B, M, G * G, C) of M images per sample and the table (V, width) to (B, M * cells * cells, width).
 
-        `boxes` (B, M, at least cells * cells, 4) as x1, x2, y1, y2 in units of the image; none: all zero, as grid
-        features have none.
+        `boxes` (B, M, at least cells * cells, 4): x1, x2, y1, y2 in units of the image; None: all zero, since grid
+        features have no boxes.
         """
         features = pooled(grids, self.cells)
         length = features.shape[2]
@@ -155,13 +159,13 @@ G = TypeVar("G", bound=GridTextConfig)
 
 
 class GridVision(EncoderDecoder[G]):
-    """An encoder-decoder that reads images as grid features; subclasses say which language model."""
+    """An encoder-decoder that reads images as grid features; a subclass sets the language model."""
 
     abilities = frozenset({"embed", "fuse", "decode", "ground", "pair"})
-    starts_from_pad: ClassVar[bool] = False  # decoding does, else from the end token
+    starts_from_pad: ClassVar[bool] = False  # whether decoding starts from the padding token, else from the end token
 
     def build_vision(self, norm: Callable[[int], nn.Module]) -> None:
-        """The frozen CNN, the visual block, as torch draws it, and the codec."""
+        """Build the frozen CNN, the visual block with torch's initial values, and the codec."""
         c = self.config
         rows = self.token_embedding.num_embeddings
         source, from_pad = c.tokenizer_source(), self.starts_from_pad
@@ -173,7 +177,7 @@ class GridVision(EncoderDecoder[G]):
         self.visual = VisualBlock(self.grid.channels, self.width, c.cells, norm)
 
     def load_whole(self) -> None:
-        """The file of the whole backbone, where there is one; without the CNN where that has a source of its own."""
+        """Load the file of the whole backbone, if there is one; the CNN may be absent if it has a source of its own."""
         path = self.config.whole()
         if path is not None:
             elsewhere = ("grid.",) if self.config.vision_weights else ()
@@ -182,9 +186,9 @@ class GridVision(EncoderDecoder[G]):
     @classmethod
     def files(cls, config: G) -> list[Path]:
         whole = config.whole()
-        found = GridFeatures.files(config.cnn, config.part(config.vision_weights))
-        found += [*model_files(config.text_source()), *tokenizer_files(config.tokenizer_source())]
-        return found if whole is None else [whole, *found]
+        paths = GridFeatures.files(config.cnn, config.part(config.vision_weights))
+        paths += [*model_files(config.text_source()), *tokenizer_files(config.tokenizer_source())]
+        return paths if whole is None else [whole, *paths]
 
     def host_parameters(self) -> set[str]:
         return {f"visual.{name}" for name, _ in self.visual.named_parameters()}
@@ -197,13 +201,13 @@ class GridVision(EncoderDecoder[G]):
         return self._placed(states)
 
     def embed_pair(self, images: Images, *, task: str | None = None) -> tuple[Tokens, Tokens]:
-        """VL-T5's: E_img tells the two apart."""
+        """Return the tokens of two images per sample; VL-T5's E_img distinguishes them."""
         grids = torch.stack(self.grid(images).chunk(2), dim=1)
         first, second = self.visual(grids, self.token_embedding.weight).chunk(2, dim=1)
         return self._placed(first), self._placed(second)
 
     def _placed(self, states: Tensor) -> Tokens:
-        """Tokens of one image, from `states` (B, cells * cells, width)."""
+        """Return the tokens of one image, from `states` (B, cells * cells, width)."""
         mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
         places = centres(self.grid.grid, self.config.cells).to(states)
         return plain_tokens(states, mask, IMAGE, positions=places.expand(len(states), -1, -1))

@@ -15,7 +15,7 @@ from petlbench.core.errors import UserError
 
 
 class LibraryCodec(Codec):
-    """A tokenizer of transformers. `start_id`: by default the end token, from which BART decodes."""
+    """A tokenizer of transformers. `start_id`: the default is the end token, from which BART decodes."""
 
     def __init__(self, tokenizer: Any, *, start_id: int | None = None, eos_id: int | None = None) -> None:
         self.tokenizer = tokenizer
@@ -35,7 +35,7 @@ class LibraryCodec(Codec):
 
 
 def file_codec(path: Path) -> LibraryCodec:
-    """A `tokenizers` JSON file with BART's special tokens, such as the packaged one of the small backbones."""
+    """Load a `tokenizers` JSON file with BART's special tokens, such as the packaged one of the small backbones."""
     try:
         json.loads(path.read_text(encoding="utf-8"))  # a broken file fails here, with its position
     except ValueError as error:

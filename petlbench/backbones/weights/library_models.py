@@ -1,6 +1,6 @@
-"""Language models and tokenizers from transformers: random, by hub name, or from a folder in the library's layout.
+"""Language models and tokenizers of transformers: random, by hub name, or from a folder in the library's layout.
 
-The library's own environment variables decide about caches and the network (HF_HOME, HF_HUB_OFFLINE).
+The library's own environment variables control caches and the network (HF_HOME, HF_HUB_OFFLINE).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from petlbench.backbones.weights.tensors import asset, first_few, on_meta
 from petlbench.core.errors import UserError
 from petlbench.core.messages import did_you_mean, one_line
 
-PUBLISHED = ("pretrained", "none")  # sources of weights that are no path
+PUBLISHED = ("pretrained", "none")  # sources of weights that are not paths
 KNOWN = (
     "facebook/bart-base",
     "facebook/bart-large",
@@ -34,60 +34,63 @@ KNOWN = (
     "facebook/detr-resnet-50",
     "facebook/detr-resnet-101",
 )
-HEADS = ("final_logits_bias", "lm_head.weight")  # of the generating model: zero, and tied to the token table
+HEADS = (
+    "final_logits_bias",
+    "lm_head.weight",
+)  # extra tensors of the generating model: zero, and tied to the token table
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 TOKENIZERS = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")
 
 
-def library_model(kind: Any, config: Any, source: str, *, fixed: Sequence[str]) -> Any:
-    """A model of transformers with our configuration; drawn for `none` and on the meta device, else from `source`.
+def library_model(cls: Any, config: Any, source: str, *, fixed: Sequence[str]) -> Any:
+    """Return a `cls` of transformers with our configuration, random for `none` or on the meta device, else of `source`.
 
-    `fixed`: the options of the configuration that shapes do not tell, and that must be the source's. Raises UserError
-    when the source is not there, cannot be read, or does not fit: a few names are told, all are counted.
+    `fixed`: options that shapes do not show, and that must equal the source's. Raise UserError if the source does not
+    exist, cannot be read, or does not fit; the message names a few tensors and counts all.
     """
     if source == "none" or on_meta():
-        return kind(config)
+        return cls(config)
     place = model_location(source)
     with quiet(), readable(source, "a language model"):
         theirs = PretrainedConfig.get_config_dict(place)[0]
-    found = theirs.get("model_type")
-    if found is None:
+    model_type = theirs.get("model_type")
+    if model_type is None:
         raise UserError(f"'{source}' does not hold a language model: give a folder with its config.json and weights")
-    if found != config.model_type:
-        raise UserError(f"'{source}' is a model of type '{found}', not '{config.model_type}': choose another one")
-    like = type(config).from_dict(theirs)
-    wrong = [f"{name} is {getattr(like, name)}, not {getattr(config, name)}" for name in fixed
-             if getattr(like, name) != getattr(config, name)]  # fmt: skip
+    if model_type != config.model_type:
+        raise UserError(f"'{source}' is a model of type '{model_type}', not '{config.model_type}': choose another one")
+    published = type(config).from_dict(theirs)
+    wrong = [f"{name} is {getattr(published, name)}, not {getattr(config, name)}" for name in fixed
+             if getattr(published, name) != getattr(config, name)]  # fmt: skip
     with quiet(), readable(source, "a language model"):
-        model, report = kind.from_pretrained(
+        model, report = cls.from_pretrained(
             place, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
         )
     unexpected = [name for name in report["unexpected_keys"] if name not in HEADS]
     shapes = [f"{name} is {list(theirs)}, not {list(ours)}" for name, theirs, ours in report["mismatched_keys"]]
-    kinds = {"missing": report["missing_keys"], "unexpected": unexpected, "of another shape": shapes, "other": wrong}
-    said = [f"{len(names)} {kind} ({first_few(sorted(names))})" for kind, names in kinds.items() if names]
-    if said:
-        raise UserError(f"weights '{source}' do not fit this configuration: {'; '.join(said)}")
+    problems = {"missing": report["missing_keys"], "unexpected": unexpected, "of another shape": shapes, "other": wrong}
+    counts = [f"{len(names)} {problem} ({first_few(sorted(names))})" for problem, names in problems.items() if names]
+    if counts:
+        raise UserError(f"weights '{source}' do not fit this configuration: {'; '.join(counts)}")
     return model.train()
 
 
 def grown_table(table: nn.Embedding, rows: int, std: float) -> nn.Embedding:
-    """The token table with `rows` more at its end, drawn from N(0, std^2); itself for none."""
+    """Return the token table with `rows` more at its end, drawn from N(0, std^2); the same table if `rows` is 0."""
     if not rows:
         return table
-    more = nn.Embedding(table.num_embeddings + rows, table.embedding_dim)
+    grown = nn.Embedding(table.num_embeddings + rows, table.embedding_dim)
     with torch.no_grad():
-        nn.init.normal_(more.weight, std=std)
-        more.weight[: table.num_embeddings] = table.weight
-    return more
+        nn.init.normal_(grown.weight, std=std)
+        grown.weight[: table.num_embeddings] = table.weight
+    return grown
 
 
 def library_codec(source: str, sentinels: int, rows: int, *, from_pad: bool) -> LibraryCodec:
-    """A tokenizer that knows <extra_id_N> and <vis_extra_id_N>, new ones at its end, N falling to zero.
+    """Return a tokenizer with <extra_id_N> and <vis_extra_id_N>; new ones follow at its end, N falling to zero.
 
     `source`: a tokenizers file (packaged or on disk), a folder, or a hub name. `rows`: of the token table. `from_pad`:
-    decoding starts from the padding token (T5), else from the end token. Raises UserError for a source that is not
-    there, cannot be read, or has more ids than the table has rows.
+    decoding starts from the padding token (T5), else from the end token. Raise UserError if the source does not exist,
+    cannot be read, or has more ids than the table has rows.
     """
     if source.endswith(".json"):
         tokenizer = file_codec(asset(source)).tokenizer
@@ -96,7 +99,7 @@ def library_codec(source: str, sentinels: int, rows: int, *, from_pad: bool) -> 
         with quiet(), readable(source, "a tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(place)
     order = range(sentinels - 1, -1, -1)
-    tokenizer.add_tokens([f"<{kind}_{i}>" for kind in ("extra_id", "vis_extra_id") for i in order], special_tokens=True)
+    tokenizer.add_tokens([f"<{name}_{i}>" for name in ("extra_id", "vis_extra_id") for i in order], special_tokens=True)
     if len(tokenizer) > rows:
         raise UserError(
             f"tokenizer '{source}' has {len(tokenizer)} ids with the added ones, more than the {rows} rows of the "
@@ -106,7 +109,7 @@ def library_codec(source: str, sentinels: int, rows: int, *, from_pad: bool) -> 
 
 
 class DeferredCodec(Codec):
-    """A codec that is made at its first use: counting parameters needs no tokenizer. `rows`: of the token table."""
+    """Build a codec at its first use, since counting parameters needs no tokenizer. `rows`: of the token table."""
 
     def __init__(self, make: Callable[[], LibraryCodec], rows: int) -> None:
         self._make, self._rows = make, rows
@@ -118,7 +121,7 @@ class DeferredCodec(Codec):
         return self._made
 
     def __getattr__(self, name: str) -> Any:
-        """Of the ids that decoding needs, which the tokenizer knows."""
+        """Return an attribute of the codec, such as the ids that decoding needs."""
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self.made, name)
@@ -134,40 +137,40 @@ class DeferredCodec(Codec):
 
 
 def model_files(source: str) -> list[Path]:
-    """The weights of a model, given by hub name, folder or (no files) `none`; see `needed_files`."""
+    """Return the weight files of a model by hub name or folder, no files for `none`; see `needed_files`."""
     return [] if source == "none" else needed_files(source, WEIGHTS, "a model", most=1)
 
 
 def tokenizer_files(source: str) -> list[Path]:
-    """The files of a tokenizer, given by hub name, folder or tokenizers file; see `needed_files`."""
+    """Return the files of a tokenizer by hub name, folder or tokenizers file; see `needed_files`."""
     return [asset(source)] if source.endswith(".json") else needed_files(source, TOKENIZERS, "a tokenizer")
 
 
 def needed_files(source: str, names: Sequence[str], what: str, most: int | None = None) -> list[Path]:
-    """The first `most` of `names` that a folder or a hub's repository has, fetched where none is on this machine.
+    """Return the first `most` of `names` in a folder or hub repository; fetch them if this machine has none.
 
-    Fetched before anything runs, so that a missing network is told at once and fingerprints see what is run. Raises
-    UserError when there is none of them.
+    They are fetched before anything runs, so that a missing network is reported at once and fingerprints cover the
+    files that run. Raise UserError if none of them exists.
     """
     place = Path(model_location(source))
     if place.is_dir():
-        found = [place / name for name in names if (place / name).is_file()][:most]
+        files = [place / name for name in names if (place / name).is_file()][:most]
     else:
         paths = (try_to_load_from_cache(source, name) for name in names)
-        found = [Path(path) for path in paths if isinstance(path, str)][:most]
-        if not found:
+        files = [Path(path) for path in paths if isinstance(path, str)][:most]
+        if not files:
             with quiet(), readable(source, what):
                 fetched = (cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in names)
-                found = list(islice((Path(path) for path in fetched if path), most))
-                if not found:
-                    cached_file(source, names[0])  # says why: no network, no such repository, no such file
-    if not found:
+                files = list(islice((Path(path) for path in fetched if path), most))
+                if not files:
+                    cached_file(source, names[0])  # raises the reason: no network, no such repository, no such file
+    if not files:
         raise UserError(f"'{source}' holds none of {', '.join(names)}: give another folder or hub name")
-    return found
+    return files
 
 
 def model_location(source: str) -> str:
-    """A hub name as it is; a folder as its path. Raises UserError for what can be neither."""
+    """Return a hub name unchanged, a folder as its path. Raise UserError if `source` can be neither."""
     path = Path(source).expanduser()
     if path.is_file():
         raise UserError(f"'{source}' is a file: give the folder that holds it with its config.json")
@@ -178,7 +181,7 @@ def model_location(source: str) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the library's progress bars and reports: what is wrong is told by an error, in one line."""
+    """Switch off the library's progress bars and reports: an error says in one line what is wrong."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
@@ -192,15 +195,15 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def readable(source: str, what: str) -> Iterator[None]:
-    """Whatever the library says when `source` is not there or is broken becomes one line."""
+    """Turn any error of the library about a missing or damaged `source` into a UserError of one line."""
     try:
         yield
     except Exception as error:  # the library has no class of its own: OSError, ValueError, SafetensorError and more
-        said = one_line(error)[:160]
+        message = one_line(error)[:160]
         if Path(source).expanduser().is_dir():
-            raise UserError(f"folder '{source}' does not hold {what} that can be read ({said}): fetch it") from error
+            raise UserError(f"folder '{source}' does not hold {what} that can be read ({message}): fetch it") from error
         hint = "" if source in KNOWN else did_you_mean(source, KNOWN).replace(":", ";", 1)
         raise UserError(
-            f"'{source}' is not on this machine and was not fetched{hint} ({said}): connect once, point HF_HOME to a "
-            f"cache that has it, or give a folder that holds {what} in transformers' layout"
+            f"'{source}' is not on this machine and was not fetched{hint} ({message}): connect once, point HF_HOME to "
+            f"a cache that has it, or give a folder that holds {what} in transformers' layout"
         ) from error

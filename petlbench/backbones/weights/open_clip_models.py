@@ -28,11 +28,11 @@ from petlbench.backbones.weights.tensors import asset, load_into, read_tensors
 from petlbench.core.errors import UserError
 from petlbench.core.messages import did_you_mean, one_line
 
-SIMPLE_PAD = 0  # CLIP's own tokenizer pads with a word's id; no text of whole words has it
+SIMPLE_PAD = 0  # CLIP's own tokenizer pads with the id of a piece that no text of whole words contains
 
 _TINY_VISION = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2}
 _TINY_TEXT = {"context_length": 77, "vocab_size": 256, "width": 24, "heads": 2, "layers": 2}
-TINY: Mapping[str, dict[str, Any]] = {  # sizes for tests, with the packaged tokenizer's ids
+TINY: Mapping[str, dict[str, Any]] = {  # sizes for tests, with the ids of the packaged tokenizer
     "tiny": {
         "embed_dim": 16,
         "quick_gelu": True,
@@ -56,7 +56,7 @@ TINY: Mapping[str, dict[str, Any]] = {  # sizes for tests, with the packaged tok
 
 
 def architecture(model: str) -> dict[str, Any] | None:
-    """The configuration of the towers; None for a name that does not exist."""
+    """Return the configuration of the towers; None if the name does not exist."""
     return TINY[model] if model in TINY else open_clip.get_model_config(model)
 
 
@@ -65,26 +65,26 @@ def model_names() -> list[str]:
 
 
 def tags(model: str) -> list[str]:
-    """The names of the model's published weights; OpenAI's own first."""
+    """Return the names of the model's published weights; OpenAI's come first."""
     return sorted(open_clip.list_pretrained_tags_by_model(model), key=lambda tag: tag != "openai")
 
 
-def is_published(model: str, tag: str | None) -> dict[str, Any]:
-    """What open_clip says of the weights `tag` (None: the first): where they are, preprocessing, activation."""
+def weights_entry(model: str, tag: str | None) -> dict[str, Any]:
+    """Return open_clip's entry for the weights `tag` (None: the first): location, preprocessing, activation."""
     tag = tag or next(iter(tags(model)), None)
     return dict(open_clip.get_pretrained_cfg(model, tag)) if tag else {}
 
 
-def complaint(model: str, tag: str | None, weights: str) -> str | None:
-    """Why there is no such model here, or None."""
+def unsupported_reason(model: str, tag: str | None, weights: str) -> str | None:
+    """Return why this model cannot be built, or None if it can."""
     towers = architecture(model)
     if towers is None:
         return f"open_clip has no model '{model}'" + (
             did_you_mean(model, model_names()) or ": see open_clip.list_models()"
         )
-    if tag is not None and not is_published(model, tag):
-        known = tags(model)
-        return f"{model} has no weights '{tag}'" + (did_you_mean(tag, known) or f": there are {', '.join(known)}")
+    if tag is not None and not weights_entry(model, tag):
+        existing = tags(model)
+        return f"{model} has no weights '{tag}'" + (did_you_mean(tag, existing) or f": there are {', '.join(existing)}")
     if weights == "pretrained" and not tags(model):
         return f"{model} has no published weights: give weights: none, or a file"
     vision, text = towers["vision_cfg"], towers["text_cfg"]
@@ -100,42 +100,42 @@ def complaint(model: str, tag: str | None, weights: str) -> str | None:
 
 
 def build(model: str, tag: str | None) -> nn.Module:
-    """The library's model without its weights, on the default device; with the activation that the weights need."""
+    """Return the library's model without its weights, on the default device, with the activation of the weights."""
     towers = architecture(model)
     assert towers is not None
     options = {**towers, "vision_cfg": {**towers["vision_cfg"], "patch_dropout": 0.0}}
-    options["quick_gelu"] = towers.get("quick_gelu", False) or is_published(model, tag).get("quick_gelu", False)
+    options["quick_gelu"] = towers.get("quick_gelu", False) or weights_entry(model, tag).get("quick_gelu", False)
     custom = options.pop("custom_text", False)
-    kind: Any = open_clip.CLIP
+    cls: Any = open_clip.CLIP
     if custom:
-        kind = open_clip.CoCa if "multimodal_cfg" in options else open_clip.CustomTextCLIP
-    built: Any = kind(**options)
-    if kind is open_clip.CoCa:  # the library leaves its projection to words as memory happens to be
+        cls = open_clip.CoCa if "multimodal_cfg" in options else open_clip.CustomTextCLIP
+    built: Any = cls(**options)
+    if cls is open_clip.CoCa:  # the library does not initialise its projection to words
         words = built.text_decoder.text_projection
         nn.init.normal_(words, std=words.shape[0] ** -0.5)
     return built
 
 
 def published_file(model: str, tag: str | None) -> Path:
-    """The file of published weights, fetched where it is not on this machine. Raises UserError where it cannot be."""
-    found = cached_file(model, tag)
-    if found is not None:
-        return found
-    where = is_published(model, tag)
+    """Return the file of published weights, fetched if necessary. Raise UserError if it cannot be fetched."""
+    path = cached_file(model, tag)
+    if path is not None:
+        return path
+    where = weights_entry(model, tag)
     try:
         if not where.get("hf_hub") and os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
             raise OSError("HF_HUB_OFFLINE is set")
         return Path(open_clip.download_pretrained(where))
     except Exception as error:
-        said = one_line(error)[:120]
+        message = one_line(error)[:120]
         raise UserError(
-            f"weights '{tag or tags(model)[0]}' of {model} cannot be fetched ({said}): put {_wanted(where)}, "
+            f"weights '{tag or tags(model)[0]}' of {model} cannot be fetched ({message}): put {_how_to_place(where)}, "
             "or give weights: FILE"
         ) from error
 
 
 def _hub_names(where: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """Repository, and the file names under which open_clip looks for weights in it, in its order."""
+    """Return the repository, and the file names that open_clip tries in it, in its order."""
     repository, name = os.path.split(where["hf_hub"])
     name = name or HF_WEIGHTS_NAME
     if name == HF_WEIGHTS_NAME:
@@ -148,7 +148,7 @@ def _url_file(where: Mapping[str, Any]) -> Path:
     return Path("~/.cache/clip").expanduser() / os.path.basename(where.get("url", ""))
 
 
-def _wanted(where: Mapping[str, Any]) -> str:
+def _how_to_place(where: Mapping[str, Any]) -> str:
     if not where.get("hf_hub"):
         return f"{where.get('url')} at {_url_file(where)}"
     repository, files = _hub_names(where)
@@ -156,36 +156,36 @@ def _wanted(where: Mapping[str, Any]) -> str:
 
 
 def cached_file(model: str, tag: str | None) -> Path | None:
-    """The file of published weights where this machine has it; no network."""
-    where = is_published(model, tag)
+    """Return the file of published weights if this machine has it, else None; use no network."""
+    where = weights_entry(model, tag)
     if where.get("hf_hub"):
         repository, files = _hub_names(where)
-        found = [try_to_load_from_cache(repository, name) for name in files]
-        return next((Path(path) for path in found if isinstance(path, str)), None)
+        paths = [try_to_load_from_cache(repository, name) for name in files]
+        return next((Path(path) for path in paths if isinstance(path, str)), None)
     path = _url_file(where)
     return path if where.get("url") and path.is_file() else None
 
 
 def published_tokenizer(model: str) -> list[Path]:
-    """The files of a tokenizer on the hub, fetched if need be. CLIP's own tokenizer comes with open_clip."""
+    """Return the files of a tokenizer on the hub, fetched if necessary. CLIP's own tokenizer comes with open_clip."""
     repository = (architecture(model) or {}).get("text_cfg", {}).get("hf_tokenizer_name")
     return tokenizer_files(repository) if repository else []
 
 
 def load_published(model: nn.Module, path: Path) -> None:
-    """A file in a layout that open_clip reads, into its model. Nothing is unpickled. Raises UserError."""
+    """Load a file in a layout that open_clip reads into its model; unpickle nothing. Raise UserError if it fails."""
     try:
         open_clip.load_checkpoint(model, str(path), weights_only=True)
     except Exception as error:
-        load_into(model, read_tensors(path), path.name)  # says what does not fit
+        load_into(model, read_tensors(path), path.name)  # raises the reason if names or shapes do not fit
         raise UserError(f"weights {path.name} cannot be loaded ({one_line(error)[:120]}): give another file") from error
 
 
 class ClipCodec(Codec):
-    """open_clip's tokenizer of a model, loaded when first used: some come from the hub."""
+    """open_clip's tokenizer of a model, loaded at its first use, since some come from the hub."""
 
     def __init__(self, model: str, folder: Path | None = None) -> None:
-        """`folder`: a tokenizer in transformers' layout, in place of the one on the hub."""
+        """Take `folder`, a tokenizer in transformers' layout, in place of the one on the hub."""
         self.model, self.folder = model, folder
 
     @cached_property
@@ -203,7 +203,7 @@ class ClipCodec(Codec):
 
     @cached_property
     def _ids(self) -> tuple[int, int, int]:
-        """Of start, end and padding. Where the end is stripped (CLIPA), the first padding is the end."""
+        """Return the ids of start, end and padding. If the end is stripped (CLIPA), the first padding is the end."""
         library = self.library
         if isinstance(library, SimpleTokenizer):
             return library.sot_token_id, library.eot_token_id, SIMPLE_PAD
@@ -247,7 +247,7 @@ class ClipCodec(Codec):
 
 
 def codec_of(model: str, tokenizer: str | None) -> Codec:
-    """The model's own, or the one of a folder or a `tokenizers` file."""
+    """Return the model's own tokenizer, or that of a folder or a `tokenizers` file."""
     if tokenizer is None:
         return ClipCodec(model)
     folder = Path(tokenizer)
@@ -256,7 +256,7 @@ def codec_of(model: str, tokenizer: str | None) -> Codec:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Resize, crop or pad to `side` x `side`, normalise: open_clip's own transform for evaluation."""
+    """Resize, crop or pad to `side` x `side`, then normalise, as open_clip's transform for evaluation."""
 
     side: int
     mean: Sequence[float]
@@ -267,8 +267,8 @@ class Preprocessing:
 
     @classmethod
     def of(cls, model: str, tag: str | None) -> Preprocessing:
-        """As the published weights `tag` want it."""
-        plain, where = PreprocessCfg(), is_published(model, tag)
+        """Return the preprocessing of the published weights `tag`."""
+        plain, where = PreprocessCfg(), weights_entry(model, tag)
         towers = architecture(model)
         assert towers is not None
         options = {
@@ -278,7 +278,7 @@ class Preprocessing:
         return cls(side=towers["vision_cfg"].get("image_size", 224), **options)
 
     def __call__(self, image: Image) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Pixels (3, S, S), the mask (S, S) of real ones, and scale (2,) and offset (2,) as in `Images`."""
+        """Return pixels (3, S, S), the mask (S, S) of real ones, and scale (2,) and offset (2,) as in `Images`."""
         side, size = self.side, self._resized(*image.size)
         bilinear = self.interpolation == "bilinear"
         resized = image.resize(size, Resampling.BILINEAR if bilinear else Resampling.BICUBIC).convert("RGB")

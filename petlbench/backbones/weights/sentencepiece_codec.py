@@ -1,4 +1,4 @@
-"""BEiT-3's tokenizer: a SentencePiece model whose ids are numbered as XLM-RoBERTa numbers them."""
+"""BEiT-3's tokenizer: a SentencePiece model with the id numbers of XLM-RoBERTa."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ START, PAD, END, UNKNOWN, MASK = 0, 1, 2, 3, PIECES + 1
 
 
 class SentencePieceCodec(Codec):
-    """Id = index of the piece + 1, but for <s> 0, <pad> 1, </s> 2, <unk> 3 (piece 0) and <mask> 64001.
+    """Id = index of the piece + 1, except <s> 0, <pad> 1, </s> 2, <unk> 3 (piece 0) and <mask> 64001.
 
-    The model file is asked for, by `locate`, when the first text comes: counting parameters needs none.
+    `locate` returns the model file, and is called only for the first text: counting parameters needs no file.
     """
 
     pad_id, start_id, eos_id = PAD, START, END
@@ -33,19 +33,21 @@ class SentencePieceCodec(Codec):
 
     @cached_property
     def _model(self) -> SentencePieceProcessor:
-        """Raises UserError for a file that is no SentencePiece model, or one of another number of pieces."""
+        """Load the model. Raise UserError if the file is not a SentencePiece model or has another number of pieces."""
         path = self._locate()
         try:
             model = SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
-            said = " ".join(str(error).split())[:120]
-            raise UserError(f"tokenizer {path} is no SentencePiece model ({said}): fetch beit3.spm again") from error
+            message = " ".join(str(error).split())[:120]
+            raise UserError(
+                f"tokenizer {path} is not a SentencePiece model ({message}): fetch beit3.spm again"
+            ) from error
         if len(model) != PIECES:
             raise UserError(f"tokenizer {path} has {len(model)} pieces, not {PIECES}: it is not beit3.spm; fetch that")
         return model
 
     def ids(self, text: str) -> list[int]:
-        """Without special tokens, not truncated."""
+        """Return ids without special tokens, not truncated."""
         return [piece + 1 if piece else UNKNOWN for piece in self._model.encode(text)]
 
     def encode(self, texts: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]:
@@ -56,6 +58,6 @@ class SentencePieceCodec(Codec):
         return ids, torch.arange(longest) < lengths[:, None]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Ids that stand for no piece are dropped, as special ones are: the table of BEiT-3 has a few more rows."""
+        """Return the text; drop special ids and ids without a piece: BEiT-3's table has more rows than pieces."""
         text: str = self._model.decode([i - 1 for i in map(int, ids) if UNKNOWN < i <= PIECES])
         return text.strip()

@@ -1,4 +1,4 @@
-"""Weights into modules: every reason why that can fail, in one line."""
+"""Load weights into modules; every failure gives an error of one line."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from petlbench.core.errors import UserError
 
 ASSETS = Path(__file__).parents[1] / "assets"
-SHOWN = 3  # names in a message
+SHOWN = 3  # how many names a message shows
 
 
 def on_meta() -> bool:
-    """True where modules are built without memory: there is nothing to load values into."""
+    """Return whether modules are built on the meta device, without memory, so that no values can be loaded."""
     return torch.get_default_device().type == "meta"
 
 
 def asset(name: str) -> Path:
-    """A file by its name in the package's assets, or by its path. Raises UserError when it does not exist."""
+    """Return a file by its name in the package's assets, or by its path. Raise UserError if it does not exist."""
     path = ASSETS / name if (ASSETS / name).exists() else Path(name)
     if not path.is_file():
         raise UserError(f"backbone file '{name}' does not exist: give a path, or a name in the package's assets")
@@ -29,29 +29,29 @@ def asset(name: str) -> Path:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of a torch file, which is read without running what it may contain."""
+    """Return the tensors of a safetensors or torch file; a torch file is read without running code in it."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        said = " ".join(str(error).split())[:120]
-        raise UserError(f"weights {path.name} cannot be read ({said}): fetch or make the file again") from error
-    for key in ("model", "state_dict"):  # where training scripts keep the model among other things
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise UserError(f"weights {path.name} are no mapping of names to tensors: give a state dict")
-    return found
+        message = " ".join(str(error).split())[:120]
+        raise UserError(f"weights {path.name} cannot be read ({message}): fetch or make the file again") from error
+    for key in ("model", "state_dict"):  # where training scripts store the model beside other values
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"weights {path.name} are not a mapping of names to tensors: give a state dict")
+    return content
 
 
 def load_into(
     module: nn.Module, tensors: Mapping[str, Tensor], source: str, *, optional: Iterable[str] = ()
 ) -> list[str]:
-    """Put `tensors` into `module` by name; the names of `optional` prefixes that were not there.
+    """Load `tensors` into `module` by name; return the names in `module` that `tensors` lacks.
 
-    Raises UserError, and changes nothing, when names are missing (but for `optional` prefixes) or unexpected, or
-    shapes differ: the first few are named, all are counted.
+    Raise UserError, and change nothing, if names are missing (except those with `optional` prefixes) or unexpected, or
+    if shapes differ; the message names the first few and counts all.
     """
     own = module.state_dict()
     absent = [name for name in own if name not in tensors]
@@ -63,10 +63,10 @@ def load_into(
         for name in own
         if name in tensors and tensors[name].shape != own[name].shape
     ]
-    wrong = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    said = [f"{len(names)} {kind} ({first_few(names)})" for kind, names in wrong.items() if names]
-    if said:
-        raise UserError(f"weights {source} do not fit this configuration: {'; '.join(said)}")
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    counts = [f"{len(names)} {problem} ({first_few(names)})" for problem, names in problems.items() if names]
+    if counts:
+        raise UserError(f"weights {source} do not fit this configuration: {'; '.join(counts)}")
     if not on_meta():
         module.load_state_dict(dict(tensors), strict=False)
     return absent
@@ -77,6 +77,6 @@ def _shape(tensor: Tensor) -> str:
 
 
 def first_few(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
+    """Return the first few names, and how many more there are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more

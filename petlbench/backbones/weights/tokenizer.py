@@ -1,4 +1,4 @@
-"""The tokenizer of small backbones: whole words of a closed vocabulary, letters for all others."""
+"""The tokenizer of small backbones: whole words of a closed vocabulary, and letters for all other words."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,?!'\"-/()&:;%$#+*"
 
 
 def build_tokenizer(words: Iterable[str]) -> Tokenizer:
-    """Lower-case WordPiece over `words`, then single characters, so that any English text can be spelt."""
+    """Build a lower-case WordPiece over `words` and single characters, so that it can spell any English text."""
     pieces = [*SPECIAL, *sorted(set(words)), *CHARACTERS, *(f"##{c}" for c in CHARACTERS)]
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>", max_input_chars_per_word=64))
