@@ -1,4 +1,4 @@
-"""Small random backbones in double precision, for the tests of everything that touches one."""
+"""Small random backbones in double precision, for tests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SMALL: dict[str, Any] = {
 
 
 def randomise(module: nn.Module, seed: int = 0, std: float = 0.3) -> nn.Module:
-    """Every parameter drawn anew, about one for gains and zero for all else; in double precision."""
+    """Draw every parameter again, around one for gains and zero for all others, in double precision."""
     generator = torch.Generator().manual_seed(seed)
     module.double()
     with torch.no_grad():
@@ -39,14 +39,14 @@ def randomise(module: nn.Module, seed: int = 0, std: float = 0.3) -> nn.Module:
 
 
 def small_tiny(seed: int = 0, std: float = 0.3, **sizes: Any) -> Tiny:
-    """A random `tiny` in double precision and evaluation mode."""
+    """Return a random `tiny` in double precision and evaluation mode."""
     backbone = Tiny(TinyConfig(**{"weights": "none", "dropout": 0.1} | SMALL | sizes))
     randomise(backbone, seed, std)
     return backbone.eval()
 
 
 def bart_config(width: int, heads: int, ffn: int) -> BartConfig:
-    """Without dropout; the number of layers is the caller's."""
+    """Return a configuration without dropout; the caller sets the number of layers."""
     sides = {
         f"{side}_{k}": v for side in ("encoder", "decoder") for k, v in (("attention_heads", heads), ("ffn_dim", ffn))
     }
@@ -54,7 +54,7 @@ def bart_config(width: int, heads: int, ffn: int) -> BartConfig:
 
 
 def posing(module: nn.Module) -> Any:
-    """A module that passes for a backbone where only its parameters matter."""
+    """Make `module` usable as a backbone in tests that need only its parameters."""
     module.roles, module.undecayed_parameters = tuple, set  # type: ignore[assignment]
     module.host_parameters = module.head_parameters = set  # type: ignore[assignment]
     module.fused_attention = True  # type: ignore[assignment]
@@ -62,7 +62,7 @@ def posing(module: nn.Module) -> Any:
 
 
 class Bare(Backbone):
-    """Stacks and nothing else: enough for a method to adapt."""
+    """A backbone with stacks and nothing else: enough for a method to adapt."""
 
     abilities = frozenset()
 
@@ -80,5 +80,5 @@ class Bare(Backbone):
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
-    """A seeded normal tensor in double precision."""
+    """Return a seeded normal tensor in double precision."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Layers of every family, built from the library's own, beside the library's forward pass."""
+"""Layers of every family, built from the library's layers, with the library's forward pass to compare."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ B, N, D = 2, 5, 16
 
 @dataclass
 class Case:
-    """A library layer beside ours, which is built from its modules, and the pass they share."""
+    """A library layer, our layer built from its modules, and the pass of both."""
 
     library: nn.Module
     layer: Layer
     context: Pass
     call: Callable[[Tensor], Tensor]  # the library's own forward
-    parts: list[Part]  # the same by hand, from the library's modules
+    parts: list[Part]  # our sub-layers by hand, from the library's modules
     dropout: float  # on the branch
 
     @property
@@ -49,7 +49,7 @@ class Case:
 
 
 def bias(length: int = N, rows: int = 1) -> Tensor:
-    """Additive, with padding in the middle of one sample."""
+    """Return an additive bias with padding in the middle of one sample."""
     mask = torch.zeros(B, 1, rows, length, dtype=torch.float64)
     mask[1, :, :, 2] = torch.finfo(torch.float64).min
     return mask

@@ -1,4 +1,4 @@
-"""What every backbone family is held to: tasks train, sites are exact, insertions vanish, sizes need no memory."""
+"""Checks of every backbone family: tasks train, sites are exact, insertions can be removed, sizes need no memory."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ SCENES = dict.fromkeys(("train_scenes", "validation_scenes", "test_scenes"), 8)
 
 
 def serves(family: str, task: str) -> bool:
-    kind = BACKBONES.get(family)
-    return TASKS.get(task)().refuses(kind, kind.configured(family, {})) is None
+    cls = BACKBONES.get(family)
+    return TASKS.get(task)().refuses(cls, cls.configured(family, {})) is None
 
 
 SERVED = [(family, task) for family in FAMILIES for task in TASKS.names() if serves(family, task)]
@@ -75,7 +75,7 @@ def test_which_family_serves_what() -> None:
 @pytest.mark.parametrize("method", [Full, HeadOnly])
 @pytest.mark.parametrize(("family", "task"), SERVED)
 def test_every_family_trains_on_every_task_it_serves(family: str, task: str, method: type[Method]) -> None:
-    """What training reaches changes, all else keeps every bit, and the rows of a split are scored."""
+    """Trained values change, all others keep every bit, and the rows of a split are scored."""
     cell, data = cell_of(family, task), data_of(task)
     backbone = build_backbone(cell, CPU)
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
@@ -105,7 +105,7 @@ def test_every_family_trains_on_every_task_it_serves(family: str, task: str, met
 
 
 class Oracle(nn.Module):
-    """Finds the boxes it was given."""
+    """A head that returns the boxes it was built with."""
 
     def __init__(self, boxes: Tensor) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class Oracle(nn.Module):
 
 @pytest.mark.parametrize("family", [family for family, task in SERVED if task == "rec"])
 def test_a_box_comes_back_in_pixels_of_the_stored_image(family: str) -> None:
-    """Through the family's own preprocessing, whatever it resizes, pads or crops."""
+    """Check the family's own preprocessing, which may resize, pad or crop."""
     task: Task = TASKS.get("rec")()
     backbone, _ = attach_head(build_backbone(cell_of(family, "rec"), CPU), task, CPU)
     sizes, boxes = (
@@ -136,7 +136,7 @@ def test_a_box_comes_back_in_pixels_of_the_stored_image(family: str) -> None:
 
 
 def test_a_checkpoint_leaves_out_what_training_cannot_change() -> None:
-    """The CNN whose features are read; running statistics that training moves stay in."""
+    """Leave out the CNN that computes features; keep running statistics that training changes."""
     cell = cell_of("vl_bart:tiny", "vqa")
     backbone = build_backbone(cell, CPU)
     backbone.register_module("moving", nn.BatchNorm1d(2))
@@ -154,11 +154,11 @@ class Bench:
         self.task: Task = TASKS.get(HOME[family])()
         self.backbone = build_backbone(cell_of(family, self.task.name), CPU).double()
         torch.manual_seed(0)
-        extended, head = attach_head(self.backbone, self.task, CPU)
-        self.extended, self.head = extended.double(), head.double()
+        adapted, head = attach_head(self.backbone, self.task, CPU)
+        self.adapted, self.head = adapted.double(), head.double()
         rows: Dataset = data_of(self.task.name).validation
         self.rows = [rows[i] for i in range(3)]
-        self.extended.eval(), self.head.eval()
+        self.adapted.eval(), self.head.eval()
 
     def batch(self, *, training: bool = True) -> Batch:
         made = self.task.collate(self.rows, self.backbone, np.random.default_rng(0) if training else None)
@@ -166,7 +166,7 @@ class Bench:
         return Batch(made.images.to_dtype(torch.float64), made.texts, extras)
 
     def loss(self) -> Tensor:
-        return self.task.loss(self.extended, self.head, self.batch())
+        return self.task.loss(self.adapted, self.head, self.batch())
 
     def sublayers(self) -> Iterator[tuple[str, SubLayer]]:
         for role in self.backbone.roles():
@@ -183,7 +183,7 @@ every_family = pytest.mark.parametrize("bench", FAMILIES, indirect=True)
 
 
 class Spy(nn.Module):
-    """Gives the value back as it is, and counts."""
+    """Return the value unchanged, and count the calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -215,7 +215,7 @@ class Known(nn.Module):
 
 
 def inline(layer: Layer, x: Tensor, context: Pass, at: tuple[str, Place]) -> Tensor:
-    """The layer by the formulas of sites.py, with `Known` at one site; without dropout."""
+    """Compute the layer by the formulas of sites.py, with `Known` at one site and without dropout."""
 
     def placed(name: str, place: Place, x: Tensor, value: Tensor) -> Tensor:
         return 0.7 * value + 0.4 * x if (name, place) == at else value
@@ -264,7 +264,7 @@ def _pop(modules: nn.Module) -> None:
 
 @every_family
 @pytest.mark.parametrize("method", [LoRA, VLAdapter])
-def test_what_is_taken_out_leaves_nothing_behind(bench: Bench, method: Callable[[], Method]) -> None:
+def test_removed_modules_leave_nothing_behind(bench: Bench, method: Callable[[], Method]) -> None:
     keys, hooks = list(bench.backbone.state_dict()), _hooks(bench.backbone)
     with torch.no_grad():
         before = bench.loss()
@@ -290,17 +290,17 @@ def _hooks(module: nn.Module) -> int:
 
 @every_family
 def test_checkpointing_changes_no_bit_of_loss_or_gradients(bench: Bench) -> None:
-    """In training, with every dropout drawn alike, and with modules at every site."""
+    """Train with modules at every site; every dropout draws the same values."""
     for _, sublayer in bench.sublayers():
         for place in PLACES:
             sublayer.insert(place, Known())
     bench.backbone.unfreeze()
-    bench.extended.train()
+    bench.adapted.train()
     found = []
     for on in (False, True):
         for role in bench.backbone.roles():
             bench.backbone.stack(role).checkpointing = on
-        bench.extended.zero_grad(set_to_none=True)
+        bench.adapted.zero_grad(set_to_none=True)
         torch.manual_seed(1)
         loss = bench.loss()
         loss.backward()
@@ -313,12 +313,12 @@ def test_checkpointing_changes_no_bit_of_loss_or_gradients(bench: Bench) -> None
 
 @every_family
 def test_sites_keep_their_promise_under_autocast(bench: Bench) -> None:
-    bench.extended.float(), bench.head.float()
+    bench.adapted.float(), bench.head.float()
     batch = bench.task.collate(bench.rows, bench.backbone, np.random.default_rng(0))
 
     def loss() -> Tensor:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            return bench.task.loss(bench.extended, bench.head, batch)
+            return bench.task.loss(bench.adapted, bench.head, batch)
 
     before = loss()
     assert bool(before.isfinite())
@@ -334,12 +334,12 @@ def test_sites_keep_their_promise_under_autocast(bench: Bench) -> None:
 @every_family
 def test_a_row_is_predicted_as_if_it_were_alone(bench: Bench) -> None:
     with torch.no_grad():
-        together = bench.task.predict(bench.extended, bench.head, bench.batch(training=False))
+        together = bench.task.predict(bench.adapted, bench.head, bench.batch(training=False))
         rows = bench.rows
         alone = []
         for row in rows:
             bench.rows = [row]
-            alone += bench.task.predict(bench.extended, bench.head, bench.batch(training=False))
+            alone += bench.task.predict(bench.adapted, bench.head, bench.batch(training=False))
     for one, other in zip(together, alone, strict=True):
         if isinstance(one, str):
             assert one == other
@@ -350,7 +350,7 @@ def test_a_row_is_predicted_as_if_it_were_alone(bench: Bench) -> None:
 
 @every_family
 def test_every_projection_takes_a_parallel_path(bench: Bench) -> None:
-    """A path that adds nothing changes no bit; one that adds something changes the outcome, wherever it stands."""
+    """A path that adds zero changes no bit; at any place, a path that adds a value changes the output."""
 
     class Path(nn.Module):
         def __init__(self, out: int, value: float) -> None:
@@ -358,7 +358,7 @@ def test_every_projection_takes_a_parallel_path(bench: Bench) -> None:
             self.out, self.value = out, value
 
         def forward(self, x: Tensor) -> Tensor:
-            # No constant: the next norm would take it out again.
+            # Not a constant: the next norm would remove it.
             return (self.value * torch.linspace(-1, 1, self.out, dtype=x.dtype)).expand(*x.shape[:-1], -1)
 
     with torch.no_grad():
@@ -373,7 +373,7 @@ def test_every_projection_takes_a_parallel_path(bench: Bench) -> None:
                         single.add(path := Path(single.out_features, value))
                         changed.append(not torch.equal(bench.loss(), before))
                         single.remove(path)
-                # The same vector on all keys shifts all scores of a query alike: the softmax does not see it.
+                # The same vector on all keys adds a constant to all scores of a query, which the softmax removes.
                 assert not any(changed[::2]) and (all(changed[1::2]) or role == "k"), (name, role)
         assert torch.equal(bench.loss(), before)
 

@@ -1,6 +1,6 @@
 """BEiT-3's first values and parameter groups against the original; its sites, inputs and sizes.
 
-That blocks, model, loss, schedule and tables are the original's is held by `test_golden.py`.
+`test_golden.py` checks that blocks, model, loss, schedule and tables equal the original's.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tests.golden.checks.multiway import inputs_of, model_of, names_of_model
 
 
 def a_batch(backbone: BEiT3) -> tuple[Tokens, Tokens]:
-    """A text with padding, and an image."""
+    """Return a text with padding, and an image."""
     texts = backbone.texts(["a red circle", "a blue square on the left of the ring"], 20)
     images = Images(draw(2, 3, 32, 32), torch.ones(2, 32, 32, dtype=torch.bool), *torch.ones(2, 2, 2).double())
     return backbone.embed_text(texts), backbone.embed_image(images)
@@ -55,7 +55,7 @@ def test_a_fused_pass_equals_the_original_in_our_order() -> None:
     assert error(backbone.fuse(image, text, task="vqa").states, expected) < 1e-9
 
 
-def test_projections_are_what_their_names_say() -> None:
+def test_projections_match_their_names() -> None:
     backbone, tensors = golden_model()
     for i, layer in enumerate(backbone.stack("encoder")):
         pairs = {**layer["attention"].projections, **layer["ffn"].projections}
@@ -124,7 +124,7 @@ def test_drop_path_rises_from_the_first_layer_to_the_last() -> None:
 @pytest.mark.parametrize("kind", [TEXT, IMAGE])
 @pytest.mark.parametrize("training", [False, True])
 def test_a_pass_over_one_modality_is_timms_own_block(kind: int, training: bool) -> None:
-    """Bit for bit, in training with drop-path drawn alike; the other modality's block does not matter."""
+    """Compare bit for bit, in training with the same drop-path values; the other modality's block has no effect."""
     options = {"qkv_bias": True, "scale_attn_norm": True, "scale_mlp_norm": True, "norm_layer": nn.LayerNorm}
     blocks = [randomise(Block(16, 4, drop_path=0.5, **options), seed) for seed in range(2)]
     layer = multiway_layer(text=blocks[TEXT], image=blocks[IMAGE], width=16, heads=4)
@@ -151,7 +151,7 @@ class Known(nn.Module):
 
 @pytest.mark.parametrize("parts", [(TEXT,), (IMAGE,), (TEXT, IMAGE)])
 def test_known_modules_at_every_site_equal_the_formula(parts: tuple[int, ...]) -> None:
-    """With routing by hand: every token through its own block's modules, attention over all of them."""
+    """Route by hand: every token passes through its own block's modules, and attention covers all tokens."""
     backbone = random_tiny()
     chosen = [a_batch(backbone)[kind] for kind in parts]
     stack = backbone.stack("encoder")
@@ -255,11 +255,11 @@ def test_multiway_layers_refuse_a_pass_without_segments() -> None:
         stack.run(torch.zeros(1, 3, 8), Pass())
 
 
-# ---- what goes in and comes out
+# ---- inputs and outputs
 
 
 def test_images_are_squeezed_into_a_square() -> None:
-    """Colours from -1 to 1, and places in units of the side, whatever the aspect."""
+    """Colours lie in -1 to 1, and places are in units of the side, for any aspect."""
     backbone = tiny()
     stored = Image.new("RGB", (40, 10), (255, 0, 128))
     images = backbone.images([stored, Image.new("L", (32, 32), 0)])
@@ -275,7 +275,7 @@ def test_images_are_squeezed_into_a_square() -> None:
     torch.testing.assert_close(images.unplace(placed), boxes)
 
 
-def test_tokens_know_their_type_their_place_and_who_stands_for_all() -> None:
+def test_tokens_have_a_type_a_position_and_a_mark() -> None:
     backbone = random_tiny()
     text, image = a_batch(backbone)
     assert image.states.shape == (2, 17, 32) and image.mask.all() and text.mask.sum() < text.mask.numel()
@@ -312,7 +312,7 @@ def test_heads_train_as_configured(heads: str) -> None:
 # ---- the recipe
 
 
-def test_the_originals_parameter_groups_are_a_recipe() -> None:
+def test_a_recipe_gives_the_originals_parameter_groups() -> None:
     golden = golden_json("g7_param_groups")
     backbone, names = tiny(), names_of_model({}, golden["layers"])
     backbone.unfreeze()

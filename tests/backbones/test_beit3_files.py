@@ -1,4 +1,4 @@
-"""Weights and other files of BEiT-3: what is loaded, from where, and what is said when it does not fit."""
+"""Weights and other files of BEiT-3: their sources, their names, and the errors if they do not fit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.beit3_factory import Named, error, golden, random_tiny, tiny
 
 
 def published(backbone: BEiT3) -> Named:
-    """The state dict in the published layout: q, k and v apart."""
+    """Return the state dict in the published layout, with q, k and v separate."""
     own, out = backbone.state_dict(), {}
     for name, parts in published_names(backbone.config.layers).items():
         for part, tensor in zip(parts, own[name].chunk(len(parts)) if len(parts) > 1 else [own[name]], strict=True):
@@ -32,7 +32,7 @@ def source() -> BEiT3:
 
 
 def original_checkpoint(tensors: Named) -> Named:
-    """The golden model as a published file would hold it, names written down from the specification of the layout."""
+    """Return the golden model as in a published file; the names come from the specification of the layout."""
     words = torch.zeros(210, 12, dtype=torch.float64)
     words[:40] = tensors["tok_emb"]
     out = {
@@ -129,7 +129,7 @@ def test_conversion_leaves_our_own_names_alone() -> None:
 
 @pytest.fixture
 def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty torch.hub folder, and offline."""
+    """Return an empty torch.hub folder, and go offline."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(module.hub, "HF_HUB_OFFLINE", True)
     return tmp_path / "hub" / "checkpoints"

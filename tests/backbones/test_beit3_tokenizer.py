@@ -1,4 +1,4 @@
-"""BEiT-3's tokenizer gives the ids of the original (see tests/golden/multiway_adapter)."""
+"""BEiT-3's tokenizer returns the ids of the original (see tests/golden/multiway_adapter)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.beit3_factory import golden_json
 
 
 def field(number: int, kind: int, payload: bytes) -> bytes:
-    """One protobuf field: of length `payload` (kind 2), or as it is."""
+    """Return one protobuf field: with its length before `payload` (kind 2), or without."""
     return bytes([number << 3 | kind]) + (varint(len(payload)) if kind == 2 else b"") + payload
 
 
@@ -104,6 +104,6 @@ def test_a_file_that_is_not_the_tokenizer_is_refused_in_one_line(tmp_path: Path)
     )
     with pytest.raises(UserError, match=r"has \d+ pieces, not 64000"):
         SentencePieceCodec(lambda: tmp_path / "small.model").ids("a dog")
-    with pytest.raises(UserError, match=r"corpus\.txt is no SentencePiece model") as caught:
+    with pytest.raises(UserError, match=r"corpus\.txt is not a SentencePiece model") as caught:
         SentencePieceCodec(lambda: tmp_path / "corpus.txt").ids("a dog")
     assert "\n" not in str(caught.value)

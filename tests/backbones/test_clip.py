@@ -1,4 +1,4 @@
-"""`clip`: what open_clip computes, taken apart; its preprocessing, tokenizers, weights, and what it refuses."""
+"""`clip`: same values as open_clip; its preprocessing, tokenizers, weights, and the models it refuses."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def timm(name: str, pool: str, proj: str) -> dict[str, Any]:
     return {"image_size": 160, "timm_model_name": name, "timm_pool": pool, "timm_proj": proj}
 
 
-TOWERS: dict[str, dict[str, Any]] = {  # one of every kind that the published models are of
+TOWERS: dict[str, dict[str, Any]] = {  # one of every kind of published model
     "test-averaged": {
         "vision_cfg": {
             **VISION,
@@ -72,7 +72,7 @@ SIZES = [(64, 48), (33, 47), (50, 50)]
 
 @pytest.fixture(scope="module", autouse=True)
 def towers(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The test towers under their names in open_clip."""
+    """Add the test towers to open_clip by name."""
     folder = tmp_path_factory.mktemp("towers")
     for name, config in TOWERS.items():
         (folder / f"{name}.json").write_text(json.dumps({"embed_dim": WIDTHS.get(name, 16), **config}))
@@ -84,7 +84,7 @@ def configured(name: str, **options: Any) -> Any:
 
 
 def pair(name: str, folder: Path) -> tuple[Any, Clip]:
-    """open_clip's model and ours of the same random weights, which came in a file of open_clip's layout."""
+    """Return open_clip's model and ours with the same random weights, from a file in open_clip's layout."""
     library = randomise(models.build(name, None), std=0.2).float()
     save_file(library.state_dict(), folder / "model.safetensors")
     torch.manual_seed(1)
@@ -108,7 +108,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 def padded(texts: Texts, length: int) -> Tensor:
-    """What the library is given: ids at the whole context."""
+    """Return ids padded to the full context, as the library takes them."""
     return nn.functional.pad(texts.ids, (0, length - texts.ids.shape[1]), value=1)
 
 
@@ -121,7 +121,7 @@ def embedded(ours: Clip) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_both_towers_are_the_librarys(name: str, tmp_path: Path) -> None:
-    """Embeddings, and their gradients in every parameter, each of which is in the tree once."""
+    """Compare embeddings and their gradients of every parameter; each parameter occurs once in the module tree."""
     library, ours = pair(name, tmp_path)
     image, text = embedded(ours)
     pixels = ours.images(pictures()).pixels.double()
@@ -160,7 +160,7 @@ def test_a_text_does_not_depend_on_its_batch(name: str, tmp_path: Path) -> None:
     assert error(alone, together) < 1e-12
 
 
-def test_tokens_know_their_places_and_what_stands_for_all(tmp_path: Path) -> None:
+def test_tokens_have_positions_and_a_mark(tmp_path: Path) -> None:
     ours = Clip(configured("tiny"))
     tokens = ours.embed_image(ours.images(pictures()))
     assert tokens.states.shape == (3, 17, ours.width) and bool(tokens.mask.all())
@@ -182,7 +182,7 @@ def test_tokens_know_their_places_and_what_stands_for_all(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["tiny", "test-averaged", "test-siglip", "coca-tiny"])
 def test_the_output_of_a_sublayer_is_what_is_added(name: str) -> None:
-    """Of every layer of every stack: layer scale is inside."""
+    """Check every layer of every stack: layer scale is part of the output."""
     ours = randomise(Clip(configured(name))).eval()
     for role in ours.roles():
         stack = ours.stack(role)
@@ -197,7 +197,7 @@ def test_the_output_of_a_sublayer_is_what_is_added(name: str) -> None:
 
 
 def test_captions_of_coca_are_the_librarys(tmp_path: Path) -> None:
-    """All at once, and one by one from a cache whose rows change places."""
+    """Decode all words at once, and one by one from a cache whose rows change places."""
     library, ours = pair("coca-tiny", tmp_path)
     texts = ours.texts(TEXTS, 20)
     images = ours.images(pictures()).to_dtype(torch.float64)
@@ -243,7 +243,7 @@ def test_beams_of_coca_end(beams: int) -> None:
 @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_preprocessing_is_the_librarys(mode: str, interpolation: str) -> None:
-    """And a box goes where the pixels went."""
+    """Also check that a box moves with the pixels."""
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
     ours = models.Preprocessing(32, mean, std, interpolation, mode, 7)
     transform = open_clip.image_transform(
@@ -332,13 +332,13 @@ def test_weights_in_our_own_layout_and_those_that_do_not_fit(tmp_path: Path) -> 
     assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in ours.state_dict().items())
     library = models.build("tiny", None).state_dict()
     gone = {name: tensor for name, tensor in library.items() if name != "ln_final.weight"}
-    for broken, said in [
+    for broken, message in [
         (gone, r"1 missing \(ln_final.weight\)"),
         (library | {"extra": torch.zeros(1)}, r"1 unexpected \(extra\)"),
         (library | {"visual.proj": torch.zeros(3, 3)}, r"1 of another shape \(visual.proj is 3 x 3, not 32 x 16\)"),
     ]:
         torch.save({"state_dict": broken}, tmp_path / "broken.pt")
-        with pytest.raises(UserError, match=said) as caught:
+        with pytest.raises(UserError, match=message) as caught:
             Clip(configured("tiny", weights=str(tmp_path / "broken.pt")))
         assert "\n" not in str(caught.value)
 
@@ -363,7 +363,7 @@ URL = "laion400m_e31"
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "said"),
+    ("name", "options", "message"),
     [
         ("RN50", {}, "no plain vision transformer"),
         ("convnext_base", {"weights": "none"}, "no plain vision transformer"),
@@ -373,8 +373,8 @@ URL = "laion400m_e31"
         ("ViT-M-16", {}, "no published weights"),
     ],
 )
-def test_models_that_cannot_be_are_refused_in_one_line(name: str, options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValidationError, match=said) as caught:
+def test_models_that_cannot_be_are_refused_in_one_line(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message) as caught:
         Clip.configured(f"clip:{name}", options)
     assert len(caught.value.errors()) == 1 and "\n" not in caught.value.errors()[0]["msg"]
 
@@ -403,19 +403,19 @@ def data() -> list[Row]:
 
 
 KINDS: list[type[Task]] = [Retrieval, VisualQuestionAnswering, Captioning]
-SERVED = [(name, kind) for name in ("tiny", "test-siglip", "coca-tiny") for kind in KINDS]
+SERVED = [(name, cls) for name in ("tiny", "test-siglip", "coca-tiny") for cls in KINDS]
 SERVED += [("tiny", ReferringExpressions), ("test-averaged", ReferringExpressions)]
 
 
-@pytest.mark.parametrize(("name", "kind"), SERVED)
+@pytest.mark.parametrize(("name", "cls"), SERVED)
 @pytest.mark.parametrize("full", [True, False])
-def test_tasks_train_and_predict(name: str, kind: type[Task], full: bool) -> None:
-    task, ours = kind(), Clip(configured(name))
+def test_tasks_train_and_predict(name: str, cls: type[Task], full: bool) -> None:
+    task, ours = cls(), Clip(configured(name))
     assert task.refuses(Clip, ours.config) is None
     ours.unfreeze() if full else ours.freeze()
-    extended, head = attach_head(ours, task, torch.device("cpu"))
-    batch = task.collate(data(), extended, np.random.default_rng(0))
-    loss = task.loss(extended, head, batch)
+    adapted, head = attach_head(ours, task, torch.device("cpu"))
+    batch = task.collate(data(), adapted, np.random.default_rng(0))
+    loss = task.loss(adapted, head, batch)
     assert 0 < float(loss.detach()) < 1e3
     loss.backward()
     own = dict(ours.named_parameters())
@@ -425,11 +425,11 @@ def test_tasks_train_and_predict(name: str, kind: type[Task], full: bool) -> Non
     )
     trained = [p for p in head.parameters() if p.requires_grad]
     assert all(p.grad is not None for p in trained)
-    # CoCa's own head for words is its projection to them; the others are lent a decoder, which is no task's head.
-    assert bool(trained) == (kind in (Retrieval, ReferringExpressions) or name == "coca-tiny")
+    # CoCa's own head for words is its projection to them; the others get a supplied decoder instead.
+    assert bool(trained) == (cls in (Retrieval, ReferringExpressions) or name == "coca-tiny")
     assert own.get("logit_bias") is None or own["logit_bias"].grad is None
     with torch.no_grad():
-        predictions = task.predict(extended.eval(), head.eval(), task.collate(data(), extended, None))
+        predictions = task.predict(adapted.eval(), head.eval(), task.collate(data(), adapted, None))
     assert len(predictions) == 3
     task.score([{k: v for k, v in row.items() if k != "image"} for row in data()], predictions)
 
@@ -443,5 +443,5 @@ def test_the_heads_can_stay_frozen() -> None:
 
 
 def test_coca_is_not_asked_for_boxes() -> None:
-    said = ReferringExpressions().refuses(Clip, configured("coca-tiny"))
-    assert said == "it cannot ground (CoCa's image tokens have no place)"
+    message = ReferringExpressions().refuses(Clip, configured("coca-tiny"))
+    assert message == "it cannot ground (CoCa's image tokens have no place)"

@@ -1,4 +1,4 @@
-"""Grid features: what CLIP's ResNet makes of an image, live and from disk."""
+"""Grid features of CLIP's ResNet, live and from disk."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def tiny(weights: str = "none", *, seed: int = 0, side: int = SIDE, fit: str = "
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (90, 70), mode: str = "RGB") -> Image.Image:
-    """Smooth noise, so that it outlives resizing."""
+    """Return smooth noise, which resizing changes little."""
     rng = np.random.default_rng(seed)
     noise = Image.fromarray(rng.integers(0, 256, (9, 7, 3), dtype=np.uint8))
     return noise.resize(size, Image.Resampling.BICUBIC).convert(mode)
@@ -55,7 +55,7 @@ def pictures(count: int) -> list[Image.Image]:
 
 
 def published(seed: int = 1) -> ModifiedResNet:
-    """open_clip's own network with attention pooling, nothing in it at its start value."""
+    """Return open_clip's own network with attention pooling; no value is the initial one."""
     torch.manual_seed(seed)
     network = ModifiedResNet([1, 1, 1, 1], output_dim=8, heads=4, image_size=SIDE, width=4).eval()
     for name, tensor in network.state_dict().items():
@@ -78,7 +78,7 @@ def before_pooling(network: ModifiedResNet, pixels: Tensor) -> Tensor:
 
 
 def runs(features: GridFeatures) -> list[int]:
-    """Grows by the number of images at every run of the network."""
+    """Return a list that gets the number of images at every run of the network."""
     seen: list[int] = []
     features.cnn.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
     return seen
@@ -103,7 +103,7 @@ def save_visual(tensors: dict[str, Tensor], folder: Path) -> Path:
 
 
 def save_half_without_counters(tensors: dict[str, Tensor], folder: Path) -> Path:
-    """As in OpenAI's half precision; values that it can hold stay what they are."""
+    """Save in half precision as OpenAI did; values that half precision can hold stay equal."""
     bare = {name: t for name, t in tensors.items() if not name.endswith("num_batches_tracked")}
     for tensor in bare.values():
         tensor.copy_(tensor.half())
@@ -278,7 +278,7 @@ def test_a_training_step_on_cached_features_is_the_live_one_and_runs_no_network(
     torch.testing.assert_close(*gradients, rtol=1e-2, atol=1e-4)
 
 
-def test_what_is_kept_does_not_depend_on_the_askers_autocast() -> None:
+def test_stored_features_do_not_depend_on_the_callers_autocast() -> None:
     features = tiny(cached=True)
     with torch.autocast("cpu", torch.bfloat16):
         under = features.images(pictures(2)).features
@@ -286,7 +286,7 @@ def test_what_is_kept_does_not_depend_on_the_askers_autocast() -> None:
     torch.testing.assert_close(under, expected, rtol=2**-9, atol=2**-23)
 
 
-def test_a_fingerprint_says_weights_and_preprocessing_and_nothing_else(tmp_path: Path) -> None:
+def test_a_fingerprint_covers_weights_and_preprocessing_and_nothing_else(tmp_path: Path) -> None:
     same = tiny().fingerprint()
     assert same == tiny().fingerprint() == tiny(cached=True).train().fingerprint()
     others = {
@@ -314,12 +314,12 @@ def test_a_fingerprint_is_computed_once_and_follows_the_weights(monkeypatch: pyt
     assert features.fingerprint() == other.fingerprint()
 
 
-def test_other_weights_never_read_what_the_first_kept() -> None:
+def test_other_weights_never_read_what_the_first_stored() -> None:
     one, two = tiny(cached=True), tiny(cached=True, seed=1)
     assert not torch.equal(one.images(pictures(1)).features, two.images(pictures(1)).features)
 
 
-def test_an_image_is_known_by_what_it_shows() -> None:
+def test_an_image_is_identified_by_its_pixels() -> None:
     image = picture()
     assert image_digest(image) == image_digest(image.copy())
     assert image_digest(image) == image_digest(image.convert("RGBA"))
@@ -375,7 +375,7 @@ def _pickle(path: Path) -> None:
 )
 def test_a_damaged_file_is_computed_anew_and_replaced(damage: Callable[[Path], None], cache_root: Path) -> None:
     features = tiny(cached=True)
-    for picture in pictures(2):  # each alone, as it is computed anew: a larger batch may round otherwise
+    for picture in pictures(2):  # each alone, because it is computed again: a larger batch may round differently
         features.images([picture])
     expected = features.images(pictures(2)).features
     file = kept_files(cache_root)[0]
@@ -444,7 +444,7 @@ def test_on_meta_nothing_is_read_computed_or_kept(cache_root: Path) -> None:
     assert not cache_root.exists()
 
 
-# --- what a user can mend
+# --- what a user can fix
 
 
 @pytest.mark.parametrize(
@@ -476,7 +476,7 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A hub that has published weights for `tiny`, and its local cache: the folder of one revision, still empty."""
+    """Return the local cache of a hub with weights for `tiny`: the folder of one revision, still empty."""
     found = {"hf_hub": "timm/tiny_clip.openai/"}
     monkeypatch.setattr("open_clip.pretrained.get_pretrained_cfg", lambda model, tag: found)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))

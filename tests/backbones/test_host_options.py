@@ -1,4 +1,4 @@
-"""A method may need its backbone in a certain state: the cell shows it, and a contradiction is told."""
+"""A method may need options of its backbone: the cell shows them, and a contradiction is an error."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class PickyConfig(MethodConfig):
 
 
 class Picky(Method):
-    """Needs `tiny` with dropout."""
+    """A method that needs `tiny` with dropout."""
 
     Config = PickyConfig
 

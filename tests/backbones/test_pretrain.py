@@ -1,4 +1,4 @@
-"""The packaged backbone is what its recipe says, is alive, and can be made again and resumed."""
+"""The packaged backbone matches its recipe, predicts well, and its pre-training can be repeated and resumed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_the_data_and_the_tokenizer_are_still_those_it_was_trained_with() -> Non
     assert packaged.get_vocab() == build_tokenizer(VOCABULARY).get_vocab()
 
 
-def test_the_curves_tell_the_whole_run() -> None:
+def test_the_curves_cover_the_whole_run() -> None:
     steps = [point["step"] for point in RECIPE["curves"]]
     assert steps == sorted(steps) and steps[-1] == RECIPE["steps_done"]
     assert RECIPE["curves"][-1]["validation"]["rec.acc_50"] > RECIPE["curves"][0]["validation"]["rec.acc_50"]
@@ -81,7 +81,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
         assert torch.equal(value, second.backbone.state_dict()[name]), name
 
 
-def test_what_is_exported_is_what_a_backbone_loads(tmp_path: Path) -> None:
+def test_a_backbone_loads_the_exported_file(tmp_path: Path) -> None:
     run = Pretraining(PretrainRecipe(steps=1, **QUICK), tmp_path, "cpu")
     run.advance()
     run.export()
@@ -102,9 +102,9 @@ def test_images_are_encoded_once_for_all_tasks(tmp_path: Path, monkeypatch: pyte
 
 def test_texts_about_digits_come_from_shapes_alone() -> None:
     rng = np.random.default_rng(0)
-    told = {retold("a red star and a blue star", rng) for _ in range(200)}
-    assert "a red star and a blue star" in told and len(told) == 11
-    assert all(text.split()[2] == text.split()[6] for text in told)
+    texts = {retold("a red star and a blue star", rng) for _ in range(200)}
+    assert "a red star and a blue star" in texts and len(texts) == 11
+    assert all(text.split()[2] == text.split()[6] for text in texts)
     hidden = [word == "<unk>" for word in noise("word " * 2000, rng).split()]
     assert 0.17 < np.mean(hidden) < 0.23
 

@@ -1,4 +1,4 @@
-"""Parallel paths beside projections: whole or packed, added, removed and folded."""
+"""Parallel paths at projections, whole or packed: add, remove and fold them."""
 
 from __future__ import annotations
 

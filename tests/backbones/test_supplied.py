@@ -1,4 +1,4 @@
-"""What is lent to a backbone for a task: it serves, it counts as head, and no method goes into it."""
+"""Parts that the suite supplies to a backbone for a task: they work, count as head, and no method goes into them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TASKS_LENT_FOR = ("captioning", "pairs", "rec", "vqa")
 
 
 class Dual(Backbone):
-    """Two towers of different widths that never meet; the words of its text tower are all that it can lend."""
+    """Two towers of different widths that never meet; a supplied decoder takes the words of its text tower."""
 
     abilities = frozenset({"embed", "ground"})
 
@@ -73,7 +73,7 @@ class Dual(Backbone):
 
 
 class Encoder(Tiny):
-    """A backbone that fuses, but does not decode."""
+    """A backbone that fuses but does not decode."""
 
     abilities = frozenset({"embed", "fuse", "ground"})
 
@@ -95,16 +95,16 @@ def setup(backbone: Backbone, task: str, method: str = "head_only", seed: int = 
     return made
 
 
-def extended(needs: set[str] = {"fuse", "decode"}) -> SuppliedBackbone:  # noqa: B006
-    """A dual encoder with lent parts of random values."""
-    found = supply(dual(), frozenset(needs))
-    assert isinstance(found, SuppliedBackbone)
-    randomise(found.supplied, std=0.2)
-    return found.eval()
+def supplied_dual(needs: set[str] = {"fuse", "decode"}) -> SuppliedBackbone:  # noqa: B006
+    """Return a dual encoder with supplied parts of random values."""
+    backbone = supply(dual(), frozenset(needs))
+    assert isinstance(backbone, SuppliedBackbone)
+    randomise(backbone.supplied, std=0.2)
+    return backbone.eval()
 
 
 def parts(lengths: tuple[int, int] = (5, 6), batch: int = 2, seed: int = 0) -> tuple[Tokens, Tokens]:
-    """Text (B, N, 32) and image tokens (B, M, 24), all real."""
+    """Return text (B, N, 32) and image tokens (B, M, 24), all real."""
     masks = [torch.ones(batch, n, dtype=torch.bool) for n in lengths]
     text = plain_tokens(draw(batch, lengths[0], 32, seed=seed), masks[0], TEXT)
     image = plain_tokens(
@@ -113,7 +113,7 @@ def parts(lengths: tuple[int, int] = (5, 6), batch: int = 2, seed: int = 0) -> t
     return text, image
 
 
-# What is lent
+# Which parts are supplied
 
 
 @pytest.mark.parametrize(
@@ -128,30 +128,30 @@ def parts(lengths: tuple[int, int] = (5, 6), batch: int = 2, seed: int = 0) -> t
         ({"fuse", "pair"}, ["fusion", "order"], {"embed", "ground", "fuse", "pair"}),
     ],
 )
-def test_what_is_lacking_is_lent_and_nothing_else(needs: set[str], supplied: list[str], served: set[str]) -> None:
+def test_only_missing_abilities_are_supplied(needs: set[str], supplied: list[str], served: set[str]) -> None:
     backbone = dual()
-    found = supply(backbone, frozenset(needs))
-    assert found.abilities == served
+    larger = supply(backbone, frozenset(needs))
+    assert larger.abilities == served
     if supplied:
-        assert isinstance(found, SuppliedBackbone) and found.inner is backbone and list(found.supplied) == supplied
+        assert isinstance(larger, SuppliedBackbone) and larger.inner is backbone and list(larger.supplied) == supplied
     else:
-        assert found is backbone
+        assert larger is backbone
 
 
 def test_everything_else_is_the_backbone_s_own() -> None:
-    found = extended()
-    inner = found.inner
-    assert (found.width, found.text_width, found.codec, found.max_text) == (24, 32, inner.codec, inner.max_text)
-    assert found.roles() == ("text", "vision") and found.stack("text") is inner.stack("text")
-    assert (found.pad_id, found.eos_id, found.start_id) == (inner.pad_id, inner.eos_id, inner.start_id)
-    assert found.host_parameters() == {f"inner.{name}" for name in inner.host_parameters()} != set()
-    assert found.config is inner.config
-    names = {name for name, _ in found.named_parameters()}
-    assert found.head_parameters() == {name for name in names if name.startswith("supplied.")} < names
+    larger = supplied_dual()
+    inner = larger.inner
+    assert (larger.width, larger.text_width, larger.codec, larger.max_text) == (24, 32, inner.codec, inner.max_text)
+    assert larger.roles() == ("text", "vision") and larger.stack("text") is inner.stack("text")
+    assert (larger.pad_id, larger.eos_id, larger.start_id) == (inner.pad_id, inner.eos_id, inner.start_id)
+    assert larger.host_parameters() == {f"inner.{name}" for name in inner.host_parameters()} != set()
+    assert larger.config is inner.config
+    names = {name for name, _ in larger.named_parameters()}
+    assert larger.head_parameters() == {name for name in names if name.startswith("supplied.")} < names
 
 
 @pytest.mark.parametrize("task", TASKS_LENT_FOR)
-def test_a_dual_encoder_trains_and_predicts_on_every_task_that_it_was_not_born_for(task: str) -> None:
+def test_a_dual_encoder_trains_and_predicts_on_every_task_with_supplied_parts(task: str) -> None:
     here = setup(dual(), task)
     images = {"image": new_image("RGB", (40, 32)), "image_2": new_image("RGB", (40, 32), "red")}
     rows = [ROW[task] | images | {"sample_id": str(i)} for i in range(2)]
@@ -175,39 +175,39 @@ ROW: dict[str, dict[str, Any]] = {
 }
 
 
-def test_an_encoder_keeps_its_own_joint_pass_and_is_lent_a_decoder() -> None:
+def test_an_encoder_keeps_its_own_joint_pass_and_gets_a_decoder() -> None:
     backbone = Encoder(small_tiny().config).double().eval()
-    found = supply(backbone, frozenset({"fuse", "decode"}))
-    assert isinstance(found, SuppliedBackbone) and list(found.supplied) == ["decoder"]
+    larger = supply(backbone, frozenset({"fuse", "decode"}))
+    assert isinstance(larger, SuppliedBackbone) and list(larger.supplied) == ["decoder"]
     tokens = backbone.embed_text(backbone.texts(["red circle"], 8))
-    assert torch.equal(found.fuse(tokens, task="vqa").states, backbone.fuse(tokens, task="vqa").states)
+    assert torch.equal(larger.fuse(tokens, task="vqa").states, backbone.fuse(tokens, task="vqa").states)
 
 
 @pytest.mark.parametrize("width", [24, 96, 200, 1030])
-def test_parts_can_be_lent_at_any_width(width: int) -> None:
+def test_parts_can_be_supplied_at_any_width(width: int) -> None:
     fused = Fusion(width, width).eval()(
         [plain_tokens(torch.randn(1, 3, width), torch.ones(1, 3, dtype=torch.bool), TEXT)], "vqa"
     )
     assert fused.states.shape == (1, 3, width) and Decoder(16, width).stack.width == width
 
 
-# Whose it is
+# How they count
 
 
-def test_lent_parts_count_as_head_and_cost_nothing_at_inference() -> None:
+def test_supplied_parts_count_as_head_and_cost_nothing_at_inference() -> None:
     backbone = dual()
     untouched = sum(p.numel() for p in backbone.parameters())
     host = sum(backbone.get_parameter(name).numel() for name in backbone.host_parameters())
     here = setup(backbone, "vqa")
     supplied = sum(p.numel() for p in here.backbone.supplied.parameters())  # type: ignore[union-attr,operator]
-    found = counted(here)
+    counts = counted(here)
     own = sum(p.numel() for p in here.head.parameters())
-    assert (found.method, found.head, found.host) == (0, supplied + own, host) and supplied > 0
-    assert found.total == untouched + supplied + own
+    assert (counts.method, counts.head, counts.host) == (0, supplied + own, host) and supplied > 0
+    assert counts.total == untouched + supplied + own
     assert extra_at_inference(here, untouched) == 0
 
 
-def test_no_method_goes_into_lent_parts() -> None:
+def test_no_method_goes_into_supplied_parts() -> None:
     backbone = dual()
     projections = len(list(backbone.stack("text"))) + len(list(backbone.stack("vision")))
     here = setup(backbone, "vqa", "lora")
@@ -215,7 +215,7 @@ def test_no_method_goes_into_lent_parts() -> None:
     assert len(paths) == 2 * projections and not any(name.startswith("supplied.") for name in paths)
 
 
-def test_an_adapter_file_holds_lent_parts_and_brings_them_back(tmp_path: Any) -> None:
+def test_an_adapter_file_holds_supplied_parts_and_restores_them(tmp_path: Any) -> None:
     here = setup(dual(), "vqa")
     randomise(here.backbone.supplied, seed=5)  # type: ignore[arg-type]
     state = {name: p.detach().clone() for name, p in here.trainable().items()}
@@ -228,7 +228,7 @@ def test_an_adapter_file_holds_lent_parts_and_brings_them_back(tmp_path: Any) ->
     assert torch.equal(ones, others)
 
 
-def test_lent_values_follow_from_the_cell_s_seed() -> None:
+def test_supplied_values_follow_from_the_cell_s_seed() -> None:
     def values(seed: int) -> dict[str, Tensor]:
         return dict(setup(dual(), "vqa", seed=seed).backbone.supplied.state_dict())  # type: ignore[union-attr,operator]
 
@@ -251,86 +251,88 @@ def test_gradients_reach_the_word_table_only_where_it_trains(method: str, reache
 
 
 def test_the_same_parts_can_be_put_on_another_backbone() -> None:
-    one, plain = extended(), dual()
+    one, plain = supplied_dual(), dual()
     other = with_parts_of(plain, one)
     assert isinstance(other, SuppliedBackbone) and other.inner is plain
     assert other.supplied["fusion"] is one.supplied["fusion"] and other.abilities == one.abilities
     assert with_parts_of(plain, dual()) is plain
 
 
-# What it computes
+# What they compute
 
 
 def test_masked_tokens_change_no_real_ones() -> None:
-    found, (text, image) = extended(), parts((5, 6))
-    plain = found.fuse(text, image, task="rec").states
+    backbone, (text, image) = supplied_dual(), parts((5, 6))
+    plain = backbone.fuse(text, image, task="rec").states
     junk_text, junk_image = parts((9, 8), seed=7)
     states = (
         torch.cat([text.states, junk_text.states[:, 5:]], 1),
         torch.cat([image.states, junk_image.states[:, 6:]], 1),
     )
     masks = [torch.arange(s.shape[1])[None].expand(2, -1) < n for s, n in zip(states, (5, 6), strict=True)]
-    padded = found.fuse(plain_tokens(states[0], masks[0], TEXT), plain_tokens(states[1], masks[1], IMAGE), task="rec")
+    padded = backbone.fuse(
+        plain_tokens(states[0], masks[0], TEXT), plain_tokens(states[1], masks[1], IMAGE), task="rec"
+    )
     real = padded.states[padded.mask].view(2, 11, 24)
     torch.testing.assert_close(real, plain, rtol=0, atol=1e-12)
     assert padded.segments == ((TEXT, 9), (IMAGE, 8)) and padded.types[0].tolist() == [TEXT] * 9 + [IMAGE] * 8
 
 
 def test_both_modalities_are_heard_and_places_are_kept() -> None:
-    found, (text, image) = extended(), parts()
-    fused = found.fuse(text, image, task="rec")
+    backbone, (text, image) = supplied_dual(), parts()
+    fused = backbone.fuse(text, image, task="rec")
     assert torch.equal(fused.of_type(IMAGE).positions[:, 5:], image.positions)
     other_text, _ = parts(seed=3)
-    changed = found.fuse(other_text, image, task="rec").states - fused.states
+    changed = backbone.fuse(other_text, image, task="rec").states - fused.states
     assert bool((changed[:, 5:].abs().amax(-1) > 1e-6).all())
 
 
 def test_decoding_with_a_cache_equals_decoding_all_at_once() -> None:
-    found, (_, image) = extended(), parts()
+    backbone, (_, image) = supplied_dual(), parts()
     ids = torch.tensor([[2, 5, 9, 4], [2, 7, 3, 6]])
-    whole, none = found.decode(image, ids, task="vqa")
-    assert none is None and whole.shape == (2, 4, len(found.word_table()))
-    cache, steps = found.new_cache(), []
+    whole, none = backbone.decode(image, ids, task="vqa")
+    assert none is None and whole.shape == (2, 4, len(backbone.word_table()))
+    cache, steps = backbone.new_cache(), []
     for t in range(ids.shape[1]):
-        logits, cache = found.decode(image, ids[:, t : t + 1], cache, task="vqa")
+        logits, cache = backbone.decode(image, ids[:, t : t + 1], cache, task="vqa")
         steps.append(logits)
     torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=0, atol=1e-12)
-    earlier, _ = found.decode(image, ids[:, :2], task="vqa")
+    earlier, _ = backbone.decode(image, ids[:, :2], task="vqa")
     torch.testing.assert_close(whole[:, :2], earlier, rtol=0, atol=1e-12)
 
 
 def test_a_reordered_cache_goes_on_with_the_chosen_rows() -> None:
-    found, (_, image) = extended(), parts()
+    backbone, (_, image) = supplied_dual(), parts()
     ids, order = torch.tensor([[2, 5, 9], [2, 7, 3]]), torch.tensor([1, 1])
-    _, cache = found.decode(image, ids[:, :2], found.new_cache(), task="vqa")
-    cache = found.reorder_cache(cache, order)
+    _, cache = backbone.decode(image, ids[:, :2], backbone.new_cache(), task="vqa")
+    cache = backbone.reorder_cache(cache, order)
     memory = Tokens(image.states[order], image.mask[order], image.types[order], image.positions[order])
-    found_logits, _ = found.decode(memory, ids[:, 2:], cache, task="vqa")
-    expected, _ = found.decode(memory, torch.cat([ids[order, :2], ids[:, 2:]], 1), task="vqa")
+    found_logits, _ = backbone.decode(memory, ids[:, 2:], cache, task="vqa")
+    expected, _ = backbone.decode(memory, torch.cat([ids[order, :2], ids[:, 2:]], 1), task="vqa")
     torch.testing.assert_close(found_logits, expected[:, -1:], rtol=0, atol=1e-12)
 
 
 def test_the_decoder_attends_to_real_memory_only() -> None:
-    found, (_, image) = extended(), parts((5, 6))
+    backbone, (_, image) = supplied_dual(), parts((5, 6))
     mask = torch.tensor([[True] * 4 + [False] * 2] * 2)
     masked = plain_tokens(image.states, mask, IMAGE)
     short = plain_tokens(image.states[:, :4], mask[:, :4], IMAGE)
     ids = torch.tensor([[2, 5], [2, 7]])
-    one, other = (found.decode(memory, ids, task="vqa")[0] for memory in (masked, short))
+    one, other = (backbone.decode(memory, ids, task="vqa")[0] for memory in (masked, short))
     torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
 def test_beams_find_at_least_what_greedy_decoding_does() -> None:
-    found, (_, image) = extended(), parts()
+    backbone, (_, image) = supplied_dual(), parts()
 
     def score(ids: list[int], row: int) -> float:
-        full = torch.tensor([[found.start_id, *ids]])
+        full = torch.tensor([[backbone.start_id, *ids]])
         memory = plain_tokens(image.states[row : row + 1], image.mask[row : row + 1], IMAGE)
-        log = found.decode(memory, full[:, :-1], task="vqa")[0].log_softmax(-1)
+        log = backbone.decode(memory, full[:, :-1], task="vqa")[0].log_softmax(-1)
         return float(log[0].gather(1, full[0, 1:, None]).mean())
 
     with torch.no_grad():
-        greedy, beams = (generate(found, image, task="vqa", max_length=4, beams=n) for n in (1, 8))
+        greedy, beams = (generate(backbone, image, task="vqa", max_length=4, beams=n) for n in (1, 8))
         assert all(score(b, i) >= score(g, i) - 1e-9 for i, (g, b) in enumerate(zip(greedy, beams, strict=True)))
 
 
@@ -341,20 +343,20 @@ def repeatable() -> Iterator[None]:
 
 
 def test_dropout_is_on_in_training_and_off_in_evaluation(repeatable: None) -> None:
-    found, tokens, ids = extended(), parts(), torch.tensor([[2, 5], [2, 7]])
+    backbone, tokens, ids = supplied_dual(), parts(), torch.tensor([[2, 5], [2, 7]])
 
     def outputs() -> list[Tensor]:
-        fused = found.fuse(*tokens, task="vqa")
-        return [fused.states, found.decode(tokens[1], ids, task="vqa")[0]]
+        fused = backbone.fuse(*tokens, task="vqa")
+        return [fused.states, backbone.decode(tokens[1], ids, task="vqa")[0]]
 
-    found.eval()
+    backbone.eval()
     assert all(torch.equal(one, other) for one, other in zip(outputs(), outputs(), strict=True))
-    found.supplied.train()
+    backbone.supplied.train()
     assert not any(torch.equal(one, other) for one, other in zip(outputs(), outputs(), strict=True))
-    for module in found.supplied.modules():
+    for module in backbone.supplied.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    for layer in [*found.supplied["fusion"].stack, *found.supplied["decoder"].stack]:  # type: ignore[misc]
+    for layer in [*backbone.supplied["fusion"].stack, *backbone.supplied["decoder"].stack]:  # type: ignore[misc]
         for _, sublayer in layer.items():
             sublayer.core.eval()
     one, other = outputs(), outputs()
@@ -362,15 +364,15 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(repeatable: None) -> No
 
 
 def test_the_pass_says_task_types_and_step() -> None:
-    found, (text, image) = extended(), parts()
+    backbone, (text, image) = supplied_dual(), parts()
     seen: list[Pass] = []
     for part in ("fusion", "decoder"):
-        layer = found.supplied[part].stack.layers[0]  # type: ignore[union-attr,index]
+        layer = backbone.supplied[part].stack.layers[0]  # type: ignore[union-attr,index]
         layer.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[1]))
-    found.fuse(text, image, task="rec")
-    cache = found.new_cache()
+    backbone.fuse(text, image, task="rec")
+    cache = backbone.new_cache()
     for _ in range(2):
-        found.decode(image, torch.tensor([[2], [2]]), cache, task="vqa")
+        backbone.decode(image, torch.tensor([[2], [2]]), cache, task="vqa")
     assert [one.task for one in seen] == ["rec", "vqa", "vqa"]
     assert [one.step for one in seen] == [0, 0, 1]
     assert seen[0].segments == ((TEXT, 5), (IMAGE, 6)) and seen[1].segments == ((TEXT, 1),)
@@ -380,15 +382,15 @@ def test_the_pass_says_task_types_and_step() -> None:
 
 
 def image_pair(backbone: Backbone) -> Images:
-    """Two samples of two images each: the first ones, then the second ones."""
+    """Return two samples of two images each: all first images, then all second ones."""
     return backbone.images([new_image("RGB", (40, 32), colour) for colour in ("red", "blue", "white", "green")])
 
 
 def test_the_order_is_added_to_the_tokens_of_each_image() -> None:
-    found = extended({"pair"})
-    images, order = image_pair(found), found.get_parameter("supplied.order.image.weight")
-    both = found.embed_image(images)
-    first, second = found.embed_pair(images)
+    backbone = supplied_dual({"pair"})
+    images, order = image_pair(backbone), backbone.get_parameter("supplied.order.image.weight")
+    both = backbone.embed_image(images)
+    first, second = backbone.embed_pair(images)
     assert first.states.shape == (2, *both.states.shape[1:]) and first.segments == second.segments == both.segments
     torch.testing.assert_close(first.states, both.states[:2] + order[0], rtol=0, atol=1e-12)
     torch.testing.assert_close(second.states, both.states[2:] + order[1], rtol=0, atol=1e-12)
@@ -396,19 +398,19 @@ def test_the_order_is_added_to_the_tokens_of_each_image() -> None:
 
 
 def test_it_is_the_order_that_tells_two_images_apart() -> None:
-    found, (text, _) = extended({"fuse", "pair"}), parts()
-    images, swapped = image_pair(found), image_pair(found)
+    backbone, (text, _) = supplied_dual({"fuse", "pair"}), parts()
+    images, swapped = image_pair(backbone), image_pair(backbone)
     swapped = Images(*(t.roll(2, 0) for t in (swapped.pixels, swapped.mask, swapped.scale, swapped.offset)))
 
     def of_text(given: Images) -> Tensor:
-        return found.fuse(text, *found.embed_pair(given), task="pairs").of_type(TEXT).mean()
+        return backbone.fuse(text, *backbone.embed_pair(given), task="pairs").of_type(TEXT).mean()
 
     assert float((of_text(images) - of_text(swapped)).detach().abs().max()) > 1e-3
-    nn.init.zeros_(found.get_parameter("supplied.order.image.weight"))
+    nn.init.zeros_(backbone.get_parameter("supplied.order.image.weight"))
     torch.testing.assert_close(of_text(images), of_text(swapped), rtol=0, atol=1e-12)
 
 
-def test_a_lent_order_counts_as_the_task_s_head_and_is_small() -> None:
+def test_a_supplied_order_counts_as_the_task_s_head_and_is_small() -> None:
     here = setup(small_tiny(), "pairs")
     assert here.backbone.head_parameters() == {"supplied.order.image.weight"}
     assert counted(here).head == 2 * here.backbone.width

@@ -1,4 +1,4 @@
-"""The small backbones' tokenizer spells anything and gives it back."""
+"""The small backbones' tokenizer encodes any English text and decodes it again."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """TransVG against the original's preparation of images, the libraries' own passes, and its published size.
 
-That whole models are the authors' is held by `test_golden.py`.
+`test_golden.py` checks that whole models equal the authors'.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def golden(name: str) -> Golden:
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """Largest |a - b| / max(1, largest |b|)."""
+    """Return the largest |a - b| / max(1, largest |b|)."""
     return float((found - expected).detach().abs().max() / max(1.0, float(expected.abs().max())))
 
 
 def test_positions_are_detrs() -> None:
-    """To 1e-6, for the original computes them in single precision."""
+    """Compare to 1e-6, because the original computes them in single precision."""
     values = golden("rec_utils")
     expected = values["pos_encoding"].flatten(2).transpose(1, 2)
     assert difference(detr_sine_positions(~values["pos_mask"], 8), expected) <= 1e-6
@@ -77,7 +77,7 @@ def test_an_image_lies_in_the_middle_of_its_canvas() -> None:
 
 
 def test_an_image_lies_where_its_placement_says_and_its_box_with_it() -> None:
-    """On the canvas a white target on black is framed to a pixel, by its half-bright edges."""
+    """Find a white target on black on the canvas, to a pixel, by its half-bright edges."""
     backbone, generator = tiny(image_size=160), np.random.default_rng(0)
     for _ in range(60):
         size = generator.integers(40, 400, 2)
@@ -103,7 +103,7 @@ def test_an_image_lies_where_its_placement_says_and_its_box_with_it() -> None:
 
 
 def test_predictions_are_scored_as_transvg_scores_them_in_the_padded_square() -> None:
-    """With boxes that reach beyond the canvas, and beyond the image into its padding."""
+    """Include boxes that reach beyond the canvas, and beyond the image into its padding."""
     values, task, generator = golden("rec_utils"), TASKS.get("rec")(), np.random.default_rng(0)
     sizes = [(640, 480), (333, 500), (64, 64), (500, 100), (90, 100), (640, 640)]
     backbone = tiny().double()
@@ -127,7 +127,7 @@ def test_predictions_are_scored_as_transvg_scores_them_in_the_padded_square() ->
 
 
 class Guess(Grounder):
-    """A head of the published kind that gives the same boxes whatever it sees."""
+    """A head like the published one that returns the same boxes for any input."""
 
     def __init__(self, boxes: Tensor) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ def fused(backbone: TransVG, batch: Any, *names: str) -> Tokens:
 
 
 def test_padding_changes_no_answer() -> None:
-    """Neither what lies on the canvas beside an image, nor longer texts in the batch."""
+    """Change the canvas beside an image, and put longer texts in the batch."""
     task, backbone = TASKS.get("rec")(), randomise(tiny(), std=0.1)
     assert isinstance(backbone, TransVG)
     batch = batch_of(task, backbone)
@@ -187,7 +187,7 @@ def test_fused_tokens_know_what_they_are() -> None:
 
 
 def test_a_single_part_keeps_its_own_positions() -> None:
-    """An image alone is what both are when every text token is padding."""
+    """An image alone gives the same states as image and text when every text token is padding."""
     backbone = tiny().double()
     batch = batch_of(TASKS.get("rec")(), backbone)
     batch = type(batch)(batch.images.to_dtype(torch.float64), batch.texts)
@@ -246,7 +246,7 @@ def test_text_weights_load_from_a_folder_and_embed_as_the_library_does(tmp_path:
 
 
 def assert_embeds_alike(backbone: TransVG, library: BertModel) -> None:
-    """In both precisions, the mask included."""
+    """Compare in both precisions, including the mask."""
     texts = backbone.texts(["a small red circle left of the blue square", "two dogs"], 64)
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-13)):
         backbone.to(dtype), library.to(dtype)
@@ -279,7 +279,7 @@ def test_a_real_text_encoder_loads_by_path_and_trains() -> None:
     assert losses[-1] < losses[0]
 
 
-def test_weights_that_do_not_fit_are_told_in_one_line(tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_an_error_of_one_line(tmp_path: Path) -> None:
     library_bert(type_vocab_size=3).save_pretrained(tmp_path / "types")
     library_bert(16, 3).save_pretrained(tmp_path / "sizes")
     (tmp_path / "empty").mkdir()
@@ -292,17 +292,17 @@ def test_weights_that_do_not_fit_are_told_in_one_line(tmp_path: Path) -> None:
         "missing": {"weights": str(tmp_path / "some.safetensors")},
     }
     save_file({"reg": torch.zeros(1, 32)}, tmp_path / "some.safetensors")
-    for said, options in cases.items():
+    for part, options in cases.items():
         with pytest.raises(UserError) as caught:
             tiny(**options)
-        assert said in str(caught.value) and "\n" not in str(caught.value)
+        assert part in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(UserError, match="set vocabulary=210"):
         tiny(vocabulary=100).texts(["a"], 9)
 
 
 @torch.no_grad()
 def authors_names(backbone: TransVG) -> dict[str, Tensor]:
-    """A backbone's tensors under the names of the authors' checkpoints."""
+    """Return a backbone's tensors under the names of the authors' checkpoints."""
     found: dict[str, Tensor] = {"visumodel.transformer.decoder.norm.weight": torch.zeros(3)}
     for name, tensor in backbone.resnet.state_dict().items():
         found[f"visumodel.backbone.0.body.{name}"] = tensor
@@ -343,7 +343,7 @@ def test_a_whole_backbone_loads_in_our_names_and_in_the_authors(tmp_path: Path) 
 
 
 def test_detr_loads_in_the_librarys_names() -> None:
-    """Of the layers, and of the convolutional network, whose names are timm's behind a prefix."""
+    """Cover the layers and the convolutional network, whose names are timm's after a prefix."""
     backbone = tiny()
     heads = DetrConfig(d_model=32, encoder_attention_heads=4, encoder_ffn_dim=64)
     layers = nn.ModuleList([DetrEncoderLayer(heads) for _ in range(2)])
@@ -364,7 +364,7 @@ def test_detr_loads_in_the_librarys_names() -> None:
 
 @pytest.mark.slow
 def test_vision_weights_load_from_a_folder_and_the_encoder_is_the_librarys(tmp_path: Path) -> None:
-    """ResNet-50 with padding around the images; the layers are narrow."""
+    """Use ResNet-50, padding around the images, and narrow layers."""
     heads = {
         f"{side}_{key}": n for side in ("encoder", "decoder") for key, n in (("attention_heads", 4), ("layers", 2))
     }

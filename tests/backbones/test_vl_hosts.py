@@ -1,6 +1,6 @@
 """`vl_bart` and `vl_t5`: the library's own passes, published counts, and what can go wrong.
 
-That whole models are the authors' is held by `test_golden.py`.
+`test_golden.py` checks that whole models equal the authors'.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ SMALL: dict[str, Any] = {"width": 32, "heads": 4, "ffn": 64, "cells": 2, "sentin
 
 
 def close(ours: Tensor, theirs: Tensor, what: str = "", tolerance: float = 1e-9) -> None:
-    """Largest |a - b| / max(1, largest |b|)."""
+    """Return the largest |a - b| / max(1, largest |b|)."""
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, what
     ours, theirs = ours.detach(), theirs.detach()
     assert float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1)) <= tolerance, what
 
 
 def built(family: str, **options: Any) -> Host:
-    """One of the test size, smaller still."""
-    kind = KINDS[family]
-    backbone: Host = kind(kind.configured(f"vl_{family}:tiny", SMALL | options))
+    """Return a backbone smaller than the test size."""
+    cls = KINDS[family]
+    backbone: Host = cls(cls.configured(f"vl_{family}:tiny", SMALL | options))
     return backbone
 
 
 def host(family: str, **options: Any) -> Host:
-    """A random one in double precision and evaluation mode."""
+    """Return a random backbone in double precision and evaluation mode."""
     backbone = built(family, **options)
     randomise(backbone)
     return backbone.eval()
@@ -67,7 +67,7 @@ def test_without_boxes_the_box_branch_is_a_constant() -> None:
 
 
 @pytest.mark.parametrize(("side", "cells"), [(7, 6), (5, 4), (4, 4), (6, 3)])
-def test_positions_are_the_middles_of_what_was_pooled(side: int, cells: int) -> None:
+def test_positions_are_the_centres_of_the_pooled_windows(side: int, cells: int) -> None:
     """An impulse in each grid cell shows which tokens see it."""
     seen = pooled(torch.eye(side * side).unsqueeze(0), cells)[0]  # (tokens, grid cells)
     row, column = torch.arange(side * side) // side, torch.arange(side * side) % side
@@ -85,7 +85,7 @@ def test_an_image_becomes_tokens_with_places(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("family", ["bart", "t5"])
-def test_cached_features_are_said_and_change_little(
+def test_cached_features_are_noted_and_change_little(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PETLBENCH_CACHE", str(tmp_path))
@@ -111,9 +111,9 @@ COUNTS = {
 @pytest.mark.parametrize("name", COUNTS)
 def test_published_counts(name: str) -> None:
     """All parameters, those that every method trains, and the rows of the table; the CNN is not counted."""
-    kind = KINDS[name.partition(":")[0][3:]]
+    cls = KINDS[name.partition(":")[0][3:]]
     with torch.device("meta"):
-        backbone = kind(kind.configured(name, {}))
+        backbone = cls(cls.configured(name, {}))
     parameters = dict(backbone.named_parameters())
     total, hosts, rows, norms = COUNTS[name]
     assert sum(p.numel() for p in parameters.values()) == total
@@ -139,27 +139,27 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
     bart = BartForConditionalGeneration(BartConfig(**sizes, **sides, max_position_embeddings=128))
     t5 = T5ForConditionalGeneration(T5Config(**sizes, d_kv=16, d_ff=64, num_layers=2, num_heads=4, pad_token_id=1))
-    tokenizer, found = file_codec(asset("tiny/tokenizer.json")).tokenizer, {}
+    tokenizer, saved = file_codec(asset("tiny/tokenizer.json")).tokenizer, {}
     for family, model in {"bart": bart, "t5": t5}.items():
         randomise(model, std=0.2).to(torch.float32 if family == "bart" else torch.float16)
-        found[family] = tmp_path_factory.mktemp(family)
-        model.save_pretrained(found[family])
-        tokenizer.save_pretrained(found[family])
-    return found
+        saved[family] = tmp_path_factory.mktemp(family)
+        model.save_pretrained(saved[family])
+        tokenizer.save_pretrained(saved[family])
+    return saved
 
 
 def loaded(family: str, source: Path | str, **options: Any) -> Host:
-    """One with its language model, and unless told otherwise its tokenizer, from `source`."""
+    """Return a backbone with the language model of `source`, and its tokenizer unless an option says otherwise."""
     return built(family, **{"language_weights": str(source), "tokenizer": None} | options)
 
 
 def library(family: str, folder: Path) -> Any:
-    kind = BartForConditionalGeneration if family == "bart" else T5ForConditionalGeneration
-    return kind.from_pretrained(folder).double()
+    cls = BartForConditionalGeneration if family == "bart" else T5ForConditionalGeneration
+    return cls.from_pretrained(folder).double()
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
-    """Three numbers that tell tensors apart: the sum, and two that also depend on the order of values."""
+    """Return three numbers that differ between tensors: the sum, and two that depend on the order of values."""
     flat = tensor.detach().double().flatten()
     return torch.stack([flat.sum(), flat @ draw(len(flat)), flat @ draw(len(flat), seed=1)])
 
@@ -169,7 +169,7 @@ ASKED = ["a red circle on the left", "a square"]
 
 @pytest.mark.parametrize(("family", "training"), [("bart", False), ("t5", False), ("t5", True)])
 def test_text_alone_passes_as_through_the_librarys_model(folders: dict[str, Path], family: str, training: bool) -> None:
-    """Encoder states and the decoder's logits; for T5 in training too, with every dropout drawn alike."""
+    """Compare encoder states and the decoder's logits; for T5 also in training, with the same dropout values."""
     backbone, model = loaded(family, folders[family]).double(), library(family, folders[family])
     assert all(module.training for module in backbone.stacks.modules())
     backbone.train(training)
@@ -215,7 +215,7 @@ def test_the_tokenizer_knows_the_added_tokens_at_its_end(folders: dict[str, Path
 
 
 def test_tokens_that_a_tokenizer_knows_are_not_added_again(folders: dict[str, Path], tmp_path: Path) -> None:
-    """T5's tokenizer knows the first kind, and its table has rows to spare."""
+    """T5's tokenizer already has <extra_id_N>, and its table has more rows than ids."""
     tokenizer = file_codec(asset("tiny/tokenizer.json")).tokenizer
     tokenizer.add_tokens([f"<extra_id_{i}>" for i in (3, 2, 1, 0)], special_tokens=True)
     tokenizer.save_pretrained(tmp_path)
@@ -224,7 +224,7 @@ def test_tokens_that_a_tokenizer_knows_are_not_added_again(folders: dict[str, Pa
 
 
 def edited(folder: Path, target: Path, **changes: Any) -> Path:
-    """A copy of a saved model with other options."""
+    """Copy a saved model and change options of it."""
     for path in folder.iterdir():
         (target / path.name).write_bytes(path.read_bytes())
     config = json.loads((target / "config.json").read_text())
@@ -245,17 +245,17 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("family", "options", "said"), WRONG)
-def test_a_model_that_does_not_fit_is_told_in_one_line(
-    folders: dict[str, Path], family: str, options: dict[str, Any], said: str
+@pytest.mark.parametrize(("family", "options", "part"), WRONG)
+def test_a_model_that_does_not_fit_is_an_error_of_one_line(
+    folders: dict[str, Path], family: str, options: dict[str, Any], part: str
 ) -> None:
     with pytest.raises(UserError) as caught:
         loaded(family, folders[family], **options)
     message = str(caught.value)
-    assert said in message and "do not fit this configuration" in message and "\n" not in message
+    assert part in message and "do not fit this configuration" in message and "\n" not in message
 
 
-def test_wrong_sources_are_told_in_one_line(
+def test_wrong_sources_are_an_error_of_one_line(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -276,13 +276,13 @@ def test_wrong_sources_are_told_in_one_line(
         "facebook/bart-base": "is not on this machine and was not fetched (",
         "facebook/bart-bass": "did you mean 'facebook/bart-base'?",
     }
-    for source, said in cases.items():
+    for source, part in cases.items():
         with pytest.raises(UserError) as caught:
             loaded("bart", source)
-        assert said in str(caught.value) and "\n" not in str(caught.value)
+        assert part in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_tokenizer_is_fetched_when_needed_and_said_when_missing(
+def test_a_tokenizer_is_fetched_when_needed_and_named_when_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -318,11 +318,11 @@ def test_a_file_of_the_whole_backbone_gives_every_value_back(family: str, tmp_pa
     built(family, weights=str(path), vision_weights="none")
 
 
-# What T5 does differently.
+# Differences of T5.
 
 
 def mixed(kinds: Sequence[int], masked: int | None = None) -> Tokens:
-    """One token of each kind in this order."""
+    """Return one token of each type, in this order."""
     parts = [
         plain_tokens(draw(1, 1, 32, seed=i), torch.ones(1, 1, dtype=torch.bool), kind) for i, kind in enumerate(kinds)
     ]
@@ -366,8 +366,8 @@ def test_decoding_in_pieces_is_decoding_at_once(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["bart", "t5"])
 def test_checkpointing_changes_no_gradient(family: str) -> None:
-    """The relative tables' among them: their bias enters every layer from outside."""
-    backbone, found = host(family), []
+    """Include the gradients of the relative tables, whose bias enters every layer from outside."""
+    backbone, runs = host(family), []
     text = backbone.texts(ASKED, 20)
     for checkpointing in (False, True):
         for role in backbone.roles():
@@ -375,9 +375,9 @@ def test_checkpointing_changes_no_gradient(family: str) -> None:
         memory = backbone.fuse(backbone.embed_text(text), task="vqa")
         loss = backbone.decode(memory, text.ids, task="vqa")[0].square().mean()
         named = {key: p for key, p in backbone.named_parameters() if not key.startswith("visual.")}
-        found.append(dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True)))
-    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
-    tables = [gradient for key, gradient in found[0].items() if "relative" in key]
+        runs.append(dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True)))
+    assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
+    tables = [gradient for key, gradient in runs[0].items() if "relative" in key]
     assert len(tables) == (2 if family == "t5" else 0) and all(gradient.any() for gradient in tables)
 
 
@@ -403,7 +403,7 @@ def test_options_are_checked() -> None:
 
 
 def test_files_of_the_hub_are_fetched_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The weights in the library's order, the first that is there; a second time nothing is asked."""
+    """Weights: the first that exists in the library's order; a second call makes no request."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     config = VLT5.configured("vl_t5:tiny", {"language_weights": "google-t5/t5-small"})

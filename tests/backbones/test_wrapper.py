@@ -1,4 +1,4 @@
-"""A wrapper hands every member of a backbone on to the one inside, and each trait with it."""
+"""A wrapper passes every member and trait of a backbone on to the backbone inside."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from petlbench.api.wrapper import Wrapper
 from petlbench.backbones.supplied import supply
 from tests.backbone_factory import small_tiny
 
-OWN = {  # what a wrapper does not hand on, and why
+OWN = {  # members that a wrapper does not pass on, and why
     "Config": "of a family, from whose configuration no wrapper is made",
     "sizes": "of a family",
     "refusals": "of a family",
@@ -27,17 +27,17 @@ OWN = {  # what a wrapper does not hand on, and why
     "configured": "of a family",
     "abilities_of": "of a family",
     "files": "of a family",
-    "freeze": "what the wrapper brought counts too",
-    "unfreeze": "what the wrapper brought trains too",
+    "freeze": "parameters of the wrapper count too",
+    "unfreeze": "parameters of the wrapper train too",
 }
 NAMES = {"host_parameters", "fixed_parameters", "undecayed_parameters", "head_parameters"}
 
 
-def members(kind: type) -> set[str]:
-    """Public ones, those that `__init__` sets too."""
-    declared = {name for base in kind.__mro__ if base is not nn.Module for name in inspect.get_annotations(base)}
+def members(cls: type) -> set[str]:
+    """Return the names of public members, including those that `__init__` sets."""
+    declared = {name for base in cls.__mro__ if base is not nn.Module for name in inspect.get_annotations(base)}
     made = {"stacks", "own_heads"}  # by `__init__`
-    public = {name for name in {*dir(kind), *declared, *made} if not name.startswith("_")}
+    public = {name for name in {*dir(cls), *declared, *made} if not name.startswith("_")}
     return public - set(dir(nn.Module)) - set(inspect.get_annotations(nn.Module))
 
 
@@ -45,7 +45,7 @@ MEMBERS = sorted(members(Backbone) - OWN.keys())
 
 
 class Spy(Wrapper):
-    """Tells what it is asked for, whatever that is."""
+    """Record every name that is asked for."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
@@ -92,8 +92,8 @@ def test_what_a_wrapper_sets_is_its_own() -> None:
 
 @pytest.mark.parametrize("method", [LST, M2IST, Prompt])
 def test_the_wrappers_of_methods_have_the_traits_and_roles_of_their_host(method: type[Method]) -> None:
-    kind: Any = BACKBONES.get("vl_t5")
-    host = kind(kind.configured("vl_t5:tiny", {}))
+    cls: Any = BACKBONES.get("vl_t5")
+    host = cls(cls.configured("vl_t5:tiny", {}))
     roles = host.pretrained_roles()
     adapted = method().adapt(host)
     assert isinstance(adapted, Wrapper) and adapted.inner is host
@@ -101,10 +101,10 @@ def test_the_wrappers_of_methods_have_the_traits_and_roles_of_their_host(method:
     assert adapted.pretrained_roles() == roles and adapted.pretrained_hosts == host.pretrained_hosts
 
 
-def test_a_lent_part_changes_nothing_of_what_a_backbone_was_published_with() -> None:
-    kind: Any = BACKBONES.get("transvg")
-    host = kind(kind.configured("transvg:tiny", {}))
-    extended = supply(host, frozenset({"decode"}))
-    assert isinstance(extended, Wrapper) and extended.own_head("rec") is host.own_heads["rec"]
-    assert extended.pretrained_roles() == ("vision", "text"), "its fusion encoder is trained whole by every method"
-    assert not [name for name, _ in extended.named_parameters() if not name.startswith(("inner.", "supplied."))]
+def test_a_supplied_part_changes_no_published_part_of_a_backbone() -> None:
+    cls: Any = BACKBONES.get("transvg")
+    host = cls(cls.configured("transvg:tiny", {}))
+    supplied = supply(host, frozenset({"decode"}))
+    assert isinstance(supplied, Wrapper) and supplied.own_head("rec") is host.own_heads["rec"]
+    assert supplied.pretrained_roles() == ("vision", "text"), "its fusion encoder is trained whole by every method"
+    assert not [name for name, _ in supplied.named_parameters() if not name.startswith(("inner.", "supplied."))]

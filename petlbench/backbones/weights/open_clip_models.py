@@ -207,10 +207,10 @@ class ClipCodec(Codec):
         library = self.library
         if isinstance(library, SimpleTokenizer):
             return library.sot_token_id, library.eot_token_id, SIMPLE_PAD
-        of = library.tokenizer
-        pad = of.pad_token_id or 0
-        eos = of.sep_token_id if of.eos_token_id is None else of.eos_token_id
-        start = next((i for i in (of.bos_token_id, of.cls_token_id) if i is not None), pad)
+        tokenizer = library.tokenizer
+        pad = tokenizer.pad_token_id or 0
+        eos = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        start = next((i for i in (tokenizer.bos_token_id, tokenizer.cls_token_id) if i is not None), pad)
         return start, 0 if getattr(library, "strip_sep_token", False) else eos, pad
 
     @property
@@ -226,8 +226,8 @@ class ClipCodec(Codec):
         return self._ids[2]
 
     def __len__(self) -> int:
-        of = self.library
-        return int(of.vocab_size) if isinstance(of, SimpleTokenizer) else len(of.tokenizer)
+        library = self.library
+        return int(library.vocab_size) if isinstance(library, SimpleTokenizer) else len(library.tokenizer)
 
     def encode(self, texts: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]:
         length = min(max_length, int(self.library.context_length))
@@ -239,9 +239,11 @@ class ClipCodec(Codec):
 
     def decode(self, ids: Sequence[int]) -> str:
         kept = [int(i) for i in ids if i not in self._ids and i < len(self)]
-        of = self.library
+        library = self.library
         text = (
-            of.decode(kept) if isinstance(of, SimpleTokenizer) else of.tokenizer.decode(kept, skip_special_tokens=True)
+            library.decode(kept)
+            if isinstance(library, SimpleTokenizer)
+            else library.tokenizer.decode(kept, skip_special_tokens=True)
         )
         return str(text).strip()
 
