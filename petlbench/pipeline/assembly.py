@@ -1,4 +1,4 @@
-"""From a cell to the objects it names: data, backbone, and the setting in which a method is trained."""
+"""Build what a cell names: its backbone, its method, and the setup in which the method is trained."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from petlbench.training.setup import TrainingSetup
 
 
 def build_backbone(cell: Cell, device: torch.device) -> Backbone:
-    """The cell's backbone; what its weights leave open is drawn from the cell's seed."""
-    kind: Any = BACKBONES.get(cell.backbone)
+    """Return the cell's backbone; the cell's seed draws the values that no weights file gives."""
+    cls: Any = BACKBONES.get(cell.backbone)
     seed_everything(cell.seed)
     with drawing_on(device):
-        backbone: Backbone = kind(kind.configured(cell.backbone, cell.backbone_config))
+        backbone: Backbone = cls(cls.configured(cell.backbone, cell.backbone_config))
     return backbone.to(device)
 
 
-def build_method(cell: Cell, kind: type[Method] | None = None) -> Method:
-    """The cell's method as configured, told the cell's task. `kind`: its class, where it is not registered."""
-    return make_method(kind or METHODS.get(cell.method), cell.method_config, [cell.task])
+def build_method(cell: Cell, cls: type[Method] | None = None) -> Method:
+    """Return the cell's method, configured for the cell's task. `cls`: its class, if it is not registered."""
+    return make_method(cls or METHODS.get(cell.method), cell.method_config, [cell.task])
 
 
 def drawing_on(device: torch.device) -> AbstractContextManager[Any]:
-    """Where new values are drawn: on the CPU, so that they are the same on every device; the meta device has none."""
+    """Draw new values on the CPU, so that every device gets the same ones; the meta device has no values."""
     return device if device.type == "meta" else torch.device("cpu")
 
 
 def attach_head(backbone: Backbone, task: Task, device: torch.device) -> tuple[Backbone, nn.Module]:
-    """An adapted backbone with what it lacks for `task` lent, and the task's head.
+    """Add to an adapted backbone the parts that `task` needs and it lacks; return it with the task's head.
 
-    Where the head is one that the backbone was published with, it trains as the backbone says, and the backbone's
-    heads for other tasks do not.
+    If the backbone was published with a head for the task, the backbone says whether that head trains; its heads for
+    other tasks do not train.
     """
     own = backbone.own_head(task.name)
     for head in backbone.own_heads.values():
@@ -62,9 +62,9 @@ def attach_head(backbone: Backbone, task: Task, device: torch.device) -> tuple[B
 def build_setup(
     cell: Cell, backbone: Backbone, task: Task, context: RunContext, *, method: Method | None = None
 ) -> tuple[TrainingSetup, Snapshot]:
-    """The backbone adapted, with the task's head, ready to train; and the handle that restores the backbone.
+    """Adapt the backbone and attach the task's head; return the setup, and the handle that restores the backbone.
 
-    `method` defaults to the cell's own. Raises UserError when nothing is left to train, or nothing can be compiled.
+    `method` defaults to the cell's own. Raise UserError if nothing is left to train, or if torch cannot compile.
     """
     method, device = method or build_method(cell), context.device
     seed_everything(cell.seed)
@@ -72,7 +72,7 @@ def build_setup(
         adapted, handle = adapt(method, backbone)
     extended, head = attach_head(adapted, task, device)
     prepare(extended, cell.recipe, device)
-    seed_everything(cell.seed + 1)  # dropout, whatever the method drew
+    seed_everything(cell.seed + 1)  # dropout must not depend on what the method drew
     setup = TrainingSetup(extended, head, task, cell.recipe, cell.seed, context, method)
     if not setup.trainable():
         raise UserError(f"method '{cell.method}' leaves nothing to train on task '{task.name}'")

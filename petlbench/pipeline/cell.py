@@ -1,4 +1,4 @@
-"""One cell, from its description to its record."""
+"""Run one cell, from its description to its record."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def run_cell(
 ) -> Record:
     """Train, select on validation, test once, measure, and save the record, whatever the outcome.
 
-    A cell that was killed goes on from its last checkpoint. `fingerprints`: those to record, of the code as it was when
-    it was imported; by default as it is now. Raises Unwritable when results cannot be saved.
+    A killed cell continues from its last checkpoint. `fingerprints`: those of the code when it was imported, for the
+    record (default: of the code as it is now). Raise Unwritable if results cannot be saved.
     """
     disable_progress_bars()
     store = Store.open(store_root, create=True)
@@ -79,7 +79,7 @@ def run_cell(
 
 
 def context_of(options: RunOptions, report: Report) -> RunContext:
-    """The context that the options describe, on this machine."""
+    """Return the context that the options describe on this machine."""
     wanted = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
     workers = options.workers if options.workers is not None else CUDA_WORKERS if wanted == "cuda" else 0
     return RunContext.on(wanted, report=report, workers=workers, data_root=options.data_root)
@@ -94,20 +94,20 @@ def _outcome(error: Exception) -> Outcome:
 
 
 def _reason(error: Exception) -> str:
-    told = isinstance(error, (UserError, Diverged))
-    return str(error) if told else f"{type(error).__name__}: {error}"
+    plain = isinstance(error, (UserError, Diverged))
+    return str(error) if plain else f"{type(error).__name__}: {error}"
 
 
 def size_of(cell: Cell) -> Size | None:
-    """Where the cell stands on its method's size knob; None for a method without one, or where the backbone decides."""
-    kind = METHODS.get(cell.method)
-    value = None if kind.size_option is None else getattr(kind.Config(**cell.method_config), kind.size_option.field)
-    return None if value is None else Size(name=kind.size_option.field, value=value)  # type: ignore[union-attr]
+    """Return the value of the method's size option; None if there is no such option, or if the backbone decides."""
+    cls = METHODS.get(cell.method)
+    value = None if cls.size_option is None else getattr(cls.Config(**cell.method_config), cls.size_option.field)
+    return None if value is None else Size(name=cls.size_option.field, value=value)  # type: ignore[union-attr]
 
 
 @dataclass
 class PartialRecord:
-    """What is known of a cell so far. It goes into the record also when the cell fails."""
+    """The fields of a record that are known so far. They go into the record even if the cell fails."""
 
     cell: Cell
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
@@ -118,7 +118,7 @@ class PartialRecord:
     parameters: Parameters | None = None
 
     def completed(self, **rest: Any) -> Record:
-        """The record, with the other fields in `rest`."""
+        """Return the record; `rest` gives the other fields."""
         return Record(**{**vars(self), **rest})
 
 
@@ -166,7 +166,7 @@ class CellRun:
             parameters = self._parameters(setup, stored_bytes)
             size = self.cell.recipe.eval_batch_size
             predicting = self._measured("inference", lambda: inference(setup, data.test, size))
-            # Asked last: by now it is merged.
+            # Last, because `inference` has merged the method.
             extra = extra_at_inference(setup, self.untouched) if predicting else None
         self.known.parameters = parameters.model_copy(update={"inference_extra": extra, "effective": reached})
         record = self.known.completed(
@@ -192,14 +192,14 @@ class CellRun:
         return saved
 
     def fail(self, outcome: Outcome, reason: str) -> Record:
-        """A failed cell leaves a record too: with its reason, its trials and its machine."""
+        """Save the record of a failed cell, with its reason, its trials and its machine."""
         if self.checkpoint and outcome == "diverged":  # it would diverge again from there
             self.checkpoint.remove()
         record = self.known.completed(**self._ending(), outcome=outcome, reason=" ".join(reason.split()))
         return self.store.save(record, None)
 
     def _ending(self) -> dict[str, Any]:
-        """What every record ends with, however its cell does."""
+        """Return the fields that every record ends with, whatever the outcome."""
         threads = self.options.threads or 1
         return {
             "trials": tuple(self.search.trials) if self.search else (),
@@ -219,22 +219,22 @@ class CellRun:
 
     def _search(self, backbone: Backbone, task: Task, data: Data) -> tuple[TrainingSetup, TrainingResult, float]:
         self.known.notes += (backbone.note,) if backbone.note else ()
-        belongs = [self.cell.id, self.known.fingerprints, str(torch.__version__), self.context.device.type]
-        key = hashlib.sha256(json.dumps(belongs, sort_keys=True).encode()).hexdigest()
+        identity = [self.cell.id, self.known.fingerprints, str(torch.__version__), self.context.device.type]
+        key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         path = self.store.checkpoints / f"{self.cell.id}.safetensors"
         self.checkpoint = Checkpoint(path, key, self.options.checkpoint_seconds)
         self.search = RateSearch(self.cell, backbone, task, self.context, self.checkpoint, self._inspect)
         return self.search.run(data)
 
     def _inspect(self, setup: TrainingSetup) -> None:
-        """Counts cost nothing, and a row that fails later should have them."""
+        """Count parameters early: it costs nothing, and a cell that fails later still has the counts."""
         self.known.parameters = self._parameters(setup, None)
 
     def _parameters(self, setup: TrainingSetup, stored_bytes: int | None) -> Parameters:
         return counted(setup).model_copy(update={"stored_bytes": stored_bytes})
 
     def _measured(self, what: str, measure: Callable[[], T]) -> T | None:
-        """What `measure` gives. Unfused attention may need more memory than training: no reason to lose the cell."""
+        """Return `measure()`, or None if memory runs out: unfused attention may need more of it than training does."""
         try:
             return measure()
         except torch.OutOfMemoryError:
@@ -246,7 +246,7 @@ class CellRun:
         return with_saved(fitted.memory, saved).model_copy(update={"peak_rss_bytes": peak_rss_bytes()})
 
     def _submit(self, submission: Any) -> None:
-        """What an evaluation server takes, where the answers of the test split are not public."""
+        """Write a file for the evaluation server, if the answers of the test split are not public."""
         if submission is None:
             return
         folder = self.store.root / "submissions"
@@ -255,6 +255,6 @@ class CellRun:
         self.known.notes += (f"no public answers: {folder.name}/{self.cell.id}.json is for the evaluation server",)
 
     def _save_adapter(self, fitted: TrainingResult) -> int:
-        """Everything that trained, and nothing else, as safetensors; its size in bytes."""
+        """Save everything that trained, and nothing else, as safetensors; return the size in bytes."""
         path = self.store.adapters / f"{self.cell.id}.safetensors"
         return save_tensors(path, fitted.state, {"cell": json.dumps(self.cell.model_dump(mode="json"))})

@@ -1,4 +1,4 @@
-"""The rows of a cell: its source, its splits, and those that a record was tested on."""
+"""Load the rows of a cell: its source, its splits, and the rows on which a record was tested."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 def tested_rows(record: Record, store: Store, data_root: Path | None) -> tuple[Dataset, dict[str, Any]]:
-    """The test rows, and the record's samples. Raises UserError when the data is not what was tested on."""
+    """Return the test rows and the record's samples. Raise UserError if the rows have changed since the test."""
     cell, samples = record.cell, store.samples(record) or {}
-    kind = DATASETS.get(cell.dataset)
-    rows = kind(kind.Config(**cell.dataset_config), data_root).load(cell.task, "test", cell.recipe.eval_limit)
+    cls = DATASETS.get(cell.dataset)
+    rows = cls(cls.Config(**cell.dataset_config), data_root).load(cell.task, "test", cell.recipe.eval_limit)
     if list(rows["sample_id"]) != samples.get("sample_ids"):
         raise UserError(f"{cell.label} was tested on other rows than data set '{cell.dataset}' has now: run it again")
     return rows, samples
@@ -32,7 +32,7 @@ def tested_rows(record: Record, store: Store, data_root: Path | None) -> tuple[D
 
 @dataclass(frozen=True)
 class Data:
-    """The three parts of a data set in a task's schema."""
+    """The three splits of a data set in a task's schema."""
 
     train: Dataset
     validation: Dataset
@@ -40,13 +40,13 @@ class Data:
 
 
 def load_source(cell: Cell, data_root: Path | None) -> Source:
-    """The cell's data source. `data_root`: where data sets lie (None: PETLBENCH_DATA)."""
-    kind = DATASETS.get(cell.dataset)
-    return kind(kind.Config(**cell.dataset_config), data_root)
+    """Return the cell's data source. `data_root`: the folder of data sets (None: PETLBENCH_DATA)."""
+    cls = DATASETS.get(cell.dataset)
+    return cls(cls.Config(**cell.dataset_config), data_root)
 
 
 def load_split(cell: Cell, source: Source, task: Task, split: Split) -> Dataset:
-    """One part, limited as the recipe says. Raises UserError for one that is empty or has the wrong columns."""
+    """Load one split, limited as the recipe says. Raise UserError if it is empty or has the wrong columns."""
     limit = cell.recipe.train_limit if split == "train" else cell.recipe.eval_limit
     rows = source.load(task.name, split, limit)
     if not len(rows):
@@ -60,5 +60,5 @@ def load_split(cell: Cell, source: Source, task: Task, split: Split) -> Dataset:
 
 
 def load_data(cell: Cell, source: Source, task: Task) -> Data:
-    """All three parts."""
+    """Load all three splits."""
     return Data(*(load_split(cell, source, task, split) for split in ("train", "validation", "test")))

@@ -1,6 +1,6 @@
-"""What a result depends on, as digests: a record whose code, data or weights have changed since is stale.
+"""Compute digests of what a result depends on: a record is stale if its code, data or weights have changed.
 
-Code is read, never run: a fingerprint costs no import of torch, and a plug-in that cannot be imported still has one.
+Code is read, never run: its fingerprint needs no import of torch, and a broken plug-in has one too.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ METRICS = "metrics"  # the package, of petlbench or of a plug-in, that holds met
 
 
 def code_fingerprints(cell: Cell) -> dict[str, str]:
-    """Digests of the code of `cell`'s method, task, metric, backbone and source, and of `training`.
+    """Return digests of the code of `cell`'s method, task, metric, backbone and source, and of `training`.
 
-    Each covers what the registered class computes with of petlbench and of its own top-level package, as
-    `petlbench.core.source_code.closure` finds it: where that stands, how it is called and what it tells people do not
-    count.
-    Raises UserError for a name that is not registered, and for a file that is missing or no valid Python.
+    A digest covers the code that the registered class computes with, from petlbench and from the class's own top-level
+    package, as `petlbench.core.source_code.closure` finds it. Files, names of definitions, and messages do not count.
+    Raise UserError if a name is not registered, or if a file is missing or not valid Python.
     """
     starts = {
         "method": METHODS.target(cell.method),
@@ -39,21 +38,21 @@ def code_fingerprints(cell: Cell) -> dict[str, str]:
         "source": DATASETS.target(cell.dataset),
         "training": TRAINING,
     }
-    found = {part: closure(target) for part, target in starts.items()}
-    return {**{part: one.digest for part, one in found.items()}, "metric": metric_digest(found["task"])}
+    closures = {part: closure(target) for part, target in starts.items()}
+    return {**{part: code.digest for part, code in closures.items()}, "metric": metric_digest(closures["task"])}
 
 
 def metric_digest(task: Closure) -> str:
-    """Of what a task uses of a package `metrics`, whatever else it does; of the whole task where it uses none."""
-    metrics = [one for one in task.definitions if METRICS in one.module.split(".")]
-    return digest_of(sorted(of(one).digest for one in metrics)) if metrics else task.digest
+    """Return the digest of the code that a task uses from a package `metrics`; of the whole task if it uses none."""
+    metrics = [definition for definition in task.definitions if METRICS in definition.module.split(".")]
+    return digest_of(sorted(of(definition).digest for definition in metrics)) if metrics else task.digest
 
 
 def fingerprints(cell: Cell, data_root: Path | None = None, source: Source | None = None) -> dict[str, str]:
-    """`code_fingerprints`, and digests of the `data` and of the backbone's `weights` files. Imports torch.
+    """Return `code_fingerprints`, and digests of the `data` and of the backbone's `weights` files. Imports torch.
 
-    `source`: the cell's, where it is at hand, as a source keeps the digest of its data.
-    Raises UserError as `code_fingerprints` does, and for data or weights that cannot be read.
+    `source`: the cell's source if it is open already, because a source keeps the digest of its data.
+    Raise UserError as `code_fingerprints` does, and if data or weights cannot be read.
     """
     from petlbench.pipeline.data import load_source
 
@@ -68,5 +67,5 @@ def fingerprints(cell: Cell, data_root: Path | None = None, source: Source | Non
 
 
 def changed(record: Record, now: Mapping[str, str]) -> tuple[str, ...]:
-    """The parts of `now` that differ from `record`'s fingerprints or are missing there; none: the record is fresh."""
+    """Return the parts of `now` that `record` lacks or has with another digest; if there are none, it is fresh."""
     return tuple(part for part, digest in now.items() if record.fingerprints.get(part) != digest)

@@ -1,4 +1,4 @@
-"""Is a record still what its cell would give? Imports no torch but where it says so."""
+"""Find out whether a record still is what its cell would give. Only `fingerprints_of` imports torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CellState:
-    """How a cell stands: never run, stale (with the parts that changed), not well ended, or done."""
+    """The state of a cell: never run, stale (`detail` names the changed parts), failed, or done."""
 
     name: Literal["pending", "stale", "failed", "done"]
     detail: str = ""
@@ -28,9 +28,9 @@ class CellState:
 
 
 def state_of(cell: Cell, record: Record | None, now: Mapping[str, str]) -> CellState:
-    """The state of `cell`, given the record that is kept of it and `now`, the fingerprints that it would get today.
+    """Return the state of `cell`, given its record and `now`, the fingerprints that it would get today.
 
-    A record of an earlier schema version is stale, and so is one that holds another cell, as a default has changed.
+    A record of an earlier schema version is stale. So is one whose cell differs, because a default has changed.
     """
     if record is None:
         return CellState("pending")
@@ -42,24 +42,24 @@ def state_of(cell: Cell, record: Record | None, now: Mapping[str, str]) -> CellS
 
 
 def fingerprints_of(cells: Iterable[Cell], data_root: Path | None) -> dict[str, dict[str, str]]:
-    """By cell id, the fingerprints that each would get today; every data source is opened once. Imports torch."""
+    """Return today's fingerprints of each cell, by cell id; open each data source once. Imports torch."""
     from petlbench.pipeline.data import load_source
 
     sources: dict[str, Source] = {}
-    found = {}
+    by_id = {}
     for cell in cells:
         key = cell.model_dump_json(include={"dataset", "dataset_config"})
         if key not in sources:
             sources[key] = load_source(cell, data_root)
-        found[cell.id] = fingerprints(cell, data_root, sources[key])
-    return found
+        by_id[cell.id] = fingerprints(cell, data_root, sources[key])
+    return by_id
 
 
 def stale_parts(record: Record) -> tuple[str, ...]:
-    """Parts of the code behind `record` that have changed since; all of it where it is not installed any more.
+    """Return the parts of the code behind `record` that have changed since, or that it is no longer installed.
 
-    Data and weights are looked at by `petlbench run` alone: a table must not need them. Of a record of an earlier
-    schema version nothing can be said but that it is one.
+    Only `petlbench run` checks data and weights: a table must not need them. A record of an earlier schema version
+    cannot be compared, so its only part is that it is older.
     """
     if record.older:
         return (OLDER,)

@@ -1,4 +1,4 @@
-"""Training batches, each by its number alone; made ahead by threads."""
+"""Make training batches in threads, ahead of their use; the number of a batch determines its content."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from petlbench.training.setup import TrainingSetup
 
 
 class Batches:
-    """Endless training batches from `start` on: each epoch a new permutation, what does not fill a batch carried over.
+    """Endless training batches from number `start` on. Each epoch permutes the rows anew; a batch may span two epochs.
 
-    A batch depends on the seed and its number alone, so that any can be made at any time, by any thread.
+    A batch depends on the seed and its number alone, so any thread can make any batch at any time.
     """
 
     def __init__(self, rows: Dataset, setup: TrainingSetup, start: int = 0) -> None:
@@ -33,7 +33,7 @@ class Batches:
             return next(self._made).to(self._setup.device)
 
     def close(self) -> None:
-        """Make no more of them."""
+        """Stop making batches."""
         self._made.close()
 
     def _make(self, step: int) -> Batch:
@@ -44,19 +44,19 @@ class Batches:
         return setup.prepared(setup.task.collate(drawn, setup.backbone, rng))
 
     def _place(self, i: int) -> int:
-        """The row that comes as the `i`-th of all epochs."""
+        """Return the index of row number `i`, counted through all epochs."""
         epoch, within = divmod(i, len(self._rows))
-        if epoch not in self._epochs:  # two threads may both draw it: they draw the same
+        if epoch not in self._epochs:  # two threads may both draw the order, and draw the same one
             order = np.random.default_rng([self._setup.seed, 0, epoch]).permutation(len(self._rows))
             self._epochs = {number: o for number, o in self._epochs.items() if number >= epoch - 1} | {epoch: order}
         return int(self._epochs[epoch][within])
 
 
 def prefetch(make: Callable[[int], Batch], numbers: Iterable[int], workers: int) -> Generator[Batch, None, None]:
-    """`make` of each number, in their order, by `workers` threads that stay a batch each ahead.
+    """Yield `make(number)` for each number, in order; `workers` threads each work one batch ahead.
 
-    Decoding and resizing images run outside of Python's lock, so threads are enough. An error of `make` is raised where
-    its batch is due. Without workers, each batch is made when it is due.
+    Decoding and resizing images release Python's lock, so threads are enough. An error of `make` is raised when its
+    batch is due. With no workers, each batch is made when it is due.
     """
     if not workers:
         yield from map(make, numbers)
@@ -70,5 +70,5 @@ def prefetch(make: Callable[[int], Batch], numbers: Iterable[int], workers: int)
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    finally:  # without waiting: the collector may be what ends this, in a thread that a worker waits for
+    finally:  # do not wait: the garbage collector may end this generator in a thread that a worker waits for
         pool.shutdown(wait=False, cancel_futures=True)

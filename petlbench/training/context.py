@@ -1,4 +1,4 @@
-"""What every part of a running cell needs to know of the run around it."""
+"""Tell every part of a running cell where it runs: the device, the clock, and who gets its reports."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Report = Callable[[dict[str, Any]], None]
 
 
 def silent(event: dict[str, Any]) -> None:
-    """A report that nobody reads."""
+    """Ignore a report."""
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """Where a cell runs, what times it, and who hears of it. Nothing here changes its scores.
+    """Where a cell runs, what times it, and who gets its reports. Nothing here changes its scores.
 
-    `workers`: threads that make batches while others are computed on (0: none). `data_root`: where data sets lie (None:
+    `workers`: threads that make batches during training steps (0: none). `data_root`: the folder of data sets (None:
     PETLBENCH_DATA).
     """
 
@@ -34,6 +34,6 @@ class RunContext:
 
     @classmethod
     def on(cls, device: torch.device | str = "cpu", **options: Any) -> Self:
-        """A context with a clock of its own. `options`: the other fields."""
+        """Return a context with its own clock. `options`: the other fields."""
         chosen = torch.device(device)
         return cls(chosen, PhaseClock(chosen), **options)

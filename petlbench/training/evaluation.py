@@ -1,4 +1,4 @@
-"""Scores and predictions on a split."""
+"""Score a split and predict on it; load a trained state."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from petlbench.training.setup import TrainingSetup
 
 
 def without_images(rows: Dataset) -> list[Row]:
-    """All rows as plain data."""
+    """Return all rows as plain data, without their images."""
     pictures = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
     plain: list[Row] = rows.remove_columns(pictures).to_list()
     return plain
@@ -23,7 +23,7 @@ def without_images(rows: Dataset) -> list[Row]:
 
 @torch.no_grad()
 def evaluate(setup: TrainingSetup, rows: Dataset) -> tuple[Scores, list[Any]]:
-    """Scores and predictions on all `rows`, in evaluation mode; in their order."""
+    """Return scores and predictions on all `rows`, in their order. Switches the modules to evaluation mode."""
     task, size = setup.task, setup.recipe.eval_batch_size
     setup.modules().eval()
     predictions: list[Any] = []
@@ -42,7 +42,7 @@ def evaluate(setup: TrainingSetup, rows: Dataset) -> tuple[Scores, list[Any]]:
 
 @torch.no_grad()
 def load_state(setup: TrainingSetup, state: dict[str, Tensor]) -> None:
-    """Put the values of a state back into the trainable parameters. Raises KeyError for a name that is not one."""
+    """Copy a saved state into the trainable parameters. Raise KeyError for a name that is not one of them."""
     parameters = setup.trainable()
     for name, value in state.items():
         parameters[name].copy_(value)

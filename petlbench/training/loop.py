@@ -1,4 +1,4 @@
-"""The one training loop."""
+"""Train a method; this is the only training loop."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from petlbench.training.state import BestState, TrainingResult, TrainingState
 
 KEPT_LOSSES = 50  # points of the loss curve kept in a record
 
-SMALLEST_SCALE = 1.0  # of the loss in fp16: what overflows below it, overflows by itself
+SMALLEST_SCALE = 1.0  # of the loss in fp16: if gradients overflow below it, scaling is not the cause
 
 
 class Diverged(Exception):
-    """The loss, or in fp16 its gradients, are no finite numbers any more."""
+    """The loss, or in fp16 its gradients, are not finite."""
 
 
 def fit(
@@ -40,9 +40,9 @@ def fit(
 ) -> TrainingResult:
     """Train for `recipe.steps`, evaluate on validation `recipe.validations` times, keep the best state.
 
-    `keep` is called after every step, and may save `training.state()`; with that as `resume`, training goes on from
-    there and ends with the same numbers. Raises Diverged when the loss is not finite; in fp16, when scaling it down
-    does not help.
+    `keep` is called after every step and may save `training.state()`. Given that state as `resume`, training continues
+    from it and ends with the same numbers. Raise Diverged if the loss is not finite; in fp16, if scaling it down does
+    not help.
     """
     recipe = setup.recipe
     training = TrainingState(setup, train, lr)
@@ -64,9 +64,9 @@ def fit(
 
 
 def train_step(training: TrainingState) -> None:
-    """One optimizer step; the first one is also where memory is accounted, and never timed."""
+    """Make one optimizer step. The first one also accounts for memory, and is never timed."""
     setup, clock, recipe = training.setup, training.setup.clock, training.setup.recipe
-    # Again after a step that was skipped, which left the optimizer without moments.
+    # A skipped first step leaves the optimizer without moments, so account again.
     accounting = training.memory is None or not training.memory.optimizer_bytes
     saved = SavedTensors(training.modules) if accounting else None
     joules = training.meter() if training.meter else 0.0
@@ -96,7 +96,7 @@ def train_step(training: TrainingState) -> None:
 
 
 def _optimize(training: TrainingState) -> bool:
-    """Clip and step. False when gradients overflow in fp16: the step is skipped, and the loss scaled less from now."""
+    """Clip and step. Return False if fp16 gradients overflow: the step is skipped, and the loss scale goes down."""
     recipe, scale = training.setup.recipe, training.scaler.get_scale()
     training.scaler.unscale_(training.optimizer)
     if recipe.clip_norm is not None:
@@ -109,7 +109,7 @@ def _optimize(training: TrainingState) -> bool:
 
 
 def _note(training: TrainingState, loss: float, stepped: bool) -> None:
-    """Keep and report the loss of the step that was just made, or skipped. Raises Diverged when there is no hope."""
+    """Keep and report the loss of the last step, made or skipped. Raise Diverged if training cannot recover."""
     steps = training.setup.recipe.steps
     training.setup.context.report({"phase": "train", "step": training.step, "steps": steps, "loss": loss})
     if math.isfinite(loss):
@@ -122,7 +122,7 @@ def _note(training: TrainingState, loss: float, stepped: bool) -> None:
 
 
 def _validate(training: TrainingState, validation: Dataset) -> None:
-    """Score the present state, and keep it when none was better."""
+    """Score the current state, and keep it if it is the best so far."""
     setup = training.setup
     with setup.clock.phase("validation"):
         scores, _ = evaluate(setup, validation)
@@ -132,7 +132,7 @@ def _validate(training: TrainingState, validation: Dataset) -> None:
         raise UserError("the validation split has no public answers to select on: choose another part")
     setup.context.report({"phase": "validation", "step": training.step, "steps": setup.recipe.steps, "score": score})
     if training.best is None or score > training.best.score:
-        # On the CPU: a second copy on a GPU would pass for what training takes.
+        # On the CPU: a copy on the GPU would count as memory that training takes.
         state = {name: p.detach().to("cpu", copy=True) for name, p in training.parameters.items()}
         training.best = BestState(score, training.step, scores.metrics, state)
 
@@ -143,6 +143,6 @@ def _forward(setup: TrainingSetup, batch: Batch, saved: SavedTensors | None) -> 
 
 
 def _thinned(losses: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
-    """At most KEPT_LOSSES + 1 points, the last always among them."""
+    """Return at most KEPT_LOSSES + 1 points, the last point included."""
     stride = max(1, -(-len(losses) // KEPT_LOSSES))
     return tuple(losses[stride - 1 :: stride]) + (() if len(losses) % stride == 0 else (losses[-1],))

@@ -1,4 +1,4 @@
-"""The optimizers, and the rate of each parameter at each step."""
+"""Make the optimizer, and compute the learning rate of each parameter at each step."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from petlbench.core.recipe import Recipe
 
 
 class ReleasedAdamW(torch.optim.Optimizer):
-    """AdamW of transformers 4.2, which the code of VL-T5, VL-Adapter, VL-PET and LST trains with.
+    """AdamW of transformers 4.2, with which the code of VL-T5, VL-Adapter, VL-PET and LST trains.
 
     p <- p - lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps), then p <- p - lr decay p: weights decay after the
-    update and not before it, and eps is not corrected for the moments' bias.
+    update, not before it, and eps is added to the uncorrected sqrt(v).
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class ReleasedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One step for all parameters that have a gradient."""
+        """Update all parameters that have a gradient."""
         for group in self.param_groups:
             lr, (b1, b2) = group["lr"], group["betas"]
             for p in group["params"]:
@@ -41,7 +41,7 @@ class ReleasedAdamW(torch.optim.Optimizer):
                     continue
                 state = self.state[p]
                 if not state:
-                    state["step"] = torch.tensor(0.0)  # on the CPU, as torch's own: reading it waits for no device
+                    state["step"] = torch.tensor(0.0)  # on the CPU, as in torch: reading it never waits for a device
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
                 state["step"] += 1
                 t = int(state["step"])
@@ -60,28 +60,30 @@ def optimizer(
     backbone: Backbone | None = None,
     own: Set[str] = frozenset(),
 ) -> torch.optim.Optimizer:
-    """AdamW; biases, one-dimensional gains and what `backbone` names are not decayed. `own`: names of the method's own.
+    """Return AdamW. Biases, one-dimensional gains and the parameters that `backbone` names are not decayed.
 
-    Each group's `scale` is what the rate of its layer and owner is to the peak rate.
+    `own`: names of the method's parameters. A group's `scale` is the rate of its layer and owner over the peak rate.
     """
-    spared = {f"backbone.{name}" for name in backbone.undecayed_parameters()} if backbone else set()
+    undecayed = {f"backbone.{name}" for name in backbone.undecayed_parameters()} if backbone else set()
     depths = {role: len(backbone.stack(role).layers) for role in backbone.roles()} if backbone else {}
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, p in parameters.items():
-        decayed = "bias" not in name if recipe.released else p.ndim > 1 and name not in spared
+        decayed = "bias" not in name if recipe.released else p.ndim > 1 and name not in undecayed
         scale = layer_scale(name, depths, recipe.layer_decay) * (recipe.method_lr if name in own else 1.0)
         groups.setdefault((decayed, scale), []).append(p)
-    made = [
+    param_groups = [
         {"params": groups[decayed, scale], "weight_decay": recipe.weight_decay if decayed else 0.0, "scale": scale}
         for decayed, scale in sorted(groups, reverse=True)
     ]
-    kind = ReleasedAdamW if recipe.released else torch.optim.AdamW
-    return kind(made, lr=lr, betas=recipe.betas, eps=recipe.eps)
+    cls = ReleasedAdamW if recipe.released else torch.optim.AdamW
+    return cls(param_groups, lr=lr, betas=recipe.betas, eps=recipe.eps)
 
 
 def layer_scale(name: str, depths: Mapping[str, int], decay: float) -> float:
-    """The share of the peak rate for a parameter: decay^(L - i) in layer i of L, 1 in heads and final norms, and what
-    lies below the first layer counts as one layer more. `depths`: L by stack."""
+    """Return a parameter's rate over the peak rate: decay^(L - i) in layer i of L, 1 in heads and final norms.
+
+    Parameters below the first layer count as one more layer. `depths`: L by stack.
+    """
     if found := re.search(r"\bstacks\.(\w+)\.layers\.(\d+)\.", name):
         return decay ** (depths[found[1]] - int(found[2]))
     if re.search(r"^head\.|\b(own_heads|supplied|final_norm)\.", name):
@@ -90,7 +92,7 @@ def layer_scale(name: str, depths: Mapping[str, int], decay: float) -> float:
 
 
 def rate(recipe: Recipe, step: int) -> float:
-    """The share of the peak rate at `step` (from 0): linear warm-up, then the schedule down to the floor."""
+    """Return the rate at `step` (from 0) over the peak rate: linear warm-up, then the schedule down to the floor."""
     warm = round(recipe.warmup * recipe.steps)
     if step < warm and recipe.released:
         return step / warm

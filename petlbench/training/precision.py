@@ -1,6 +1,6 @@
-"""How a cell computes: its precision, its attention kernels, recomputation and compilation, as its recipe says.
+"""Set up how a cell computes, as its recipe says: precision, attention kernels, recomputation and compilation.
 
-By default all is plain torch in float32. Weights, gradients and the optimizer's moments stay in float32 in any case.
+The default is plain torch in float32. Weights, gradients and the optimizer's moments always stay in float32.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from petlbench.core.recipe import Recipe
 
 LOWERED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILER = "inductor"  # torch's own default
-VARIANTS = 64  # of one function, for each kind of layer, mode and length: beyond torch's 8 it would run uncompiled
+VARIANTS = 64  # of one function, by layer, mode and length; past torch's limit of 8 it would run uncompiled
 
 
 @contextmanager
 def kernels(recipe: Recipe) -> Iterator[None]:
-    """Attention as the recipe says. Also around a backward pass, where checkpointed layers run again."""
+    """Select the recipe's attention kernels. Needed around backward too, where checkpointed layers run again."""
     with ExitStack() as stack:
         if recipe.attention == "unfused":
             stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
         if recipe.compile:
-            import torch._dynamo.config  # a second of importing
+            import torch._dynamo.config  # importing it takes a second
 
             stack.enter_context(torch._dynamo.config.patch(recompile_limit=VARIANTS))
         yield
@@ -39,7 +39,7 @@ def kernels(recipe: Recipe) -> Iterator[None]:
 
 @contextmanager
 def computing(recipe: Recipe, device: torch.device) -> Iterator[None]:
-    """`kernels`, and autocast: for forward passes, also those without gradients."""
+    """Apply `kernels` and autocast, for forward passes with or without gradients."""
     with kernels(recipe), ExitStack() as stack:
         if recipe.precision in LOWERED:
             stack.enter_context(torch.autocast(device.type, LOWERED[recipe.precision]))
@@ -47,18 +47,17 @@ def computing(recipe: Recipe, device: torch.device) -> Iterator[None]:
 
 
 def scaler(recipe: Recipe, device: torch.device) -> torch.amp.GradScaler:
-    """What keeps small gradients of fp16 from vanishing, and skips steps in which large ones overflow.
+    """Return the loss scaler: it keeps small fp16 gradients from vanishing, and skips steps whose gradients overflow.
 
-    Without effect in the other precisions, whose exponents reach far enough.
+    It has no effect in the other precisions, whose exponents reach far enough.
     """
     return torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
 
 
 def prepare(model: nn.Module, recipe: Recipe, device: torch.device) -> None:
-    """Let the stacks in `model` recompute their layers in backward, and the layers run compiled, or neither.
+    """Switch recomputation of layers in backward, and compilation of layers, on or off in `model`.
 
-    Structure, names and values stay. On the meta device nothing is compiled. Raises UserError where torch cannot
-    compile.
+    Structure, names and values stay. On the meta device nothing is compiled. Raise UserError if torch cannot compile.
     """
     compiled = recipe.compile and device.type != "meta"
     if compiled and (fault := _fault_of_compiler(COMPILER, device.type)):
@@ -77,16 +76,16 @@ def prepare(model: nn.Module, recipe: Recipe, device: torch.device) -> None:
 
 @cache
 def _fault_of_compiler(compiler: str, device: str) -> str:
-    """What goes wrong when the smallest function is compiled, in one line; nothing where all is well."""
+    """Compile a small function; return the error in one line, or an empty string if it works."""
     try:
         torch.compile(torch.square, backend=compiler)(torch.ones(2, device=device))
-    except Exception as error:  # of many kinds: no compiler, no triton, no such backend
+    except Exception as error:  # many types: no compiler, no triton, no such backend
         return one_line(error)
     return ""
 
 
 def described(recipe: Recipe, device: torch.device, backbone: Backbone) -> str:
-    """What natively saved bytes depend on: `cpu, fused attention, fp32`, and what else the recipe asks for."""
+    """Return what the natively saved bytes depend on: `cpu, fused attention, fp32`, and further recipe options."""
     attention = recipe.attention if backbone.fused_attention else "unfused"
     options = {"gradient checkpointing": recipe.gradient_checkpointing, "compiled": recipe.compile}
     parts = [device.type, f"{attention} attention", recipe.precision, *(name for name, on in options.items() if on)]

@@ -1,4 +1,4 @@
-"""What is trained and evaluated, and on what."""
+"""Hold everything that one training needs: backbone, head, task, recipe, seed and context."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from petlbench.training.context import RunContext
 
 @dataclass
 class TrainingSetup:
-    """What is trained and evaluated, and in what context."""
+    """A backbone with a task's head, ready to be trained by a recipe; and the context that it runs in."""
 
     backbone: Backbone
     head: nn.Module
@@ -37,19 +37,19 @@ class TrainingSetup:
         return self.context.clock
 
     def prepared(self, batch: Batch) -> Batch:
-        """In memory from which a GPU reads while it computes."""
+        """Pin the batch in memory for CUDA, which then copies it while it computes."""
         return batch.pinned() if self.device.type == "cuda" else batch
 
     def modules(self) -> nn.ModuleDict:
-        """Both trained modules under the names that an adapter file uses."""
+        """Return backbone and head under the names that an adapter file uses."""
         return nn.ModuleDict({"backbone": self.backbone, "head": self.head})
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Trainable parameters by name; a shared one once."""
+        """Return the trainable parameters by name; a shared one occurs once."""
         return {name: p for name, p in self.modules().named_parameters() if p.requires_grad}
 
     def method_parameters(self) -> set[str]:
-        """Names of the trainable parameters that are neither a head's nor a host part's: the method's."""
+        """Return the names of the method's trainable parameters: all but those of heads and host parts."""
         backbone = self.backbone
         own = of_method(backbone, self.head, backbone.host_parameters(), backbone.head_parameters())
         ids = {id(p) for p in own}

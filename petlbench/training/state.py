@@ -1,4 +1,4 @@
-"""Where training stands: all that its next step depends on."""
+"""Hold, save and restore the state of a training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from petlbench.training.setup import TrainingSetup
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What training left: the best state on validation, and how it got there."""
+    """The best state on validation, with the metrics, losses and costs of the training that found it."""
 
     state: dict[str, Tensor]
     validation: dict[str, float]
@@ -31,7 +31,7 @@ class TrainingResult:
 
 
 class TrainingState:
-    """Where training stands: all that its next step, and its result, depend on."""
+    """The state of a training: everything that its next step and its result depend on."""
 
     def __init__(self, setup: TrainingSetup, train: Dataset, lr: float) -> None:
         self.setup, self.lr = setup, lr
@@ -45,18 +45,20 @@ class TrainingState:
         self.losses: list[tuple[int, float]] = []
         self.memory: Memory | None = None
         self.meter = energy_counter(setup.device)
-        self.joules: tuple[float, int] = (0.0, 0)  # of so many steps after warm-up
+        self.joules: tuple[float, int] = (0.0, 0)  # joules, and the number of steps after warm-up that took them
         self.best: BestState | None = None
 
     def _values(self) -> dict[str, Tensor]:
-        """What training can change of the modules; not the buffers of those that stay in evaluation mode, like a CNN
-        that only makes features."""
-        moving = [(prefix, module) for prefix, module in self.modules.named_modules() if module.training]
-        buffers = {f"{prefix}.{name}": b for prefix, m in moving for name, b in m.named_buffers(recurse=False)}
+        """Return the tensors that training can change: parameters, and buffers of modules in training mode.
+
+        A module that stays in evaluation mode, such as a CNN that only makes features, keeps its buffers.
+        """
+        training = [(prefix, module) for prefix, module in self.modules.named_modules() if module.training]
+        buffers = {f"{prefix}.{name}": b for prefix, m in training for name, b in m.named_buffers(recurse=False)}
         return {**self.parameters, **buffers}
 
     def state(self) -> Saved:
-        """A copy on disk of this is enough to go on as if nothing had happened."""
+        """Return everything that `restore` needs to continue with the same numbers."""
         best = self.best
         moments = {
             f"{index}/{key}": value
@@ -81,7 +83,7 @@ class TrainingState:
 
     @torch.no_grad()
     def restore(self, state: Saved) -> None:
-        """Go back to where `state` was taken."""
+        """Return to the point at which `state` was taken."""
         rest = state.rest
         saved = state.under("values")
         for name, value in self._values().items():

@@ -1,4 +1,4 @@
-"""What a method in its setting costs: measured the same way in a cell and in a profile."""
+"""Measure what a method costs in training and inference, in a cell and in a profile alike."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from petlbench.training.setup import TrainingSetup
 
 
 def first_batch(train_rows: Dataset, setup: TrainingSetup) -> Batch:
-    """The batch that training starts with."""
+    """Return the first batch of training."""
     with closing(Batches(train_rows, setup)) as batches:
         return next(batches)
 
 
 def canonical_saved_bytes(setup: TrainingSetup, batch: Batch) -> int:
-    """Bytes that a training step on `batch` saves for backward: the same on every machine.
+    """Return the bytes that a training step on `batch` saves for backward; every machine gives the same number.
 
-    Of the recipe's options it sees gradient checkpointing, and no other: which operations autocast lowers, and what a
-    compiled layer keeps, depends on the device.
+    Of the recipe's options, only gradient checkpointing counts: the operations that autocast lowers and the tensors
+    that a compiled layer keeps depend on the device.
     """
     modules = setup.modules().train()
     with torch.compiler.set_stance("force_eager"):
@@ -37,19 +37,19 @@ def canonical_saved_bytes(setup: TrainingSetup, batch: Batch) -> int:
 
 
 def training_flops(setup: TrainingSetup, batch: Batch) -> Flops:
-    """Operations of a training step on `batch`, dropout off, recomputation in backward included.
+    """Return the operations of a training step on `batch`: dropout off, recomputation in backward included.
 
-    Leaves the setting without gradients.
+    Clears all gradients.
     """
     modules = setup.modules().eval()
     with torch.compiler.set_stance("force_eager"):
-        found = step_flops(lambda: setup.task.loss(setup.backbone, setup.head, batch))
+        flops = step_flops(lambda: setup.task.loss(setup.backbone, setup.head, batch))
     modules.zero_grad(set_to_none=True)
-    return found
+    return flops
 
 
 def effective_parameters(setup: TrainingSetup, batch: Batch) -> int:
-    """Trainable scalars that the loss on `batch` can send a gradient to: not those of other tasks' modules, say."""
+    """Count the trainable scalars that the loss on `batch` can send a gradient to; other tasks' modules get none."""
     setup.modules().train()
     with torch.compiler.set_stance("force_eager"):
         loss = setup.task.loss(setup.backbone, setup.head, batch)
@@ -57,16 +57,16 @@ def effective_parameters(setup: TrainingSetup, batch: Batch) -> int:
 
 
 def inference(setup: TrainingSetup, rows: Dataset, batch_size: int) -> Inference:
-    """Latency on one row, and throughput on a batch of `batch_size` rows or as many as there are.
+    """Measure latency on one row, and throughput on a batch of `batch_size` rows, or fewer if the split has fewer.
 
-    Measured again after merging where the method can merge: the setting is left merged then.
+    If the method can merge, merge it and measure again; the setup stays merged.
     """
     chosen = [rows[i] for i in range(min(batch_size, len(rows)))]
-    found = {"batch_size": len(chosen), **_speed(setup, chosen)}
+    speed = {"batch_size": len(chosen), **_speed(setup, chosen)}
     if setup.method is not None and setup.method.mergeable:
         setup.method.merge()
-        found |= {f"merged_{name}": value for name, value in _speed(setup, chosen).items()}
-    return Inference(**found)
+        speed |= {f"merged_{name}": value for name, value in _speed(setup, chosen).items()}
+    return Inference(**speed)
 
 
 def _speed(setup: TrainingSetup, rows: list[Row]) -> dict[str, float]:
@@ -84,17 +84,17 @@ def _speed(setup: TrainingSetup, rows: list[Row]) -> dict[str, float]:
 
 
 def counted(setup: TrainingSetup) -> Parameters:
-    """The trainable scalars of the setting by owner, and how many an adapter file of it holds."""
+    """Count the trainable scalars of the setup by owner, and the scalars in its adapter file."""
     backbone = setup.backbone
-    found = count(backbone, setup.head, backbone.host_parameters(), backbone.head_parameters())
-    return found.model_copy(update={"stored": stored_scalars(setup)})
+    counts = count(backbone, setup.head, backbone.host_parameters(), backbone.head_parameters())
+    return counts.model_copy(update={"stored": stored_scalars(setup)})
 
 
 def extra_at_inference(merged: TrainingSetup, untouched_parameters: int) -> int:
-    """Scalars of a merged setting beyond the untouched backbone and the heads."""
+    """Count the scalars of a merged setup beyond the untouched backbone and the heads."""
     return inference_extra(merged.backbone, untouched_parameters, merged.backbone.head_parameters())
 
 
 def stored_scalars(setup: TrainingSetup) -> int:
-    """Scalars in the adapter file: everything that trains, shared ones once."""
+    """Count the scalars in the adapter file: everything that trains, shared parameters once."""
     return sum(p.numel() for p in setup.trainable().values())

@@ -163,7 +163,7 @@ SILENT_EDITS = [
     ("core/messages", "did you mean", "perhaps"),
     ("core/units", ":.3g", ":.4g"),
     ("core/drawing", "LINE_PIXELS = 17", "LINE_PIXELS = 18"),
-    ("training/optimizers", '"""The share', '"""Part'),
+    ("training/optimizers", '"""Return the rate', '"""Give the rate'),
     ("training/optimizers", "fallen", "sunk"),
     ("methods/lora", 'description="', 'description="the '),
     ("methods/lora", "Hu et al.", "Hu, Shen et al."),
