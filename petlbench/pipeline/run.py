@@ -1,4 +1,4 @@
-"""A run as a function: the cells of a suite, those run that need it, and their records."""
+"""Plan and execute a run: take the cells of a suite, run those that need it, and return the records of all."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from petlbench.results.store import Store
 
 @dataclass(frozen=True)
 class Selection:
-    """What of a suite is run, by name or wildcard, as `expand` takes it. None: all that the suite names."""
+    """The part of a suite to run, by names or wildcards; see `expand`. None: all that the suite names."""
 
     methods: Sequence[str] | None = None
     tasks: Sequence[str] | None = None
@@ -35,12 +35,12 @@ class Selection:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The cells of a run, and how each stood when it was planned. Nothing is written before `execute`."""
+    """The cells of a run, and the state of each when the run was planned. Nothing is written before `execute`."""
 
     suite: Suite
     store: Store
     cells: tuple[Cell, ...]
-    left_out: tuple[str, ...]  # why cells are missing that a wildcard asked for
+    left_out: tuple[str, ...]  # the reasons why cells of a wildcard are missing
     fingerprints: Mapping[str, Mapping[str, str]]  # of the code, data and weights as they are now, by cell id
     states: Mapping[str, CellState]  # by cell id
     settled: frozenset[str]  # names of the states in which a cell is not run again
@@ -52,22 +52,22 @@ class RunPlan:
         return [cell for cell in self.cells if self.states[cell.id].name not in self.settled]
 
     def done(self, cell: Cell) -> Record | None:
-        """The record that spares the cell, also when another run on the same folder has left it meanwhile."""
+        """Return the record for which the cell need not run; another run may have saved it meanwhile."""
         record = self.store.get(cell)
         state = state_of(cell, record, self.fingerprints[cell.id]).name
         failed_meanwhile = record is not None and record.started > self.begun and state == "failed"
         return record if state in self.settled or failed_meanwhile else None
 
     def records(self) -> list[Record]:
-        """What the folder holds of these cells, in their order."""
+        """Return the records that the folder holds of these cells, in their order."""
         return [record for cell in self.cells if (record := self.store.get(cell))]
 
     def summary(self) -> str:
-        """How many cells there are, and how they stand, in one line."""
+        """Count the cells by state, in one line."""
         counts = Counter(self.states[cell.id].name for cell in self.cells)
-        told = [f"{counts[name]} {name}" for name in ("done", "stale", "failed") if counts[name] or name == "done"]
+        by_state = [f"{counts[name]} {name}" for name in ("done", "stale", "failed") if counts[name] or name == "done"]
         where = f"{len(self.pending)} to run; results in {self.store.root}"
-        return f"{self.suite.name}: {counts.total()} cells, {', '.join(told)}, {where}"
+        return f"{self.suite.name}: {counts.total()} cells, {', '.join(by_state)}, {where}"
 
 
 def run(
@@ -92,14 +92,14 @@ def run(
 ) -> list[Record]:
     """Run the cells of a suite that need it, and return the records of all of them, in the suite's order.
 
-    `suite`: the name of a packaged one, or the path of a YAML file. `methods`, `tasks`, `backbone`: names or wildcards
-    that select from it, or that it lacks. `seeds`: instead of the suite's. `limit`: rows used of each split. `out`: the
-    results folder (default: `runs/<suite>`); cells that it holds already are not run again, so the same call goes on
+    `suite`: the name of a packaged suite, or the path of a YAML file. `methods`, `tasks`, `backbone`: names or
+    wildcards, from the suite or beyond it. `seeds`: replace the suite's. `limit`: rows used of each split. `out`: the
+    results folder (default: `runs/<suite>`); cells that it holds already are not run again, so the same call continues
     after an interruption. `keep_stale`: do not rerun cells whose code, data or weights have changed. `retry_failed`:
-    rerun cells that did not end well. The others are explained by `RunOptions`.
+    rerun cells that did not end well. `RunOptions` explains the other parameters.
 
-    Cells run in processes of their own; a cell that fails leaves a record with its outcome and reason. Raises
-    UserError, in one line, for what cannot be run as asked; nothing has been written then.
+    Each cell runs in its own process; a cell that fails leaves a record with its outcome and reason. Raise UserError,
+    in one line, if something cannot be run as asked; then nothing has been written.
     """
     root = Path(data_root) if data_root else None
     options = RunOptions(device, jobs, threads, workers, root, timeout, memory_limit, checkpoint_seconds)
@@ -118,7 +118,7 @@ def plan_run(
     keep_stale: bool = False,
     retry_failed: bool = False,
 ) -> RunPlan:
-    """Everything that is checked before anything runs; see `run`. Imports torch."""
+    """Check everything that can be checked before a run, and return the plan; see `run`. Imports torch."""
     loaded = load_suite(suite)
     asked = expand(loaded, **asdict(selection), data_root=data_root)
     cells, left_out = _fitting(asked, selection.methods or ())
@@ -139,7 +139,7 @@ def plan_run(
 
 
 def execute(plan: RunPlan, options: RunOptions, progress: Progress | None = None) -> list[Record]:
-    """Run the pending cells of a plan, and return the records of all of its cells. Limits default to the suite's."""
+    """Run the pending cells of a plan and return the records of all its cells. Limits default to the suite's."""
     need_device(options.device)
     Store.open(plan.store.root, create=True)
     if plan.pending:
@@ -155,14 +155,14 @@ def execute(plan: RunPlan, options: RunOptions, progress: Progress | None = None
 
 
 def _fitting(cells: Sequence[Cell], patterns: Sequence[str]) -> tuple[list[Cell], list[str]]:
-    """The cells whose method fits the backbone, and why others do not.
+    """Return the cells whose method fits the backbone, and the reasons why others do not.
 
-    A method that a wildcard alone asks for is left out; UserError for one that is asked for by its name.
+    A method that only a wildcard names is left out. Raise UserError if it is named exactly.
     """
     exact = [pattern for pattern in patterns if not is_wildcard(pattern)]
-    found = incompatible_cells(cells)
+    reasons = incompatible_cells(cells)
     for cell in cells:
         spec = MethodSpec(name=cell.method, variant=cell.variant)
-        if cell.id in found and (not patterns or any(matches(spec, pattern) for pattern in exact)):
-            raise UserError(found[cell.id])
-    return [cell for cell in cells if cell.id not in found], list(dict.fromkeys(found.values()))
+        if cell.id in reasons and (not patterns or any(matches(spec, pattern) for pattern in exact)):
+            raise UserError(reasons[cell.id])
+    return [cell for cell in cells if cell.id not in reasons], list(dict.fromkeys(reasons.values()))

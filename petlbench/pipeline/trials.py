@@ -1,4 +1,4 @@
-"""The learning rates of a cell, tried one after the other; survives being killed at any moment."""
+"""Try the learning rates of a cell one after the other; a search that is killed continues from its checkpoint."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class BestTrial:
     fit: TrainingResult
 
     def state(self) -> Saved:
-        """All of it, for a checkpoint."""
+        """Return everything that a checkpoint needs to keep."""
         fields = {name: getattr(self.fit, name) for name in ("validation", "best_step", "losses", "step_joules")}
         memory = self.fit.memory.model_dump() if self.fit.memory else None
         return Saved(self.fit.state, {"score": self.score, "lr": self.lr, "fit": {**fields, "memory": memory}})
 
     @classmethod
     def restored(cls, state: Saved) -> BestTrial:
-        """The inverse of `state`."""
+        """Rebuild the trial from `state`."""
         rest = dict(state.rest["fit"])
         memory = rest.pop("memory")
         losses = tuple((int(step), float(loss)) for step, loss in rest.pop("losses"))
@@ -45,7 +45,7 @@ class BestTrial:
 
 
 class RateSearch:
-    """One trial per rate, all from the same start; the best on validation wins."""
+    """Makes one trial per rate, all from the same start, and keeps the best on validation."""
 
     def __init__(
         self,
@@ -56,17 +56,17 @@ class RateSearch:
         checkpoint: Checkpoint,
         inspect: Callable[[TrainingSetup], None] = lambda setup: None,
     ) -> None:
-        """`inspect` is shown every setting as soon as it is built."""
+        """`inspect` is called with each setup once it is built."""
         self._cell, self._backbone, self._task = cell, backbone, task
         self._context, self._checkpoint, self._inspect = context, checkpoint, inspect
         self._setup: tuple[TrainingSetup, Snapshot] | None = None
-        self._winner: BestTrial | None = None
+        self._best: BestTrial | None = None
         self.trials: list[Trial] = []
 
     def run(self, data: Data) -> tuple[TrainingSetup, TrainingResult, float]:
-        """The setting, what training left (to be loaded into it), and the rate, of the best trial.
+        """Return the setup, the training result (not yet loaded into the setup) and the rate of the best trial.
 
-        Goes on from the checkpoint, if there is one. Raises Diverged when all trials do.
+        Continues from the checkpoint if there is one. Raise Diverged if all trials diverge.
         """
         rates = [self._cell.recipe.lr * factor for factor in self._cell.recipe.lr_factors]
         resume = self._resumed()
@@ -76,17 +76,17 @@ class RateSearch:
                 fitted = fit(setup, data.train, data.validation, lr, resume=resume, keep=self._keep)
             except Diverged:
                 self.trials.append(Trial(lr=lr, outcome="diverged"))
-                if self._winner is None and len(self.trials) == len(rates):
+                if self._best is None and len(self.trials) == len(rates):
                     raise
             else:
                 self._finished(lr, fitted)
             resume = None
-        assert self._winner is not None
-        last = self._winner.lr == rates[-1]
-        return (setup if last else self._start()), self._winner.fit, self._winner.lr
+        assert self._best is not None
+        last = self._best.lr == rates[-1]
+        return (setup if last else self._start()), self._best.fit, self._best.lr
 
     def _start(self) -> TrainingSetup:
-        """The setting as it is before training, whatever an earlier trial left in the backbone."""
+        """Build the setup afresh, after removing what an earlier trial left in the backbone."""
         with self._context.clock.phase("build"):
             if self._setup:
                 self._setup[1].restore()
@@ -100,26 +100,26 @@ class RateSearch:
         )
         self.trials.append(trial)
         score = fitted.validation[self._task.main_metric]
-        if self._winner is None or score > self._winner.score:
-            self._winner = BestTrial(score, lr, fitted)
+        if self._best is None or score > self._best.score:
+            self._best = BestTrial(score, lr, fitted)
 
     def _keep(self, training: TrainingState) -> None:
         """Write the checkpoint when it is due."""
         if not self._checkpoint.due():
             return
         with self._context.clock.phase("checkpoint"):
-            here, winner = training.state(), self._winner.state() if self._winner else Saved()
+            here, best = training.state(), self._best.state() if self._best else Saved()
             rest: dict[str, Any] = {
                 "course": here.rest,
-                "winner": winner.rest,
+                "winner": best.rest,
                 "trials": [trial.model_dump(mode="json") for trial in self.trials],
                 "clock": self._context.clock.state(),
             }
-            tensors = {**prefixed("course", here.tensors), **prefixed("winner", winner.tensors)}
+            tensors = {**prefixed("course", here.tensors), **prefixed("winner", best.tensors)}
             self._checkpoint.save(Saved(tensors, rest))
 
     def _resumed(self) -> Saved | None:
-        """Take up what an earlier process left; the state of the trial it was in."""
+        """Load what an earlier process saved; return the state of the trial that it was in, if any."""
         saved = self._checkpoint.load()
         if saved is None:
             return None
@@ -127,6 +127,6 @@ class RateSearch:
         self._context.clock.restore(rest["clock"])
         self.trials = [Trial.model_validate(trial) for trial in rest["trials"]]
         if rest["winner"]:
-            self._winner = BestTrial.restored(Saved(saved.under("winner"), rest["winner"]))
+            self._best = BestTrial.restored(Saved(saved.under("winner"), rest["winner"]))
         self._context.report({"phase": "resume", "step": rest["course"]["step"], "steps": self._cell.recipe.steps})
         return Saved(saved.under("course"), rest["course"])

@@ -1,4 +1,4 @@
-"""A cell's process, from inside."""
+"""Run one cell in its own process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from petlbench.pipeline.options import RunOptions
 
 @dataclass(frozen=True)
 class Job:
-    """One cell and all that its process needs: where results and the log go, what runs it, and how."""
+    """One cell and all that its process needs: results folder, log, the function that runs it, and options."""
 
     cell: Cell
     root: Path
@@ -36,30 +36,30 @@ class Job:
 
 
 def live(writer: Connection, claim: Claim, job: Job) -> None:
-    """The whole life of a cell's process. `claim` is only held: nobody else runs the cell before this has ended."""
-    os.setpgid(0, 0)  # it ends together with all that it starts
+    """Run the job in this process, from start to end. Holding `claim` keeps other runs from the cell until then."""
+    os.setpgid(0, 0)  # one signal then ends this process and all that it starts
     threading.Thread(target=_end_with_the_launcher, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unwinds: temporary files go
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unwinding removes temporary files
     threads = job.options.threads or 1
-    os.environ.clear()  # the server's environment is as old as the server; the caller's is meant
+    os.environ.clear()  # the server's environment may be outdated; use the caller's
     os.environ.update(job.environ, OMP_NUM_THREADS=str(threads))
-    if torch := sys.modules.get("torch"):  # imported already, it does not read the variable any more
+    if torch := sys.modules.get("torch"):  # once imported, torch no longer reads the variable
         torch.set_num_threads(threads)
 
     def send(kind: str, content: Any) -> None:
         try:
             writer.send((kind, content))
         except OSError:
-            os._exit(1)  # the launcher is gone: nobody wants this cell any more
+            os._exit(1)  # the launcher is gone, so nothing needs this cell
 
     try:
         _print_to(job.log)
         send("begun", None)
         run_cell = pkgutil.resolve_name(job.target)
-        known = job.fingerprints or None
+        fingerprints = job.fingerprints or None
         record = run_cell(
-            job.cell, job.root, job.options, fingerprints=known, report=lambda event: send("event", event)
+            job.cell, job.root, job.options, fingerprints=fingerprints, report=lambda event: send("event", event)
         )
         send("record", record)
     except Unwritable as error:
@@ -72,7 +72,7 @@ def live(writer: Connection, claim: Claim, job: Job) -> None:
 
 
 def _end_with_the_launcher() -> None:
-    """However the launcher has ended, its end of a pipe is closed then. The main thread may be busy for long."""
+    """End this process group once the launcher has ended, in a thread because the main thread may be busy for long."""
     launcher = multiprocessing.parent_process()
     assert launcher is not None
     launcher.join()
@@ -80,11 +80,11 @@ def _end_with_the_launcher() -> None:
 
 
 def _print_to(log: Path) -> None:
-    """All that this process and its children print, and the stack of a crash, goes to the end of `log`."""
+    """Append to `log` all that this process and its children print, and the stack of a crash."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for standard in (1, 2):
         os.dup2(descriptor, standard)
     os.close(descriptor)
-    # Line by line, so that nothing is lost with a process that is killed.
+    # Line by line, so that a killed process loses no output.
     sys.stdout, sys.stderr = (os.fdopen(n, "w", 1, "utf-8", "replace", closefd=False) for n in (1, 2))
     faulthandler.enable()

@@ -1,4 +1,4 @@
-"""Claims: a lock file per cell, so that several runs on one results folder never work on the same cell."""
+"""Claim cells by lock files, so that several runs on one results folder never work on the same cell."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from petlbench.core.errors import UserError
 
 
 class Claim:
-    """The right to run a cell. It lives as long as any process that holds it, and vanishes with the last one.
+    """The right to run a cell. It lasts until the last process that holds it has ended.
 
-    Given to a process of the `forkserver` context as an argument, it is held by that process too: the lock belongs to
-    the open file description, which the two then share.
+    A process of the `forkserver` context that gets the claim as an argument holds it too: the lock belongs to the open
+    file description, which both processes share.
     """
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
@@ -24,10 +24,10 @@ class Claim:
         self._file = file
 
     def release(self) -> None:
-        """Give the cell up for all who hold this claim, and remove the lock file. A second call does nothing."""
+        """Release the claim for all processes that hold it, and remove the lock file. A second call does nothing."""
         if self._file.closed:
             return
-        # Removed while locked: whoever opened the same file before sees, once it has the lock, that the path has gone.
+        # Remove it while locked: a process that opened the file before sees, once it has the lock, that the path is gone.
         self.path.unlink(missing_ok=True)
         fcntl.flock(self._file, fcntl.LOCK_UN)
         self._file.close()
@@ -38,14 +38,14 @@ class Claim:
 
 def _received(path: Path, handle: Any) -> Claim:
     descriptor = handle.detach()
-    os.set_inheritable(descriptor, False)  # programs that the cell starts must not hold it any longer
+    os.set_inheritable(descriptor, False)  # programs that the cell starts must not keep holding it
     return Claim(path, os.fdopen(descriptor, "ab"))
 
 
 def claim_cell(path: Path) -> Claim | None:
-    """The claim at `path` (its folder exists), or None while another one holds it.
+    """Return the claim at `path`, whose folder exists, or None while another process holds it.
 
-    Raises UserError where the file cannot be written or its file system has no locks.
+    Raise UserError if the file cannot be written, or if its file system has no locks.
     """
     while True:
         try:
@@ -68,11 +68,11 @@ def claim_cell(path: Path) -> Claim | None:
             raise UserError(
                 f"cannot lock {path}: {error.strerror}; choose a results folder on a file system with locks"
             ) from error
-        file.close()  # removed between opening and locking: the lock is of no use, the next file counts
+        file.close()  # the file was removed between opening and locking: try again with a new one
 
 
 def idle(folder: Path) -> bool:
-    """Whether nobody holds a claim in `folder`. Lock files that nobody holds any more are removed."""
+    """Return whether no process holds a claim in `folder`. Remove lock files that no process holds."""
     for path in folder.glob("*.lock"):
         claim = claim_cell(path)
         if claim is None:

@@ -1,4 +1,4 @@
-"""Cells on this machine: a process each, forked from a server that has the slow imports behind it."""
+"""Run cells on this machine, each in a process forked from a server that has made the slow imports."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from petlbench.results.repair import remove_leftovers
 from petlbench.results.store import Store
 
 TARGET = "petlbench.pipeline.cell:run_cell"
-POLL_SECONDS = 0.1  # between two looks at what running cells take
-CLAIM_SECONDS = 0.5  # between two looks at cells that another run works on
+POLL_SECONDS = 0.1  # between two checks of the running cells
+CLAIM_SECONDS = 0.5  # between two tries to claim cells that another run works on
 
 
 def run_cells(
@@ -42,23 +42,23 @@ def run_cells(
     """Run `cells`, at most `options.jobs` at a time, and return their records in the same order.
 
     `target` (`module:function`) runs one cell in its own process and saves its record: `(cell, store_root, options, *,
-    fingerprints, report)` gives a Record. A process that dies or raises leaves a record too: `failed`, with the reason;
-    so does one that takes longer than the timeout (`timeout`) or, with its descendants, more than the memory limit
-    (`oom`). What a cell prints goes to its log, whose last lines go into the record when it did not end well.
-    `progress` defaults to bars or lines on stdout.
+    fingerprints, report)` returns a Record. A process that dies or raises leaves a record too, `failed` with the
+    reason; so does one that exceeds the time limit (`timeout`) or, with its descendants, the memory limit (`oom`). The
+    output of a cell goes to its log, whose last lines go into the record if the cell does not end well. `progress`
+    defaults to bars or lines on stdout.
 
-    Another run may work on the same store: each cell is run by one of them. `done` is asked once a cell is claimed, and
-    a record that it returns is taken instead of running the cell again. `fingerprints`, by cell id, are those of the
-    code as it is when the run starts: whoever edits it meanwhile finds the records stale.
+    Another run may work on the same store: then each cell is run by one of them. After claiming a cell, the run calls
+    `done`; if it returns a record, the cell is not run again. `fingerprints`, by cell id, describe the code when the
+    run starts: if it is edited meanwhile, the records are stale.
 
-    On KeyboardInterrupt (also SIGTERM and SIGHUP: Stopped), or when results cannot be saved (Unwritable), all processes
-    are ended before the exception goes on.
+    On KeyboardInterrupt (also SIGTERM and SIGHUP: Stopped), or if results cannot be saved (Unwritable), end all
+    processes and let the exception pass.
     """
     options = options.resolved(len(cells))
     if not cells:
         return []
     refuse_offered(cells)
-    if idle(store.claims):  # then nobody writes what only cells write, and half a file is of no use to anyone
+    if idle(store.claims):  # no cell is running, so half-written files are leftovers
         remove_leftovers(store, (store.records, store.sample_scores, store.adapters, store.checkpoints), 0.0)
     with stopped_by_signals():
         try:
@@ -72,7 +72,7 @@ def run_cells(
 
 
 def refuse_offered(cells: Iterable[Cell]) -> None:
-    """Raise UserError for a cell that names a class which its process would not find."""
+    """Raise UserError if a cell names a class that its process would not find."""
     for cell in cells:
         METHODS.refuse_offered(cell.method)
         TASKS.refuse_offered(cell.task)
@@ -81,7 +81,7 @@ def refuse_offered(cells: Iterable[Cell]) -> None:
 
 
 class _Launch:
-    """The cells of one call of `run_cells`, by their index: waiting, held by another run, running, recorded."""
+    """The cells of one call of `run_cells`, by index: waiting, held by another run, running, or recorded."""
 
     def __init__(
         self,
@@ -101,13 +101,13 @@ class _Launch:
         self.records: dict[int, Record] = {}
 
     def run(self, progress: Progress) -> list[Record]:
-        look_again = 0.0
+        retry_at = 0.0
         try:
             while self.waiting or self.held or self.running:
-                if time.monotonic() >= look_again:
+                if time.monotonic() >= retry_at:
                     self.waiting.extend(self.held)
                     self.held.clear()
-                    look_again = time.monotonic() + CLAIM_SECONDS
+                    retry_at = time.monotonic() + CLAIM_SECONDS
                 self._start_some(progress)
                 if self.running:
                     wait([handle for run in self.running.values() for handle in run.handles()], POLL_SECONDS)
@@ -132,20 +132,20 @@ class _Launch:
             else:
                 progress.started(index, cell)
                 run = self.running[index] = self._prepare(cell, claim)
-                run.start()  # only now, that an interrupt finds it among the running
+                run.start()  # only after it is in `running`, where an interrupt finds it
 
     def _prepare(self, cell: Cell, claim: Claim) -> Run:
         log = self.store.logs / f"{cell.id}.log"
         reader, writer = self.context.Pipe(duplex=False)
-        known = dict(self.fingerprints.get(cell.id, {}))
+        fingerprints = dict(self.fingerprints.get(cell.id, {}))
         root = self.store.root.absolute()
-        job = Job(cell, root, log.absolute(), self.target, self.options, known, dict(os.environ))
+        job = Job(cell, root, log.absolute(), self.target, self.options, fingerprints, dict(os.environ))
         process = self.context.Process(target=live, args=(writer, claim, job))
-        return Run(cell, claim, log, process, reader, writer, self.limits, known)
+        return Run(cell, claim, log, process, reader, writer, self.limits, fingerprints)
 
     def _listen(self, progress: Progress) -> None:
         for index, run in list(self.running.items()):
-            ended = not run.process.is_alive()  # asked first: what it sent before it ended is then in the pipe
+            ended = not run.process.is_alive()  # checked first, so that the pipe holds all that it sent
             for event in run.receive():
                 progress.event(index, event)
             if ended:
@@ -157,8 +157,8 @@ class _Launch:
                 run.check()
 
     def _conclude(self, run: Run) -> Record:
-        """The record of a cell whose process has ended, kept with the end of its log unless all is well."""
-        if run.process.exitcode:  # no normal end: what it has started may still be there
+        """Return the record of a cell whose process has ended; save it with the end of the log if the cell failed."""
+        if run.process.exitcode:  # it was killed or crashed: programs that it started may still run
             signal_group(run.watch.pid, signal.SIGKILL)
         record = run.record or failure(run)
         if record.outcome != "ok":

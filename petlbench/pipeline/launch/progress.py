@@ -1,4 +1,4 @@
-"""What a person sees while cells run: bars on a terminal, one line per start and end elsewhere."""
+"""Show the progress of running cells: bars on a terminal, one line per start and end elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from petlbench.core.record import Record
 
 
 class Event(TypedDict, total=False):
-    """What a running cell tells; every key but `cell` may be missing."""
+    """A report of a running cell; every key but `cell` may be missing."""
 
     cell: str  # its id
     phase: str  # such as `train` or `test`
@@ -25,34 +25,34 @@ class Event(TypedDict, total=False):
 
 
 class Progress:
-    """The listener of a run. This one says nothing."""
+    """The listener of a run. This one shows nothing."""
 
     def started(self, index: int, cell: Cell) -> None:
         """The cell at `index` (from 0) of the run has begun."""
 
     def event(self, index: int, event: Event) -> None:
-        """A running cell has told something."""
+        """A running cell has sent a report."""
 
     def finished(self, index: int, record: Record, seconds: float) -> None:
-        """A cell has left its record after `seconds`."""
+        """A cell has ended after `seconds`, with this record."""
 
     def found(self, index: int, record: Record) -> None:
-        """A cell need not be run: another run has left its record meanwhile."""
+        """Another run has recorded the cell meanwhile, so it is not run."""
 
     def waiting(self, count: int) -> None:
-        """There is nothing left to do but to wait for `count` cells that another run works on."""
+        """Only `count` cells that another run works on are left; wait for them."""
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Leave the terminal as it was."""
 
 
 def outcome_line(index: int, total: int, record: Record, seconds: float) -> str:
-    """`[3/20] lora on rec:digits (tiny, seed 0): ok acc_50 0.612 in 41 s`, or the outcome with its reason."""
+    """Return `[3/20] lora on rec:digits (tiny, seed 0): ok acc_50 0.612 in 41 s`, or the outcome and its reason."""
     return _line(index, total, record, f" in {seconds:.0f} s")
 
 
@@ -64,7 +64,7 @@ def _line(index: int, total: int, record: Record, how: str) -> str:
 
 
 class ProgressLines(Progress):
-    """One line when a cell starts and one when it ends, whatever the width."""
+    """Print one line when a cell starts and one when it ends; lines are never wrapped."""
 
     def __init__(self, total: int, console: Console) -> None:
         self.total = total
@@ -84,13 +84,13 @@ class ProgressLines(Progress):
         self._print(_line(index, self.total, record, " by another run"))
 
     def waiting(self, count: int) -> None:
-        if count != self._waiting:  # asked again and again, said once
+        if count != self._waiting:  # called again and again; print it once
             self._waiting = count
             self._print(f"waiting for {count} {'cell' if count == 1 else 'cells'} that another run works on")
 
 
 class TerminalBars(ProgressLines):
-    """A bar for the whole run, one per running cell, and the line of every cell that has ended above them."""
+    """Show a bar for the whole run and one per running cell; above them, a line for every cell that has ended."""
 
     def __init__(self, total: int, console: Console) -> None:
         super().__init__(total, console)
@@ -100,7 +100,7 @@ class TerminalBars(ProgressLines):
             TextColumn("{task.fields[detail]}", markup=False),
             TimeRemainingColumn(),
         )
-        # Cells take minutes: the time left must not forget all but the last half minute, as it does by default.
+        # Cells take minutes, so estimate the time left from the whole run; the default is the last half minute.
         self._bars = Bars(*columns, console=console, transient=True, speed_estimate_period=86400)
         self._overall = self._bars.add_task("cells", total=total, detail=f"0/{total}")
         self._running: dict[int, TaskID] = {}
@@ -110,8 +110,8 @@ class TerminalBars(ProgressLines):
         self._running[index] = self._bars.add_task(cell.label, total=None, detail="")
 
     def event(self, index: int, event: Event) -> None:
-        known: dict[str, Any] = {"completed": event.get("step"), "total": event.get("steps")}
-        self._bars.update(self._running[index], detail=_detail(event), **known)
+        numbers: dict[str, Any] = {"completed": event.get("step"), "total": event.get("steps")}
+        self._bars.update(self._running[index], detail=_detail(event), **numbers)
 
     def finished(self, index: int, record: Record, seconds: float) -> None:
         self._bars.remove_task(self._running.pop(index))
@@ -131,13 +131,13 @@ class TerminalBars(ProgressLines):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bars.stop()
 
 
 def _detail(event: Event) -> str:
-    """`train 10/300, score 0.500, loss 1.234`: what is known of it."""
+    """Return `train 10/300, score 0.500, loss 1.234`, without the parts that the event lacks."""
     phase, step, steps = event.get("phase", ""), event.get("step"), event.get("steps")
     where = phase if step is None else f"{phase} {step}/{steps}" if steps else f"{phase} {step}"
     score, loss = event.get("score"), event.get("loss")
@@ -146,5 +146,5 @@ def _detail(event: Event) -> str:
 
 
 def progress_on(console: Console, total: int) -> Progress:
-    """Bars when `console` is a terminal, plain lines otherwise."""
+    """Return bars if `console` is a terminal, plain lines otherwise."""
     return TerminalBars(total, console) if console.is_terminal else ProgressLines(total, console)

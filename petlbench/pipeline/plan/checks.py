@@ -1,4 +1,4 @@
-"""What must hold before a suite runs."""
+"""Check a suite's names, configurations and data before it runs."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 
 def configured(body: BackboneSpec, where: str) -> BaseModel:
-    """The backbone's configuration, checked."""
-    kind = BACKBONES.get(body.name)
-    options = {**kind.options_of(body.name.partition(":")[2]), **body.config}
-    return validated(kind.Config, options, f"{where}: backbone {body.name}: config")
+    """Return the backbone's configuration, validated."""
+    cls = BACKBONES.get(body.name)
+    options = {**cls.options_of(body.name.partition(":")[2]), **body.config}
+    return validated(cls.Config, options, f"{where}: backbone {body.name}: config")
 
 
 def configured_method(spec: MethodSpec, *tasks: str) -> Method:
-    from petlbench.api.method import make_method  # with torch, which listing suites does without
+    from petlbench.api.method import make_method  # imports torch, which listing suites does not need
 
     return make_method(METHODS.get(spec.name), spec.config, tasks)
 
 
 def host_of(body: BackboneSpec, spec: MethodSpec, where: str) -> BackboneSpec:
-    """The backbone with the options that the method needs; UserError where another value is given for one."""
+    """Add the options that the method needs to the backbone. Raise UserError if the suite sets one otherwise."""
     needed = configured_method(spec).host_options(body.name.partition(":")[0])
     for name, value in needed.items():
         if body.config.get(name, value) != value:
@@ -48,7 +48,7 @@ def host_of(body: BackboneSpec, spec: MethodSpec, where: str) -> BackboneSpec:
 
 
 def check_names(suite: Suite, where: str) -> None:
-    """The keys that are names must exist, or an override would be silently without effect."""
+    """Check that keys which are names exist; an override of an unknown name would silently have no effect."""
     keyed: list[tuple[str, Registry[Any], Iterable[str]]] = [
         ("task_recipes", TASKS, suite.task_recipes),
         ("dataset_configs", DATASETS, suite.dataset_configs),
@@ -62,7 +62,7 @@ def check_names(suite: Suite, where: str) -> None:
 
 
 def check_sources(suite: Suite, pairs: Sequence[Pair], root: Path | None, where: str) -> None:
-    """Each task must exist and be served by its data set; each data set must be usable."""
+    """Check that each task exists, that its data set serves it, and that each data set is usable."""
     for task, dataset in pairs:
         TASKS.get(task)
         served = DATASETS.get(dataset).tasks
@@ -77,7 +77,7 @@ def check_sources(suite: Suite, pairs: Sequence[Pair], root: Path | None, where:
 
 
 def check_abilities(pairs: Sequence[Pair], bodies: Sequence[BackboneSpec], where: str) -> None:
-    """Each backbone must be able to do what each task needs."""
+    """Check that each backbone can serve each task."""
     for (task, _), body in product(pairs, bodies):
         reason = TASKS.get(task)().refuses(BACKBONES.get(body.name), configured(body, where))
         if reason:
@@ -85,14 +85,14 @@ def check_abilities(pairs: Sequence[Pair], bodies: Sequence[BackboneSpec], where
 
 
 def check_cached(cells: Iterable[Cell], where: str) -> None:
-    """Features are kept by image, and augmentation makes every image a new one."""
+    """Refuse augmentation of images whose features are cached: the cache would ignore it."""
     for cell in cells:
         if cell.recipe.augment != "none" and cell.backbone_config.get("features") == "cached":
             raise UserError(f"{where}: {cell.label} augments images whose features are cached: take `features: live`")
 
 
 def check_distinct(cells: Iterable[Cell], where: str) -> None:
-    """Cells that no table could tell apart are a mistake, also where their configurations differ."""
+    """Refuse cells with equal labels: no table could tell them apart, even if their configurations differ."""
     seen: set[str] = set()
     for cell in cells:
         key = f"{cell.label} {cell.backbone_config}"

@@ -1,4 +1,4 @@
-"""The recipe of a cell, layer by layer."""
+"""Build the recipe of a cell, layer by layer."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 def recipe_of(suite: Suite, spec: MethodSpec, task: str, backbone: str, limit: int | None, where: str) -> Recipe:
-    """The layers of a cell's recipe, weakest first; each is checked alone, so that a message names its place."""
-    known = augmentations(task)
+    """Merge the layers of a cell's recipe, weakest first. Each is checked alone, so that an error names its place."""
+    names = augmentations(task)
     layers: dict[str, Mapping[str, Any]] = {
         f"recipe of task {task}": TASKS.get(task).recipe,
         f"recipe of method {spec.name}": authors_recipe(configured_method(spec, task), backbone, task),
@@ -29,12 +29,12 @@ def recipe_of(suite: Suite, spec: MethodSpec, task: str, backbone: str, limit: i
         "--limit": {} if limit is None else {"train_limit": limit, "eval_limit": limit},
     }
     merged: dict[str, Any] = {}
-    for name, layer in layers.items():
-        validated(Recipe, layer, f"{where}: {name}")
+    for place, layer in layers.items():
+        validated(Recipe, layer, f"{where}: {place}")
         merged |= layer
     recipe = Recipe.model_validate(merged)
-    if recipe.augment not in known:
-        hint = did_you_mean(recipe.augment, known) or f": it has {', '.join(known)}"
+    if recipe.augment not in names:
+        hint = did_you_mean(recipe.augment, names) or f": it has {', '.join(names)}"
         raise UserError(f"{where}: task {task} has no augmentation '{recipe.augment}'{hint}")
     return recipe
 
@@ -44,7 +44,7 @@ def augmentations(task: str) -> tuple[str, ...]:
 
 
 def authors_recipe(method: Method, backbone: str, task: str) -> dict[str, Any]:
-    """The method's own recipe on a backbone, less an augmentation that is for another task."""
+    """Return the method's own recipe on a backbone, without an augmentation that the task lacks."""
     recipe = dict(method.default_recipe(backbone.partition(":")[0]))
     if recipe.get("augment") not in augmentations(task):
         recipe.pop("augment", None)

@@ -1,4 +1,4 @@
-"""What of a suite is asked for: names and wildcards to methods, tasks and backbones."""
+"""Select methods, tasks and backbones from a suite, and beyond it, by names and wildcards."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from petlbench.pipeline.plan import variants
 Pair = tuple[str, str]  # (task, data set)
 
 
-def swept(suite: Suite, specs: Iterable[MethodSpec]) -> list[MethodSpec]:
-    """With `sweep`, each method at every size it declares, once; one whose size is set already stays as it is."""
+def with_sizes(suite: Suite, specs: Iterable[MethodSpec]) -> list[MethodSpec]:
+    """If the suite has `sweep`, put each method at every size it declares; a spec that sets the size stays as it is."""
     if not suite.sweep:
         return list(specs)
     return list({sized.label: sized for spec in specs for sized in _sizes(spec)}.values())
@@ -37,25 +37,27 @@ def _sizes(spec: MethodSpec) -> list[MethodSpec]:
 
 
 def select_methods(specs: Sequence[MethodSpec], patterns: Sequence[str] | None) -> list[MethodSpec]:
-    """Those that the patterns name, in the patterns' order."""
+    """Return the methods that the patterns name, in the patterns' order."""
     if patterns is None:
         return list(specs)
     pool = list(specs)
     chosen: dict[int, MethodSpec] = {}
     for pattern in patterns:
-        pool += variants.beyond(pool, pattern, METHODS)
+        pool += variants.additional_specs(pool, pattern, METHODS)
         chosen |= {i: spec for i, spec in enumerate(pool) if variants.matches(spec, pattern)}
     return list(chosen.values())
 
 
 def select_backbones(specs: Sequence[BackboneSpec], pattern: str) -> list[BackboneSpec]:
-    """Those of `specs` that the pattern names; if there are none, what is registered, with its defaults."""
-    found = [spec for spec in specs if fnmatchcase(spec.name, pattern)]
-    return found or [BackboneSpec(name=name) for name in BACKBONES.names(pattern) or [_known(BACKBONES, pattern)]]
+    """Return the specs that the pattern names; if there are none, the registered backbones, with their defaults."""
+    selected = [spec for spec in specs if fnmatchcase(spec.name, pattern)]
+    return selected or [
+        BackboneSpec(name=name) for name in BACKBONES.names(pattern) or [_registered(BACKBONES, pattern)]
+    ]
 
 
 def select_tasks(entries: Sequence[str], patterns: Sequence[str] | None) -> list[Pair]:
-    """(task, data set) of the entries that the patterns name, like `_select`."""
+    """Return (task, data set) of the entries that the patterns name; beyond them, of registered tasks."""
     if patterns is None:
         return [_resolve(entry) for entry in entries]
     chosen: dict[str, Pair] = {}
@@ -64,7 +66,7 @@ def select_tasks(entries: Sequence[str], patterns: Sequence[str] | None) -> list
         same_task = [(entry, _resolve(entry)) for entry in entries if fnmatchcase(entry.split(":")[0], task_pattern)]
         hits = {entry: pair for entry, pair in same_task if fnmatchcase(pair[1], dataset_pattern or "*")}
         if not hits:
-            names = TASKS.names(task_pattern) or [_known(TASKS, task_pattern)]
+            names = TASKS.names(task_pattern) or [_registered(TASKS, task_pattern)]
             hits = {":".join(pair): pair for pair in (_resolve(f"{name}:{dataset_pattern}") for name in names)}
         chosen |= hits
     return list(chosen.values())
@@ -75,7 +77,7 @@ def _resolve(entry: str) -> Pair:
     return task, dataset or TASKS.get(task).default_dataset
 
 
-def _known(registry: Registry[Any], name: str) -> str:
-    """`name`, which is no wildcard for names but may be one with a size; the registry's UserError if it is unknown."""
+def _registered(registry: Registry[Any], name: str) -> str:
+    """Return `name`, which may end in a size (`clip:tiny`). Raise the registry's UserError if it is unknown."""
     registry.origin(name)
     return name

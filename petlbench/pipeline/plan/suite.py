@@ -1,4 +1,4 @@
-"""Suites to cells: read a YAML file, apply the command line's filters, and check everything before anything runs."""
+"""Turn a suite into cells: read a YAML file, apply the command line's filters, and check everything before a run."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from petlbench.pipeline.plan.checks import (
     host_of,
 )
 from petlbench.pipeline.plan.recipes import recipe_of
-from petlbench.pipeline.plan.selection import Pair, select_backbones, select_methods, select_tasks, swept
+from petlbench.pipeline.plan.selection import Pair, select_backbones, select_methods, select_tasks, with_sizes
 
 PACKAGED = Path(__file__).with_name("suites")
 
 
 def suite_names(pattern: str = "*") -> list[str]:
-    """Sorted names of the packaged suites that match a shell wildcard."""
+    """Return the sorted names of the packaged suites that match a shell wildcard."""
     return sorted(path.stem for path in PACKAGED.glob("*.yaml") if fnmatchcase(path.stem, pattern))
 
 
 def load_suite(name_or_path: str | Path) -> Suite:
-    """A packaged suite by name, or a user's YAML file by path; UserError in one line for whatever is wrong with it."""
+    """Load a packaged suite by name, or a YAML file by path. Raise UserError, in one line, if it is not valid."""
     text = str(name_or_path)
     path = Path(name_or_path)
     if text in suite_names():
@@ -67,18 +67,18 @@ def expand(
     limit: int | None = None,
     data_root: Path | None = None,
 ) -> list[Cell]:
-    """The suite's cells, seed by seed, so that the first seed's table is complete first.
+    """Return the suite's cells, seed by seed, so that the first seed's table is complete first.
 
     `methods`, `tasks` and `backbone` select by name or wildcard (methods also by `name:variant`, tasks also by
-    `task:dataset`); what the suite lacks is taken with its default configuration, and a wildcard of methods stands for
-    all that are installed, with their variants. `limit` caps the training, validation and test rows. `data_root` is
-    where data sets lie (default: PETLBENCH_DATA).
+    `task:dataset`). A name that the suite lacks gets its default configuration; a wildcard of methods stands for all
+    installed ones, with their variants. `limit` caps the training, validation and test rows. `data_root` is the folder
+    of data sets (default: PETLBENCH_DATA).
 
-    Every name, configuration, recipe and data set is checked here; UserError says in one line what is wrong.
+    Checks every name, configuration, recipe and data set. Raise UserError, in one line, if one is wrong.
     """
     where = f"suite '{suite.name}'"
-    own = swept(suite, [variants.resolve_variant(spec, METHODS) for spec in suite.methods])
-    specs = swept(suite, select_methods(own, methods))  # again, for those that the suite lacks
+    from_suite = with_sizes(suite, [variants.resolve_variant(spec, METHODS) for spec in suite.methods])
+    specs = with_sizes(suite, select_methods(from_suite, methods))  # again, for methods beyond the suite
     bodies = list(suite.backbones) if backbone is None else select_backbones(suite.backbones, backbone)
     pairs = select_tasks(suite.tasks, tasks)
     check_names(suite, where)

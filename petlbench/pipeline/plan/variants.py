@@ -1,4 +1,4 @@
-"""Methods and their variants by name: `vl_pet:small` is the method `vl_pet` with the options that it calls `small`."""
+"""Find methods and variants by name: `vl_pet:small` is the method `vl_pet` with the options of its variant `small`."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ WILDCARDS = frozenset("*?[")
 
 
 def resolve_variant(spec: MethodSpec, registry: Registry[Method] = METHODS) -> MethodSpec:
-    """`name:variant` taken apart: the variant's options beneath the spec's own, its name for want of another.
+    """Split `name:variant`. The spec's own options override the variant's; its `variant` defaults to that name.
 
-    Raises UserError for a variant that the method does not have, or that cannot be.
+    Raise UserError if the method lacks the variant, or says that it cannot be run.
     """
     name, _, asked = spec.name.partition(":")
     if not asked:
         return spec
-    kind = registry.get(name)
-    if asked in kind.impossible:
-        raise UserError(f"method '{spec.name}' cannot be run: {kind.impossible[asked]}")
-    if asked not in kind.variants:
-        hint = did_you_mean(asked, kind.variants) or f": there are {', '.join(kind.variants) or 'none'}"
+    cls = registry.get(name)
+    if asked in cls.impossible:
+        raise UserError(f"method '{spec.name}' cannot be run: {cls.impossible[asked]}")
+    if asked not in cls.variants:
+        hint = did_you_mean(asked, cls.variants) or f": there are {', '.join(cls.variants) or 'none'}"
         raise UserError(f"method '{name}' has no variant '{asked}'{hint}")
-    config = overlaid(kind.variants[asked], spec.config)
+    config = overlaid(cls.variants[asked], spec.config)
     return spec.model_copy(update={"name": name, "variant": spec.variant or asked, "config": config})
 
 
 def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Both together; where both have a mapping under a key, so are these."""
-    found = dict(below)
+    """Merge two mappings. `above` wins, but mappings under the same key are merged in turn."""
+    merged = dict(below)
     for key, value in above.items():
-        old = found.get(key)
+        old = merged.get(key)
         both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        found[key] = overlaid(old, value) if both else value  # type: ignore[arg-type]
-    return found
+        merged[key] = overlaid(old, value) if both else value  # type: ignore[arg-type]
+    return merged
 
 
 def matches(spec: MethodSpec, pattern: str) -> bool:
-    """By name or by `name:variant`."""
+    """Return whether the pattern matches the spec's name, or its `name:variant`."""
     return fnmatchcase(spec.name, pattern) or fnmatchcase(spec.label, pattern)
 
 
@@ -55,51 +55,53 @@ def is_wildcard(pattern: str) -> bool:
     return bool(WILDCARDS & set(pattern))
 
 
-def beyond(pool: Sequence[MethodSpec], pattern: str, registry: Registry[Method] = METHODS) -> list[MethodSpec]:
-    """What `pattern` names besides `pool`: of a name or `name:variant` that one, of a wildcard every registered method
-    and variant that no spec of the pool equals in its options.
+def additional_specs(
+    pool: Sequence[MethodSpec], pattern: str, registry: Registry[Method] = METHODS
+) -> list[MethodSpec]:
+    """Return the registered methods and variants that `pattern` names and `pool` lacks.
 
-    Raises UserError where neither the pool nor the registry has anything of that name.
+    A wildcard gives every match that has other options than each spec of the pool; a name gives itself, unless the
+    pool has it. Raise UserError if neither the pool nor the registry has a match.
     """
     if not is_wildcard(pattern):
-        known = any(matches(spec, pattern) for spec in pool)
-        return [] if known else [resolve_variant(_known(pattern, registry), registry)]
-    found = list(pool)
+        in_pool = any(matches(spec, pattern) for spec in pool)
+        return [] if in_pool else [resolve_variant(_registered(pattern, registry), registry)]
+    specs = list(pool)
     family = pattern.partition(":")[0]
     for name in registry.names(family) if ":" in pattern else registry.names():
         for spec in _all(name, registry) if ":" in pattern or fnmatchcase(name, pattern) else []:
-            if matches(spec, pattern) and not any(_same(spec, other, registry) for other in found):
-                found.append(spec)
-    if not any(matches(spec, pattern) for spec in found):
-        _known(pattern, registry)
-    return found[len(pool) :]
+            if matches(spec, pattern) and not any(_same(spec, other, registry) for other in specs):
+                specs.append(spec)
+    if not any(matches(spec, pattern) for spec in specs):
+        _registered(pattern, registry)
+    return specs[len(pool) :]
 
 
 def method_specs(patterns: Sequence[str], registry: Registry[Method] = METHODS) -> list[MethodSpec]:
-    """Methods and variants that the patterns name, in their order, with their default configurations."""
-    found: list[MethodSpec] = []
+    """Return the methods and variants that the patterns name, in their order, with their default configurations."""
+    specs: list[MethodSpec] = []
     for pattern in patterns:
-        found += beyond(found, pattern, registry)
-    return found
+        specs += additional_specs(specs, pattern, registry)
+    return specs
 
 
-def _known(name: str, registry: Registry[Method]) -> MethodSpec:
-    registry.origin(name.partition(":")[0] if ":" in name else name)  # UserError when there is none
+def _registered(name: str, registry: Registry[Method]) -> MethodSpec:
+    registry.origin(name.partition(":")[0] if ":" in name else name)  # UserError if there is none
     return MethodSpec(name=name)
 
 
 def _all(name: str, registry: Registry[Method]) -> list[MethodSpec]:
-    """The method and its variants; the variant that is the default goes by the method's name alone."""
-    kind = registry.get(name)
-    named = [resolve_variant(MethodSpec(name=f"{name}:{variant}"), registry) for variant in kind.variants]
+    """Return the method and its variants."""
+    cls = registry.get(name)
+    named = [resolve_variant(MethodSpec(name=f"{name}:{variant}"), registry) for variant in cls.variants]
     return [MethodSpec(name=name), *named]
 
 
 def _same(a: MethodSpec, b: MethodSpec, registry: Registry[Method]) -> bool:
     if a.name != b.name:
         return False
-    kind = registry.get(a.name)
+    cls = registry.get(a.name)
     try:
-        return bool(kind.Config(**a.config) == kind.Config(**b.config))
-    except ValueError:  # one of them is no configuration, as will be said where it belongs
+        return bool(cls.Config(**a.config) == cls.Config(**b.config))
+    except ValueError:  # one is not a valid configuration; other code reports it in the right place
         return False
