@@ -1,4 +1,4 @@
-"""Methods with one fault each, and their sound relatives. A new process imports them, so they stand in a module."""
+"""Methods with one fault each, and sound ones beside them. A new process imports them, so they are in a module."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from petlbench.api.sites import SubLayer
 
 
 class Gain(nn.Module):
-    """u = h * (1 + s); zero gains compute what was there before."""
+    """u = h * (1 + s); zero gains leave h unchanged."""
 
     def __init__(self, sublayer: SubLayer, start: float = 0.0) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Gain(nn.Module):
 
 
 class Gains(Method):
-    """Sound: a gain after every sub-layer of the encoder."""
+    """Sound: put a gain after every sub-layer of the encoder."""
 
     identity = True
     module: ClassVar[type[nn.Module]] = Gain
@@ -43,7 +43,7 @@ class Gains(Method):
 class WritingGain(Gain):
     def __init__(self, sublayer: SubLayer) -> None:
         super().__init__(sublayer)
-        self.host = (sublayer.norm.get_parameter("weight"),)  # in a tuple it is not this module's parameter
+        self.host = (sublayer.norm.get_parameter("weight"),)  # in a tuple, so that it is not this module's parameter
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         if self.training:
@@ -98,14 +98,14 @@ class DeadParameter(Gains):
 
 
 class DeclaredDeadParameter(Gains):
-    """Sound: it says what gets no gradient, and why."""
+    """Sound: declare which parameter gets no gradient, and why."""
 
     module = UselessGain
     unused_parameters: ClassVar[dict[str, str]] = {"*.useless": "shows how to declare it"}
 
 
 class FalselyConditional(Gains):
-    """Says of what never gets a gradient that it does on some tasks."""
+    """Declare that a parameter gets a gradient on some tasks, although it never does."""
 
     module = UselessGain
     conditional: ClassVar[dict[str, str]] = {"*.useless": "only some tasks use it"}
@@ -158,7 +158,7 @@ class Tail(nn.Module):
 
 
 class DetachedTail(Method):
-    """Sound: everything that trains comes after the frozen encoder."""
+    """Sound: put everything that trains after the frozen encoder."""
 
     no_backbone_gradient = True
 
@@ -170,7 +170,7 @@ class DetachedTail(Method):
 
 
 class FalselyDetached(DetachedTail):
-    """The host's visual projection trains, so the gradient passes through the whole tower."""
+    """Train the host's visual projection, so that the gradient passes through the whole tower."""
 
     def adapt(self, backbone: Backbone) -> Backbone:
         super().adapt(backbone)
@@ -242,7 +242,7 @@ class LeavesHook(Gains):
 
 
 class LeavesAttribute(Gains):
-    """Wraps a frozen module's own `forward`."""
+    """Wrap a frozen module's own `forward`."""
 
     def adapt(self, backbone: Backbone) -> Backbone:
         first, *_ = backbone.stack("encoder")
@@ -277,4 +277,4 @@ class Refuses(Gains):
 
 
 def _nothing(*_: Any) -> None:
-    """A hook that does no harm but to stay."""
+    """Do nothing; the fault is that the hook stays."""

@@ -1,4 +1,4 @@
-"""Packages of source code written to disk for tests, of which nothing is imported."""
+"""Write packages of source code to disk for tests, which never import them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ CACHED = [
 
 
 def forget() -> None:
-    """Files are read once per process: after a change, again."""
+    """Clear all caches of source files, so that changed files are read again."""
     for cached in CACHED:
         cached.cache_clear()
     importlib.invalidate_caches()
 
 
 def write(folder: Path, files: Mapping[str, str]) -> None:
-    """`{"a/b": source}` as files, in place of all that was there."""
+    """Write `{"a/b": source}` as files, in place of all Python files in the folder."""
     for path in folder.rglob("*.py"):
         path.unlink()
     for name, source in {"__init__": "", **files}.items():

@@ -1,4 +1,4 @@
-"""Stand-ins for the runner, in a module of their own: processes import it by name."""
+"""Stand-ins for the function that runs a cell; a cell's process imports this module by name."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def ok(cell: Cell, store_root: Path, options: RunOptions, *, report: Report, **m
 
 
 def probe(cell: Cell, store_root: Path, options: RunOptions, *, report: Report, **more: Any) -> Record:
-    """What the process is like before it has done anything."""
+    """Record the state of the process before it has done anything."""
     torch = sys.modules["torch"]
     found = {
         "modules": STARTED_WITH,
@@ -50,7 +50,7 @@ def probe(cell: Cell, store_root: Path, options: RunOptions, *, report: Report, 
 
 
 def by_seed(cell: Cell, store_root: Path, options: RunOptions, *, report: Report, **more: Any) -> Record:
-    """Seed 0 does well; the others fail in a way of their own."""
+    """Succeed for seed 0; fail in a different way for each other seed."""
     if cell.seed == 1:
         raise RuntimeError("no such thing")
     if cell.seed == 2:
@@ -63,12 +63,12 @@ def by_seed(cell: Cell, store_root: Path, options: RunOptions, *, report: Report
 def killed_after_its_record(
     cell: Cell, store_root: Path, options: RunOptions, *, report: Report, **more: Any
 ) -> Record:
-    util.Finalize(None, os.kill, (os.getpid(), signal.SIGKILL), exitpriority=1)  # runs when the process winds up
+    util.Finalize(None, os.kill, (os.getpid(), signal.SIGKILL), exitpriority=1)  # runs when the process exits
     return ok(cell, store_root, options, report=report, **more)
 
 
 def endless(cell: Cell, store_root: Path, options: RunOptions, *, report: Report, **more: Any) -> Record:
-    """Works until it is ended; an odd seed does not listen to requests. Cleans up behind itself if it can."""
+    """Work until a signal ends the process; an odd seed ignores SIGTERM. Remove the temporary file if possible."""
     if cell.seed % 2:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     temporary = store_root / f"{cell.seed}.tmp"
@@ -78,7 +78,7 @@ def endless(cell: Cell, store_root: Path, options: RunOptions, *, report: Report
         time.sleep(120)
     finally:
         temporary.unlink()
-    raise AssertionError("nobody has ended this process")
+    raise AssertionError("this process was not ended")
 
 
 def talkative(cell: Cell, store_root: Path, options: RunOptions, *, report: Report, **more: Any) -> Record:
@@ -88,7 +88,7 @@ def talkative(cell: Cell, store_root: Path, options: RunOptions, *, report: Repo
 
 
 def misfortunes(cell: Cell, store_root: Path, options: RunOptions, *, report: Report, **more: Any) -> Record:
-    """By seed: raises, diverges, sleeps, allocates without end; all others do well."""
+    """By seed: raise, diverge, sleep, or allocate without end; succeed for all others."""
     if cell.seed == 1:
         raise RuntimeError("no such thing")
     if cell.seed == 2:
@@ -103,22 +103,22 @@ def misfortunes(cell: Cell, store_root: Path, options: RunOptions, *, report: Re
 
 
 def hoard() -> None:
-    """Allocate without end; but a limit that does not work must not take the machine down."""
+    """Allocate more than the limit, but not more than the machine survives if the limit does not work."""
     hoarded = [b"x" * 2**24 for _ in range(200)]
-    raise AssertionError(f"{len(hoarded)} pieces, and nobody has ended this process")
+    raise AssertionError(f"{len(hoarded)} pieces, and this process was not ended")
 
 
 def delegates(cell: Cell, store_root: Path, options: RunOptions, *, report: Report, **more: Any) -> Record:
-    """A program that it starts takes the memory."""
+    """Start a program that takes the memory."""
     code = "import time; kept = b'x' * 2**28; time.sleep(120)"
     program = subprocess.Popen([sys.executable, "-c", code])
     report({"cell": cell.id, "step": program.pid})
     program.wait()
-    raise AssertionError("nobody has ended this process")
+    raise AssertionError("this process was not ended")
 
 
 def prints(cell: Cell, store_root: Path, options: RunOptions, *, report: Report, **more: Any) -> Record:
-    """Through every door. Seed 0 does well; the others die amid it."""
+    """Print in every possible way. Succeed for seed 0; die afterwards for the others."""
     print("\x1b[1mfrom\x1b[0m Python")
     subprocess.run(["echo", "from a program"], check=True)
     print("1 %\r50 %\r100 %\n", file=sys.stderr)
@@ -134,7 +134,7 @@ def crashes(cell: Cell, store_root: Path, options: RunOptions, *, report: Report
 
 
 def once(cell: Cell, store_root: Path, options: RunOptions, *, report: Report, **more: Any) -> Record:
-    """Fails when the same cell has been run before."""
+    """Fail if the same cell has been run before."""
     (store_root / f"{cell.seed}.ran").touch(exist_ok=False)
     time.sleep(0.1)
     return ok(cell, store_root, options, report=report, **more)

@@ -1,4 +1,4 @@
-"""The new process of the check `reload`."""
+"""Run the new process of the check `reload`."""
 
 from petlbench.conformance.process import main
 

@@ -1,4 +1,4 @@
-"""The little bench on which a method is checked: a few rows, ten steps, real objects."""
+"""Set up the small bench on which a method is checked: a few rows, ten steps, real backbones and tasks."""
 
 from __future__ import annotations
 
@@ -38,37 +38,37 @@ RECIPE: dict[str, Any] = {
     "steps": 10,
     "batch_size": ROWS,
     "eval_batch_size": ROWS,
-    "weight_decay": 0.1,  # what is not meant to train must not decay either
+    "weight_decay": 0.1,  # shows whether frozen parameters decay by mistake
     "warmup": 0.0,
     "validations": 1,
     "lr_factors": (1.0,),
     "beams": 1,
 }
 LIMITS: dict[str, Any] = {"train_limit": 2 * ROWS, "eval_limit": ROWS}
-SCENES = dict.fromkeys(("train_scenes", "validation_scenes", "test_scenes"), 2 * ROWS)  # where data is generated
+SCENES = dict.fromkeys(("train_scenes", "validation_scenes", "test_scenes"), 2 * ROWS)  # for generated data sets
 
 
 def method_class(name: str) -> type[Method]:
-    """A registered method, or any by `module:Class`. Raises UserError for what is neither."""
+    """Return a registered method, or any class by `module:Class`. Raise UserError if `name` is neither."""
     if ":" not in name:
         return METHODS.get(name)
     module, _, path = name.partition(":")
     try:
-        found: Any = import_module(module)
+        cls: Any = import_module(module)
         for part in path.split("."):
-            found = getattr(found, part)
+            cls = getattr(cls, part)
     except (ImportError, AttributeError) as error:
         raise UserError(f"method '{name}' cannot be imported ({error}): give a name or module:Class") from error
-    if not (isinstance(found, type) and issubclass(found, Method)):
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
         raise UserError(f"'{name}' is not a subclass of petlbench.api.method.Method: give a name or module:Class")
-    return found
+    return cls
 
 
-def cell_of(name: str, kind: type[Method], config: dict[str, Any], task: str, backbone: str) -> Cell:
-    """What is trained in a check of `kind`: its own training options, but few and short."""
+def cell_of(name: str, cls: type[Method], config: dict[str, Any], task: str, backbone: str) -> Cell:
+    """Return the cell on which `cls` is checked: the method's own recipe, but few rows and steps."""
     dataset = TASKS.get(task).default_dataset
     fields = DATASETS.get(dataset).Config.model_fields
-    method, family = make_method(kind, config, [task]), backbone.partition(":")[0]
+    method, family = make_method(cls, config, [task]), backbone.partition(":")[0]
     return Cell(
         method=name,
         method_config=config,
@@ -90,11 +90,11 @@ class Outputs:
 
     @property
     def bits(self) -> str:
-        """Equal exactly when every number is, to the bit."""
+        """Text that is equal if and only if every number is equal to the bit."""
         return json.dumps([self.loss, self.predictions])
 
     def distance(self, other: Outputs) -> float:
-        """The largest difference, relative to values above one; infinite where anything but numbers differs."""
+        """Return the largest difference, relative for values above one; infinite if anything but numbers differs."""
         return distance([self.loss, self.predictions], [other.loss, other.predictions])
 
     @property
@@ -103,7 +103,7 @@ class Outputs:
 
 
 def distance(a: Any, b: Any) -> float:
-    """See `Outputs.distance`."""
+    """Return the largest difference between nested lists; see `Outputs.distance`."""
     if isinstance(a, list) and isinstance(b, list):
         return max(map(distance, a, b), default=0.0) if len(a) == len(b) else math.inf
     if isinstance(a, float) and isinstance(b, float):
@@ -113,7 +113,7 @@ def distance(a: Any, b: Any) -> float:
 
 
 def plain(value: Any) -> Any:
-    """Predictions as nested lists, numbers and text."""
+    """Turn predictions into nested lists, numbers and text."""
     if isinstance(value, (np.ndarray, np.generic, Tensor)):
         return value.tolist()
     if isinstance(value, (list, tuple)):
@@ -125,13 +125,13 @@ def plain(value: Any) -> Any:
 
 @cache
 def _data(cell: str) -> Data:
-    """The rows of a cell, given as JSON without its method: all methods share them."""
-    found = Cell.model_validate_json(cell)
-    return load_data(found, load_source(found, None), TASKS.get(found.task)())
+    """Load the rows of a cell, given as JSON without its method, so that all methods share the cache."""
+    parsed = Cell.model_validate_json(cell)
+    return load_data(parsed, load_source(parsed, None), TASKS.get(parsed.task)())
 
 
 class Bench:
-    """A cell with its task and rows; everything else is built afresh whenever it is asked for."""
+    """A cell with its task and rows; its methods build everything else afresh at each call."""
 
     def __init__(self, cell: Cell, device: str) -> None:
         disable_progress_bars()
@@ -142,7 +142,7 @@ class Bench:
 
     @cached_property
     def rows(self) -> list[Row]:
-        """Those on which outputs are compared."""
+        """The rows on which outputs are compared."""
         return [self.data.validation[i] for i in range(len(self.data.validation))]
 
     def backbone(self) -> Backbone:
@@ -152,7 +152,7 @@ class Bench:
         return build_setup(self.cell, backbone, self.task, RunContext.on(self.device), method=method)
 
     def batch(self, backbone: Backbone, rows: list[Row], *, training: bool, dtype: torch.dtype | None = None) -> Batch:
-        """The same at every call, whatever was drawn before."""
+        """Return a batch of `rows`, the same at every call, whatever random numbers were drawn before."""
         batch = self.task.collate(rows, backbone, np.random.default_rng(0) if training else None).to(self.device)
         if dtype is None:
             return batch
@@ -166,8 +166,8 @@ class Bench:
     ) -> list[Any]:
         backbone.eval(), head.eval()
         batch = self.batch(backbone, rows, training=False, dtype=dtype)
-        found: list[Any] = plain(self.task.predict(backbone, head, batch, beams=1))
-        return found
+        predictions: list[Any] = plain(self.task.predict(backbone, head, batch, beams=1))
+        return predictions
 
     @torch.no_grad()
     def outputs(self, backbone: Backbone, head: nn.Module, dtype: torch.dtype | None = None) -> Outputs:
@@ -178,29 +178,28 @@ class Bench:
 
 @dataclass(frozen=True)
 class Idle:
-    """What a task leaves out of a backbone when everything trains, by the names of the untouched backbone."""
+    """The parts of a backbone that a task does not use when everything trains, by names of the untouched backbone."""
 
-    layers: frozenset[str]  # do not run
-    parameters: frozenset[str]  # get no gradient
-    projections: frozenset[
-        ProjectionKey
-    ]  # of which no row in question gets a gradient: a multiway layer's text queries, say
-    supplied: frozenset[str]  # lent parameters without a gradient, as the extended backbone calls them
+    layers: frozenset[str]  # layers that do not run
+    parameters: frozenset[str]  # parameters without a gradient
+    # Projections none of whose rows gets a gradient, such as a multiway layer's text queries.
+    projections: frozenset[ProjectionKey]
+    supplied: frozenset[str]  # supplied parameters without a gradient, by their names in the extended backbone
 
 
 class Reference:
-    """The untouched backbone on one task, with what is lent to it: what it computes, and what the task leaves out."""
+    """The untouched backbone with the parts supplied for one task: its outputs, and the parts left idle."""
 
     def __init__(self, bench: Bench, backbone: Backbone, fresh: ModuleSnapshot) -> None:
-        """`fresh`: taken when the backbone was built."""
+        """`fresh`: the snapshot taken when the backbone was built."""
         self.backbone = backbone
         torch.manual_seed(0)
         self.extended, self.head = attach_head(backbone, bench.task, bench.device)
         self.outputs = bench.outputs(self.extended, self.head)
-        self._idle = self._left_out(bench)
-        self.habits = set(fresh.changes())  # what the host itself leaves behind when it runs, such as a cached table
+        self._idle = self._find_idle(bench)
+        self.habits = set(fresh.changes())  # changes that the host itself makes when it runs, such as a cached table
 
-    def _left_out(self, bench: Bench) -> Idle:
+    def _find_idle(self, bench: Bench) -> Idle:
         handle, used = Snapshot(self.extended), set[str]()
         layers = {name: m for name, m in self.backbone.named_modules() if isinstance(m, Layer)}
         hooks = [m.register_forward_pre_hook(lambda *_, name=name: used.add(name)) for name, m in layers.items()]
@@ -220,14 +219,14 @@ class Reference:
             handle.restore()
 
     def idle(self, modules: dict[str, nn.Module], parameters: dict[str, nn.Parameter], adapted: Backbone) -> set[int]:
-        """Ids of all parameters, inserted and lent ones too, that this task cannot reach in a backbone like this one.
+        """Return the ids of all parameters, inserted and supplied ones too, that this task cannot reach.
 
-        `modules` and `parameters`: by the names that they had before the backbone was adapted.
+        `modules` and `parameters`: of the adapted backbone, by their names before it was adapted.
         """
         layers = {name: m for name, m in modules.items() if isinstance(m, Layer)}
         inside: list[nn.Module] = [layers[name] for name in self._idle.layers]
-        inside += [path for place, single in _projections(layers) if place in self._idle.projections
-                   for path in _paths(single)]  # fmt: skip
+        for place, projection in _projections(layers):
+            inside += _paths(projection) if place in self._idle.projections else ()
         single = [parameters[name] for name in self._idle.parameters]
         supplied = [adapted.get_parameter(name) for name in self._idle.supplied]
         return {id(p) for p in [*chain.from_iterable(m.parameters() for m in inside), *single, *supplied]}
@@ -238,12 +237,12 @@ def _without_gradient(module: nn.Module) -> frozenset[str]:
 
 
 def _projections(layers: Mapping[str, Layer]) -> Iterator[tuple[ProjectionKey, Projection]]:
-    """Every projection of these layers, one of a pair at a time, with its place."""
+    """Yield every projection of these layers with its key; the two of a pair come one after the other."""
     for name, layer in layers.items():
-        for sublayer, one in layer.items():
-            for role, projection in one.projections.items():
+        for part, sublayer in layer.items():
+            for role, projection in sublayer.projections.items():
                 for index, single in enumerate(projection.singles()):
-                    yield (name, sublayer, role, index), single
+                    yield (name, part, role, index), single
 
 
 def _reached(projection: Projection) -> bool:
@@ -254,7 +253,7 @@ def _reached(projection: Projection) -> bool:
 
 
 def _paths(projection: Projection) -> Iterator[nn.Module]:
-    """What was put beside the projection."""
+    """Yield the modules that were inserted in parallel to the projection."""
     module = getattr(projection.owner, projection.name)
     while isinstance(module, Parallel):
         if module.rows == projection.rows:

@@ -1,6 +1,6 @@
-"""What every method must pass, also a third party's: `petlbench check`.
+"""Check a method, also a third party's, as `petlbench check` does.
 
-`check` trains the method for ten steps on every task, twice, and holds it to what it claims of itself.
+`check` trains the method for ten steps on every task, twice, and tests the claims that the method makes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from petlbench.api.registries import BACKBONES, METHODS, TASKS
 from petlbench.conformance.bench import Bench, Reference, cell_of, method_class
 from petlbench.conformance.checks import judge, judge_together
 from petlbench.conformance.module_snapshot import ModuleSnapshot
-from petlbench.conformance.observation import Seen, observe
+from petlbench.conformance.observation import Observations, observe
 from petlbench.conformance.process import reload_adapters
 from petlbench.conformance.report import Report
 from petlbench.core.cell import Cell, MethodSpec
@@ -36,10 +36,10 @@ def check(
     config: dict[str, Any] | None = None,
     device: str = "cpu",
 ) -> Report:
-    """Every check on every task (None: all that the backbone can serve). Takes a few seconds a task.
+    """Make every check on every task (None: all that the backbone can serve). Takes a few seconds a task.
 
-    `method`: a name, `name:variant`, `module:Class` or a class. Raises UserError for names and options that do not
-    exist, for tasks that the backbone cannot serve, and for a method that does not fit the backbone.
+    `method`: a name, `name:variant`, `module:Class` or a class. Raise UserError if a name or option does not exist, if
+    the backbone cannot serve a task, or if the method does not fit the backbone.
     """
     return check_all([method], backbone=backbone, tasks=tasks, config=config, device=device)[0]
 
@@ -52,24 +52,24 @@ def check_all(
     config: dict[str, Any] | None = None,
     device: str = "cpu",
 ) -> list[Report]:
-    """As `check`, for several methods, all with the same options; their adapters share one new process."""
+    """Check several methods, all with the same options; see `check`. Their adapters share one new process."""
     served = _served(backbone, tasks)
     subjects = [_subject(method, config or {}) for method in methods]
-    for one in subjects:
-        validated(one.kind.Config, one.config, f"method '{one.label}': config")
-    for one in subjects:
-        cells = [cell_of(one.name, one.kind, one.config, task, backbone) for task in served]
-        if reasons := incompatible_cells(cells, one.kind):
+    for subject in subjects:
+        validated(subject.cls.Config, subject.config, f"method '{subject.label}': config")
+    for subject in subjects:
+        cells = [cell_of(subject.name, subject.cls, subject.config, task, backbone) for task in served]
+        if reasons := incompatible_cells(cells, subject.cls):
             raise UserError(next(iter(reasons.values())))
-    reports = [Report(one.label, backbone) for one in subjects]
-    seen: list[tuple[Report, str, Path, Seen]] = []
+    reports = [Report(subject.label, backbone) for subject in subjects]
+    seen: list[tuple[Report, str, Path, Observations]] = []
     adapters: dict[Path, Cell] = {}
     with TemporaryDirectory() as folder:
-        untouched: dict[str, tuple[Backbone, ModuleSnapshot]] = {}  # by the options that a method needs of it
+        untouched: dict[str, tuple[Backbone, ModuleSnapshot]] = {}  # by the backbone options that a method needs
         for task in served:
             references: dict[str, Reference] = {}
-            for report, one in zip(reports, subjects, strict=True):
-                cell = cell_of(one.name, one.kind, one.config, task, backbone)
+            for report, subject in zip(reports, subjects, strict=True):
+                cell = cell_of(subject.name, subject.cls, subject.config, task, backbone)
                 bench, options = Bench(cell, device), repr(cell.backbone_config)
                 if options not in untouched:
                     built = bench.backbone()
@@ -77,11 +77,11 @@ def check_all(
                 if options not in references:
                     references[options] = Reference(bench, *untouched[options])
                 file = Path(folder) / f"{len(seen)}.safetensors"
-                seen.append((report, task, file, observe(bench, one.kind, references[options], file)))
-                if file.exists() and _importable(one.kind):
+                seen.append((report, task, file, observe(bench, subject.cls, references[options], file)))
+                if file.exists() and _importable(subject.cls):
                     adapters[file] = cell
-        for file, found in reload_adapters(adapters, device).items():
-            next(s for _, _, path, s in seen if path == file).reloaded = found
+        for file, reloaded in reload_adapters(adapters, device).items():
+            next(s for _, _, path, s in seen if path == file).reloaded = reloaded
     for report in reports:
         own = {task: observed for owner, task, _, observed in seen if owner is report}
         together = judge_together(own, everything=set(served) == set(_served(backbone, None)))
@@ -92,8 +92,8 @@ def check_all(
 
 class _Subject(NamedTuple):
     label: str
-    name: str  # by which a new process finds the class
-    kind: type[Method]
+    name: str  # a new process finds the class by it
+    cls: type[Method]
     config: dict[str, Any]
 
 
@@ -107,14 +107,14 @@ def _subject(method: Subject, config: dict[str, Any]) -> _Subject:
     return _Subject(method, method, method_class(method), config)
 
 
-def _importable(kind: type[Method]) -> bool:
-    return kind.__module__ != "__main__" and "<locals>" not in kind.__qualname__
+def _importable(cls: type[Method]) -> bool:
+    return cls.__module__ != "__main__" and "<locals>" not in cls.__qualname__
 
 
 def _served(backbone: str, tasks: Sequence[str] | None) -> list[str]:
-    kind = BACKBONES.get(backbone)
-    options = kind.configured(backbone, {})
-    refusals = {name: TASKS.get(name)().refuses(kind, options) for name in tasks or TASKS.names()}
+    cls = BACKBONES.get(backbone)
+    options = cls.configured(backbone, {})
+    refusals = {name: TASKS.get(name)().refuses(cls, options) for name in tasks or TASKS.names()}
     for name, reason in refusals.items():
         if tasks and reason:
             raise UserError(f"backbone '{backbone}' cannot serve task '{name}': {reason}; choose another of the two")

@@ -1,4 +1,4 @@
-"""What every method is held to. A check gives what is wrong and what to do, or nothing; Skip says why it cannot."""
+"""Judge a method by its observations. A check returns the fault and its remedy, or an empty text; or raises Skip."""
 
 from __future__ import annotations
 
@@ -9,52 +9,52 @@ from typing import TypeVar
 
 from petlbench.conformance.bench import distance
 from petlbench.conformance.module_snapshot import differing, first_few
-from petlbench.conformance.observation import Seen
+from petlbench.conformance.observation import Observations
 from petlbench.conformance.report import CheckResult
 
 T = TypeVar("T")
-Check = Callable[[Seen], str]
+Check = Callable[[Observations], str]
 IDENTITY = 1e-6
-REGROUPING = 1e-3  # batches of another size are computed in another order
+REGROUPING = 1e-3  # batches of another size add numbers in another order
 
 
 class Skip(Exception):
-    """Why a check does not apply, or could not be made."""
+    """The reason why a check does not apply, or could not be made."""
 
 
-def runs(seen: Seen) -> str:
-    """It adapts, trains, predicts and is taken out without an exception."""
-    return f"{seen.error}: mend this first" if seen.error else ""
+def runs(seen: Observations) -> str:
+    """Check that the method adapts, trains, predicts and is removed without an exception."""
+    return f"{seen.error}: fix this first" if seen.error else ""
 
 
-def finite(seen: Seen) -> str:
-    """Losses and predictions are numbers, before, during and after training."""
+def finite(seen: Observations) -> str:
+    """Check that losses and predictions are finite, before, during and after training."""
     start = _needed(seen.start)
     if not start.finite:
-        return f"the loss before training is {start.loss}, or a prediction is no number: look at the initial values"
+        return f"the loss before training is {start.loss}, or a prediction is not finite: look at the initial values"
     if seen.diverged:
         return f"{seen.diverged}: look at the initial values and at the recipe's rate"
-    return "" if _needed(seen.trained).finite else "predictions after ten steps are no numbers: lower the rate"
+    return "" if _needed(seen.trained).finite else "predictions after ten steps are not finite: lower the rate"
 
 
-def identity(seen: Seen) -> str:
-    """Before training, the untouched backbone's outputs, where that is claimed."""
+def identity(seen: Observations) -> str:
+    """If the method claims `identity`, check that before training its outputs are those of the untouched backbone."""
     if not seen.claims.identity:
         raise Skip("not claimed")
     _repeating(seen)
     start, untouched = _needed(seen.start), _needed(seen.untouched)
     if not start.finite:
-        raise Skip("no numbers to compare: see `finite`")
+        raise Skip("outputs are not finite: see `finite`")
     if (gap := start.distance(untouched)) <= IDENTITY:
         return ""
     return (
         f"before training, the loss is {start.loss:.7g} and not the untouched backbone's {untouched.loss:.7g} (largest "
-        f"difference {gap:.2g}): start what is inserted at zero, or do not claim `identity`"
+        f"difference {gap:.2g}): start inserted modules at zero, or do not claim `identity`"
     )
 
 
-def frozen(seen: Seen) -> str:
-    """What does not train keeps every bit through ten steps."""
+def frozen(seen: Observations) -> str:
+    """Check that frozen tensors keep every bit through ten steps."""
     changed = _needed(seen.frozen_changed)
     if not changed:
         return ""
@@ -64,37 +64,37 @@ def frozen(seen: Seen) -> str:
     )
 
 
-def gradients(seen: Seen) -> str:
-    """What trains gets a gradient, or is declared dead; what the task itself leaves out does not count."""
+def gradients(seen: Observations) -> str:
+    """Check that trainable parameters get a gradient, are declared unused, or cannot be reached on this task."""
     alive = _needed(seen.alive)
     if seen.trained is None:
         raise Skip("training did not end")
-    wrong = []
+    faults = []
     for pattern, _ in seen.claims.unused_parameters.items():
         matches = [name for name in seen.trainable if fnmatchcase(name, pattern)]
         if not matches:
-            wrong.append(f"`unused_parameters` names {pattern}, which no trainable tensor matches: remove it")
+            faults.append(f"`unused_parameters` names {pattern}, which no trainable tensor matches: remove it")
         elif living := [name for name in matches if name in alive]:
-            wrong.append(
+            faults.append(
                 f"`unused_parameters` names {pattern}, but {first_few(living)} gets a gradient: remove or narrow it"
             )
-    silent = [name for name in seen.trainable if name not in alive and name not in seen.idle]
+    no_gradient = [name for name in seen.trainable if name not in alive and name not in seen.idle]
     declared = [*seen.claims.unused_parameters, *seen.claims.conditional]
-    if dead := [name for name in silent if not any(fnmatchcase(name, pattern) for pattern in declared)]:
-        wrong.append(
-            f"no gradient ever reaches {first_few(dead)}: use it, freeze it, or declare it in `unused_parameters`"
+    if unused := [name for name in no_gradient if not any(fnmatchcase(name, pattern) for pattern in declared)]:
+        faults.append(
+            f"no gradient ever reaches {first_few(unused)}: use it, freeze it, or declare it in `unused_parameters`"
         )
-    return "; ".join(wrong)
+    return "; ".join(faults)
 
 
-def conditional(tasks: Mapping[str, Seen], everything: bool) -> str:
-    """Of what gets a gradient on some tasks only, each gets one on at least one of `tasks`, if these are all."""
+def conditional(tasks: Mapping[str, Observations], everything: bool) -> str:
+    """Check that each parameter declared `conditional` gets a gradient on at least one task, if `tasks` are all."""
     claims = next(iter(tasks.values())).claims
     if not claims.conditional:
         raise Skip("not claimed")
     if not everything:
         raise Skip("needs all tasks that the backbone serves")
-    # Idle where one task runs no such layer: a decoder's module for a task without words has no task at all.
+    # A parameter that some task cannot reach is exempt: a decoder's module for a task without text is never used.
     alive = {_plain(name) for seen in tasks.values() for name in _needed(seen.alive) | seen.idle}
     for pattern in claims.conditional:
         named = [name for seen in tasks.values() for name in seen.trainable if fnmatchcase(name, pattern)]
@@ -105,12 +105,12 @@ def conditional(tasks: Mapping[str, Seen], everything: bool) -> str:
 
 
 def _plain(name: str) -> str:
-    """As it is called where nothing is lent to the backbone."""
+    """Return the name that the parameter has if the suite adds no parts to the backbone."""
     return name.replace("backbone.inner.", "backbone.", 1)
 
 
-def detached(seen: Seen) -> str:
-    """No gradient in the frozen backbone and nothing of it saved for backward, where that is claimed."""
+def detached(seen: Observations) -> str:
+    """If claimed, check that no gradient enters the frozen backbone and that it saves nothing for backward."""
     if not seen.claims.no_backbone_gradient:
         raise Skip("not claimed")
     if not (reached := _needed(seen.reached)):
@@ -121,8 +121,8 @@ def detached(seen: Seen) -> str:
     )
 
 
-def evaluation(seen: Seen) -> str:
-    """In evaluation mode, predictions repeat, change nothing, and do not depend on the rest of the batch."""
+def evaluation(seen: Observations) -> str:
+    """Check that in evaluation mode predictions repeat, change nothing, and do not depend on the rest of the batch."""
     trained, repeated = _needed(seen.trained), _needed(seen.repeated)
     if seen.moved_modes:
         return f"`adapt` switches {first_few(seen.moved_modes)} between training and evaluation: leave modes alone"
@@ -133,7 +133,7 @@ def evaluation(seen: Seen) -> str:
     if trained.bits != repeated.bits:
         return (
             f"two evaluations differ (losses {trained.loss:.7g} and {repeated.loss:.7g}): draw nothing and keep no "
-            "state when `self.training` is False; modules must be registered to hear of it"
+            "state when `self.training` is False; only registered modules get the mode"
         )
     alone = _numeric(trained.predictions) and not seen.claims.mixes_rows
     if alone and distance(trained.predictions, seen.regrouped) > REGROUPING:
@@ -141,19 +141,19 @@ def evaluation(seen: Seen) -> str:
     return ""
 
 
-def saved(seen: Seen) -> str:
-    """The adapter file holds all that trains and nothing that is frozen."""
+def saved(seen: Observations) -> str:
+    """Check that the adapter file holds all trainable tensors and no frozen ones."""
     _needed(seen.trained)
     if seen.sharing:
         return f"{first_few(seen.sharing)} shares its memory with a frozen tensor: clone it"
     if seen.unsaved:
         names = first_few(seen.unsaved)
-        return f"{names} is in the file or among what trains, but not in both and the same: keep it fixed"
+        return f"{names} differs between the adapter file and the trainable parameters: keep names and shapes fixed"
     return ""
 
 
-def reload(seen: Seen) -> str:
-    """A new process that reads the adapter file predicts the same, to the bit."""
+def reload(seen: Observations) -> str:
+    """Check that a new process that reads the adapter file predicts the same, to the bit."""
     trained = _needed(seen.trained)
     _repeating(seen)
     if seen.reloaded is None:
@@ -165,12 +165,12 @@ def reload(seen: Seen) -> str:
     lost = differing(seen.values, seen.reloaded["values"])
     if seen.frozen_changed:
         raise Skip("frozen tensors changed: see `frozen`")
-    blame = f"what differs is {first_few(lost)}: make it a trained Parameter" if lost else "no tensor or number differs"
-    return f"a new process that loads the adapter predicts otherwise; {blame}, or make it follow from the seed"
+    blame = f"{first_few(lost)} differs: make it a trained Parameter" if lost else "no tensor or number differs"
+    return f"a new process that loads the adapter predicts something else; {blame}, or derive it from the seed"
 
 
-def seed(seen: Seen) -> str:
-    """Two trainings from the same seed give the same losses and predictions, to the bit."""
+def seed(seen: Observations) -> str:
+    """Check that two trainings from the same seed give the same losses and predictions, to the bit."""
     trained, again = _needed(seen.trained), _needed(seen.again)
     for (step, first), (_, second) in zip(seen.losses, seen.again_losses, strict=True):
         if first != second:
@@ -181,26 +181,28 @@ def seed(seen: Seen) -> str:
     return "" if trained.bits == again.bits else "with the same seed, predictions differ: keep no state between runs"
 
 
-def merge(seen: Seen) -> str:
-    """`merge` changes nothing but the place of the weights, where that is claimed."""
+def merge(seen: Observations) -> str:
+    """If the method claims `mergeable`, check that `merge` keeps the outputs."""
     if not seen.claims.mergeable:
         raise Skip("not claimed")
     unmerged = _needed(seen.unmerged)
     _repeating(seen)
     if seen.merge_error:
-        return f"`merge` fails: {seen.merge_error}; mend it, or do not claim `mergeable`"
+        return f"`merge` fails: {seen.merge_error}; fix it, or do not claim `mergeable`"
     gap = unmerged.distance(_needed(seen.merged))
     if gap <= seen.tolerance:
         return ""
-    return f"merged outputs differ by {gap:.2g}, more than {seen.tolerance:g}: what `merge` folds is not what runs"
+    return f"merged outputs differ by {gap:.2g}, more than {seen.tolerance:g}: `merge` must fold exactly what runs"
 
 
-def restore(seen: Seen) -> str:
-    """Taken out again, it leaves the backbone as it was, to the bit, and nothing behind."""
+def restore(seen: Observations) -> str:
+    """Check that removing the method restores the backbone to the bit, and leaves nothing behind."""
     left, restored, original = _needed(seen.left), _needed(seen.restored), _needed(seen.original)
     if left:
         return f"restoring the backbone leaves {first_few(left)} changed: insert modules, and change nothing else"
-    return "" if restored.bits == original.bits else "the restored backbone predicts otherwise: keep nothing outside it"
+    return (
+        "" if restored.bits == original.bits else "the restored backbone predicts otherwise: keep no state outside it"
+    )
 
 
 CHECKS: tuple[Check, ...] = (
@@ -219,17 +221,17 @@ CHECKS: tuple[Check, ...] = (
 )
 
 
-def judge(seen: Seen) -> list[CheckResult]:
-    """One finding a check, always in the same order."""
-    return [_finding(check.__name__, partial(check, seen)) for check in CHECKS]
+def judge(seen: Observations) -> list[CheckResult]:
+    """Make every check; return the results, always in the same order."""
+    return [_result(check.__name__, partial(check, seen)) for check in CHECKS]
 
 
-def judge_together(tasks: Mapping[str, Seen], *, everything: bool) -> CheckResult:
-    """What only all tasks together can show. `everything`: these are all that the backbone serves."""
-    return _finding("conditional", lambda: conditional(tasks, everything))
+def judge_together(tasks: Mapping[str, Observations], *, everything: bool) -> CheckResult:
+    """Make the check that needs several tasks. `everything`: `tasks` are all that the backbone serves."""
+    return _result("conditional", lambda: conditional(tasks, everything))
 
 
-def _finding(name: str, look: Callable[[], str]) -> CheckResult:
+def _result(name: str, look: Callable[[], str]) -> CheckResult:
     try:
         message = look()
     except Skip as reason:
@@ -243,8 +245,8 @@ def _needed(value: T | None) -> T:
     return value
 
 
-def _repeating(seen: Seen) -> None:
-    """What does not repeat within one process cannot be compared with anything else."""
+def _repeating(seen: Observations) -> None:
+    """Raise Skip if evaluation does not repeat within one process: then no other comparison makes sense."""
     if seen.trained is not None and evaluation(seen):
         raise Skip("evaluation does not repeat: see `evaluation`")
 

@@ -1,4 +1,4 @@
-"""What a module tree holds, and what is left behind in one: tensors, plain values, hooks, attributes."""
+"""List and compare what a module tree holds: tensors, plain values, hooks and attributes."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ SHOWN = 3  # names in a message
 
 
 def first_few(names: Iterable[str]) -> str:
-    """The first few of the names, and how many there are beyond them."""
+    """Return the first few names, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
 
 
 def tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Every tensor of the tree by name: parameters, buffers, and those that merely are attributes."""
-    found: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    """Return every tensor of the tree by name: parameters, buffers, and plain attributes."""
+    by_name: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     for name, value in _attributes(module):
         if isinstance(value, Tensor):
-            found.setdefault(name, value)
-    return found
+            by_name.setdefault(name, value)
+    return by_name
 
 
 def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """A hash of each tensor's bits."""
+    """Return a hash of each tensor's bits."""
     return {name: _digest(tensor) for name, tensor in tensors.items()}
 
 
 def values(module: nn.Module, owner: object = None) -> dict[str, str]:
-    """Digests of all tensors, and the numbers among the attributes, of the tree and of `owner` (a method)."""
+    """Return digests of all tensors, and all numbers among the attributes, of the tree and of `owner` (a method)."""
     own = {f"method.{name}": value for name, value in vars(owner).items()} if owner is not None else {}
     plain = {name: value for name, value in [*_attributes(module), *own.items()] if isinstance(value, (int, float))}
     loose = {name: value for name, value in own.items() if isinstance(value, Tensor)}
@@ -43,7 +43,7 @@ def values(module: nn.Module, owner: object = None) -> dict[str, str]:
 
 
 def differing(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
-    """Names with another value, or in only one of the two."""
+    """Return the names whose values differ, or that only one mapping has."""
     return [name for name in {**before, **after} if before.get(name) != after.get(name)]
 
 
@@ -53,7 +53,7 @@ def _digest(tensor: Tensor) -> str:
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(name, value) of everything that a module has beside its tree; what plain containers hold one by one."""
+    """Yield (name, value) of all attributes beside the tree, and of each item in plain containers."""
     for prefix, child in module.named_modules():
         for name, value in vars(child).items():
             if name in TREE or name == "training" or name.endswith("_hooks"):
@@ -67,36 +67,36 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 class ModuleSnapshot:
-    """The furniture of a module tree, apart from values: its modules, their classes, attributes and hooks."""
+    """The structure of a module tree, without values: its modules, their classes, attributes and hooks."""
 
     def __init__(self, module: nn.Module) -> None:
         self._root = module
-        self._seen = self._look()
+        self._seen = self._list()
 
     def changes(self) -> list[str]:
-        """What differs now, as `module: attribute` in words."""
-        now = self._look()
+        """Return the names of what has changed since, such as `attribute forward of encoder`."""
+        now = self._list()
         return [name for name in {**self._seen, **now} if not _same(self._seen.get(name), now.get(name))]
 
-    def _look(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+    def _list(self) -> dict[str, Any]:
+        contents: dict[str, Any] = {}
         for prefix, module in self._root.named_modules():
             name = prefix or "the backbone"
-            found[f"class of {name}"] = type(module)
+            contents[f"class of {name}"] = type(module)
             for key, value in vars(module).items():
                 what = f"{key.strip('_').replace('_', ' ')} of" if key.endswith("_hooks") else f"attribute {key} of"
-                found[f"{what} {name}"] = _copied(value)
+                contents[f"{what} {name}"] = _copied(value)
         for name, parameter in self._root.named_parameters():
             for key in ("_backward_hooks", "_post_accumulate_grad_hooks"):
-                found[f"{key.strip('_').replace('_', ' ')} of {name}"] = _copied(getattr(parameter, key, None) or {})
+                contents[f"{key.strip('_').replace('_', ' ')} of {name}"] = _copied(getattr(parameter, key, None) or {})
         for key, value in vars(torch.nn.modules.module).items():
             if key.startswith("_global_") and key.endswith("_hooks"):
-                found[f"torch's {key.strip('_').replace('_', ' ')}"] = _copied(value)
-        return found
+                contents[f"torch's {key.strip('_').replace('_', ' ')}"] = _copied(value)
+        return contents
 
 
 def _copied(value: Any) -> Any:
-    """A container may change in place, so its present content is kept."""
+    """Copy a container, because it may change in place."""
     if isinstance(value, dict):
         return dict(value)
     return list(value) if isinstance(value, (list, set)) else value

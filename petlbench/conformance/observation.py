@@ -1,4 +1,4 @@
-"""What is seen of a method on one task: two short trainings, and what is left after each."""
+"""Observe a method on one task: in two short trainings, and after each."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from petlbench.training.state import TrainingResult
 
 
 @dataclass
-class Seen:
-    """Observations; what could not be observed is None. Names are those in the backbone or in the adapter file."""
+class Observations:
+    """Observations; those that could not be made are None. Names are those in the backbone or the adapter file."""
 
-    claims: Method  # as it is configured, and once applied as it says then
-    error: str = ""  # what ended the observation
+    claims: Method  # as configured at first; once applied, the applied method
+    error: str = ""  # the exception that ended the observation
     diverged: str = ""
     # before training
     start: Outputs | None = None
-    untouched: Outputs | None = None  # the same head and lent parts on the untouched backbone
+    untouched: Outputs | None = None  # the same head and supplied parts on the untouched backbone
     moved_modes: list[str] = field(default_factory=list)  # modules whose mode `adapt` changed
     # after training
     frozen_changed: list[str] | None = None
@@ -48,7 +48,7 @@ class Seen:
     awake: list[str] = field(default_factory=list)  # modules in training mode after evaluation
     values: dict[str, str] = field(default_factory=dict)
     sharing: list[str] = field(default_factory=list)  # trainable names that share memory with frozen tensors
-    unsaved: list[str] = field(default_factory=list)  # names that the adapter file has too few or too many
+    unsaved: list[str] = field(default_factory=list)  # names that the adapter file lacks or has in excess
     losses: Any = None
     # after `restore`
     left: list[str] | None = None
@@ -67,29 +67,29 @@ class Seen:
     reloaded: dict[str, Any] | None = None
 
 
-def observe(bench: Bench, kind: type[Method], reference: Reference, file: Path) -> Seen:
-    """Everything but the new process, for which the adapter is saved at `file`."""
-    seen = Seen(build_method(bench.cell, kind), original=reference.outputs)
+def observe(bench: Bench, cls: type[Method], reference: Reference, file: Path) -> Observations:
+    """Make all observations but those of the new process, for which the adapter is saved at `file`."""
+    seen = Observations(build_method(bench.cell, cls), original=reference.outputs)
     try:
-        _first(seen, bench, reference, file, build_method(bench.cell, kind))
+        _first(seen, bench, reference, file, build_method(bench.cell, cls))
         if seen.trained is not None:
-            _second(seen, bench, build_method(bench.cell, kind))
+            _second(seen, bench, build_method(bench.cell, cls))
     except Diverged as error:
         seen.diverged = str(error)
-    except Exception as error:  # somebody else's code may raise anything
+    except Exception as error:  # a method's code may raise anything
         seen.error = one_line(error)
     return seen
 
 
 def train_steps(bench: Bench, setup: TrainingSetup) -> TrainingResult:
-    """Ten steps that start from the same random state whatever was looked at before."""
+    """Train for ten steps from the same random state, whatever was observed before."""
     torch.manual_seed(bench.cell.seed + 1)
     return fit(setup, bench.data.train, bench.data.validation, bench.cell.recipe.lr)
 
 
-def _first(seen: Seen, bench: Bench, reference: Reference, file: Path, method: Method) -> None:
+def _first(seen: Observations, bench: Bench, reference: Reference, file: Path, method: Method) -> None:
     backbone = bench.backbone()
-    inventory, modules = ModuleSnapshot(backbone), dict(backbone.named_modules())
+    snapshot, modules = ModuleSnapshot(backbone), dict(backbone.named_modules())
     parameters, own = dict(backbone.named_parameters()), tensors(backbone)
     modes = {name: module.training for name, module in modules.items()}
     setup, handle = bench.setup(backbone, method)
@@ -108,10 +108,10 @@ def _first(seen: Seen, bench: Bench, reference: Reference, file: Path, method: M
         fitted = train_steps(bench, setup)
     seen.losses = fitted.losses
     seen.frozen_changed = differing(before, digests(frozen))
-    _look_at_evaluation(seen, bench, setup)
+    _observe_evaluation(seen, bench, setup)
     seen.values = values(setup.modules(), method)
     _save(seen, setup, fitted, frozen, file)
-    _remove(seen, bench, reference, backbone, handle, inventory)
+    _remove(seen, bench, reference, backbone, handle, snapshot)
 
 
 def _reached(bench: Bench, setup: TrainingSetup, modules: dict[str, nn.Module]) -> list[str]:
@@ -123,17 +123,17 @@ def _reached(bench: Bench, setup: TrainingSetup, modules: dict[str, nn.Module]) 
 
 
 def _frozen(setup: TrainingSetup, own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All that must keep its values: the backbone's own tensors and the method's frozen parameters.
+    """Return all tensors that must keep their values: the backbone's frozen ones and the method's frozen parameters.
 
-    Buffers that the method brings are its own affair, as long as a new process gives the same predictions.
+    The method's buffers may change, as long as a new process gives the same predictions.
     """
-    known = {id(t) for t in own.values()}
+    own_ids = {id(t) for t in own.values()}
     parameters = setup.modules().named_parameters()
-    inserted = {name: p for name, p in parameters if not p.requires_grad and id(p) not in known}
+    inserted = {name: p for name, p in parameters if not p.requires_grad and id(p) not in own_ids}
     return {name: t for name, t in own.items() if not t.requires_grad} | inserted
 
 
-def _look_at_evaluation(seen: Seen, bench: Bench, setup: TrainingSetup) -> None:
+def _observe_evaluation(seen: Observations, bench: Bench, setup: TrainingSetup) -> None:
     modules, backbone, head = setup.modules(), setup.backbone, setup.head
     before = digests(tensors(modules))
     seen.trained = bench.outputs(backbone, head)
@@ -145,8 +145,10 @@ def _look_at_evaluation(seen: Seen, bench: Bench, setup: TrainingSetup) -> None:
     seen.regrouped = [p for rows in halves if rows for p in bench.predictions(backbone, head, rows)]
 
 
-def _save(seen: Seen, setup: TrainingSetup, fitted: TrainingResult, frozen: dict[str, Tensor], file: Path) -> None:
-    """The adapter file as a run writes it, and how it compares with what trains."""
+def _save(
+    seen: Observations, setup: TrainingSetup, fitted: TrainingResult, frozen: dict[str, Tensor], file: Path
+) -> None:
+    """Write the adapter file as a run does, and compare it with the trainable parameters."""
     trained = setup.trainable()
     occupied = storages(frozen.values()).keys()
     seen.sharing = [name for name, p in trained.items() if storages([p]).keys() & occupied]
@@ -156,16 +158,21 @@ def _save(seen: Seen, setup: TrainingSetup, fitted: TrainingResult, frozen: dict
 
 
 def _remove(
-    seen: Seen, bench: Bench, reference: Reference, backbone: Backbone, handle: Snapshot, inventory: ModuleSnapshot
+    seen: Observations,
+    bench: Bench,
+    reference: Reference,
+    backbone: Backbone,
+    handle: Snapshot,
+    snapshot: ModuleSnapshot,
 ) -> None:
     handle.restore()
     own, untouched = digests(tensors(backbone)), digests(tensors(reference.backbone))
     values = [f"values of {name}" for name in differing(untouched, own)]
-    seen.left = [name for name in inventory.changes() if name not in reference.habits] + values
+    seen.left = [name for name in snapshot.changes() if name not in reference.habits] + values
     seen.restored = bench.outputs(with_parts_of(backbone, reference.extended), reference.head)
 
 
-def _second(seen: Seen, bench: Bench, method: Method) -> None:
+def _second(seen: Observations, bench: Bench, method: Method) -> None:
     backbone = bench.backbone()
     modules = dict(backbone.named_modules())
     setup, _ = bench.setup(backbone, method)
@@ -185,5 +192,5 @@ def _second(seen: Seen, bench: Bench, method: Method) -> None:
     try:
         method.merge()
         seen.merged = bench.outputs(setup.backbone, setup.head, dtype)
-    except Exception as error:  # somebody else's code may raise anything
+    except Exception as error:  # a method's code may raise anything
         seen.merge_error = one_line(error)

@@ -1,4 +1,4 @@
-"""Adapters read back in a new process, which knows nothing but their cells and files."""
+"""Load adapters in a new process, which gets only their cells and files."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from petlbench.core.cell import Cell
 
 
 def reload_adapters(adapters: Mapping[Path, Cell], device: str) -> dict[Path, dict[str, Any]]:
-    """For each adapter file what a new process computes with it: `bits` of its outputs and all `values`, or `error`.
+    """Return what a new process computes with each adapter file: `bits` of its outputs and all `values`, or `error`.
 
-    One process for all, since starting one takes seconds.
+    All files share one process, because starting one takes seconds.
     """
     import torch
 
@@ -24,7 +24,7 @@ def reload_adapters(adapters: Mapping[Path, Cell], device: str) -> dict[Path, di
         return {}
     jobs = {str(path): cell.model_dump(mode="json") for path, cell in adapters.items()}
     task = {"jobs": jobs, "device": device, "threads": torch.get_num_threads()}  # their number can change bits
-    path = os.pathsep.join(str(Path(entry).resolve()) for entry in sys.path)  # plug-ins may lie anywhere
+    path = os.pathsep.join(str(Path(entry).resolve()) for entry in sys.path)  # plug-ins may be anywhere on the path
     done = subprocess.run(
         [sys.executable, "-m", "petlbench.conformance"],
         input=json.dumps(task),
@@ -36,12 +36,12 @@ def reload_adapters(adapters: Mapping[Path, Cell], device: str) -> dict[Path, di
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return {path: {"error": f"it ended with status {done.returncode}: {last}"} for path in adapters}
-    found = json.loads(done.stdout.splitlines()[-1])
-    return {path: found[str(path)] for path in adapters}
+    results = json.loads(done.stdout.splitlines()[-1])
+    return {path: results[str(path)] for path in adapters}
 
 
 def main() -> None:
-    """The new process: jobs from standard input, results as the last line of standard output."""
+    """Read jobs from standard input; print results as the last line of standard output."""
     import torch
 
     from petlbench.core.messages import one_line

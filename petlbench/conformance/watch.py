@@ -1,4 +1,4 @@
-"""What happens inside a model while it trains, seen from outside and without a trace."""
+"""Observe gradients and the autograd graph inside a model, with hooks that are removed afterwards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 @contextmanager
 def watch_gradients(parameters: Mapping[str, nn.Parameter]) -> Iterator[set[str]]:
-    """The names of parameters that get a gradient other than zero inside the block."""
+    """Collect the names of parameters that get a nonzero gradient inside the block."""
     alive: set[str] = set()
 
     def watch(name: str) -> Callable[[Tensor], None]:
@@ -32,11 +32,11 @@ def watch_gradients(parameters: Mapping[str, nn.Parameter]) -> Iterator[set[str]
 
 @contextmanager
 def graph(modules: Mapping[str, nn.Module]) -> Iterator[list[str]]:
-    """The names, in order, of frozen modules into whose forward pass autograd reaches inside the block.
+    """Collect, in order, the names of frozen modules whose forward pass autograd enters inside the block.
 
-    It does where an output requires gradient or where anything is saved for backward. Modules that hold trained
-    parameters, their own or inserted ones, are not judged by their outputs; the frozen ones inside them are, but for
-    those without parameters (a dropout, an activation) inside a module that trains as a whole.
+    Autograd enters a module if an output requires gradient or if anything is saved for backward. Modules that hold
+    trainable parameters, their own or inserted ones, are not judged; the frozen modules inside them are, except those
+    without parameters (a dropout, an activation) inside a module that trains as a whole.
     """
     whole = tuple(f"{name}." for name, m in modules.items() if _trains_whole(m))
     unmoved = {name: m for name, m in modules.items() if not any(p.requires_grad for p in m.parameters())}

@@ -1,4 +1,4 @@
-"""`petlbench check`: the shipped methods pass on every task, and each broken one fails exactly where it is broken."""
+"""`petlbench check`: shipped methods pass on every task, and each broken method fails exactly the right check."""
 
 from __future__ import annotations
 
@@ -29,8 +29,12 @@ ENCODER = "stacks.encoder.layers.0.sublayers"
 # The class, the checks that fail, and what the message names.
 FAULTS: list[tuple[type[Method], set[str], str]] = [
     (broken.WritesFrozenWeights, {"frozen"}, rf"frozen tensors changed.*{ENCODER}.attention.norm.weight.* more"),
-    (broken.ForgetsBuffer, {"reload"}, rf"what differs is backbone.{ENCODER}.attention.sites.output.0.running_mean"),
-    (broken.ForgetsNumber, {"reload"}, r"what differs is .*\.passes.* make it a trained Parameter"),
+    (
+        broken.ForgetsBuffer,
+        {"reload"},
+        rf"something else; backbone.{ENCODER}.attention.sites.output.0.running_mean",
+    ),
+    (broken.ForgetsNumber, {"reload"}, r"\.passes.* differs: make it a trained Parameter"),
     (broken.DeadParameter, {"gradients"}, rf"no gradient ever reaches backbone.{ENCODER}.\S+.useless"),
     (broken.StaleDeclarations, {"gradients"}, r"long_gone, which no trainable.*attention\S+s gets a gradient"),
     (broken.NoIdentity, {"identity"}, r"the loss is \S+ and not the untouched.*do not claim `identity`"),
@@ -76,9 +80,9 @@ def shipped() -> dict[str, Report]:
 
 @pytest.fixture(scope="module")
 def others(surroundings: Path) -> dict[str, Report]:
-    """Reports on everything else, by class name; one task and one new process for all."""
+    """Return reports on all other methods, by class name; all share one task and one new process."""
     names = ["petlbench_scaling:Scaling", "petlbench_plugin_example:NormGains"]
-    reports = check_all([*names, *SOUND, *(kind for kind, _, _ in FAULTS)], tasks=["rec"])
+    reports = check_all([*names, *SOUND, *(cls for cls, _, _ in FAULTS)], tasks=["rec"])
     return {report.method.partition(":")[2]: report for report in reports}
 
 
@@ -92,26 +96,30 @@ def skipped(report: Report, task: str) -> set[str]:
 
 @pytest.mark.parametrize("method", SHIPPED)
 def test_every_shipped_method_passes_on_every_task(method: str, shipped: dict[str, Report]) -> None:
-    report, kind = shipped[method], METHODS.get(method)()
+    report, claimant = shipped[method], METHODS.get(method)()
     assert tuple(report.findings) == TASKS
     assert list(report.failures()) == [] and report.ok
-    claims = {"identity": kind.identity, "merge": kind.mergeable, "detached": kind.no_backbone_gradient}
+    claims = {
+        "identity": claimant.identity,
+        "merge": claimant.mergeable,
+        "detached": claimant.no_backbone_gradient,
+    }
     for task in TASKS:
         assert skipped(report, task) == {"conditional"} | {name for name, claimed in claims.items() if not claimed}
 
 
-@pytest.mark.parametrize("name", ["Scaling", "NormGains", *(kind.__name__ for kind in SOUND)])
+@pytest.mark.parametrize("name", ["Scaling", "NormGains", *(cls.__name__ for cls in SOUND)])
 def test_a_sound_method_of_a_third_party_passes(name: str, others: dict[str, Report]) -> None:
     assert list(others[name].failures()) == []
     assert "reload" not in skipped(others[name], "rec")
 
 
-# A backbone, what it needs, and tasks that it serves with a lent fusion, a lent decoder or a head of its own.
+# A backbone, the package it needs, and tasks that it serves with a supplied fusion or decoder, or its own head.
 OTHERS = [("clip:tiny", "open_clip", ("rec", "retrieval")), ("beit3:tiny", "timm", ("rec", "captioning"))]
 
 
 @pytest.mark.parametrize(("backbone", "package", "tasks"), OTHERS, ids=[backbone for backbone, *_ in OTHERS])
-def test_methods_pass_where_parts_are_lent_heads_are_the_backbone_s_own_and_a_modality_is_idle(
+def test_methods_pass_with_supplied_parts_with_the_backbones_own_heads_and_with_an_idle_modality(
     backbone: str, package: str, tasks: tuple[str, ...]
 ) -> None:
     pytest.importorskip(package)
@@ -124,13 +132,13 @@ def test_methods_with_modules_for_each_task_pass_on_a_task_that_nothing_lists() 
     assert [list(r.failures()) for r in check_all(["vl_adapter:multiple", "hyperformer"], tasks=["pairs"])] == [[], []]
 
 
-def test_what_a_task_leaves_out_of_a_backbone_excuses_no_other_parameter() -> None:
+def test_parts_that_a_task_leaves_idle_excuse_no_other_parameter() -> None:
     pytest.importorskip("timm")
     report = check(broken.DeadParameter, backbone="beit3:tiny", tasks=["captioning"])
     assert [finding.check for _, finding in report.failures()] == ["gradients"]
 
 
-def test_what_is_said_to_live_on_some_tasks_lives_on_one_of_them() -> None:
+def test_a_conditional_parameter_gets_a_gradient_on_at_least_one_task() -> None:
     on_all, on_one = (check(broken.FalselyConditional, tasks=tasks) for tasks in (None, ["rec"]))
     failures = {finding.check: finding.message for _, finding in on_all.failures()}
     assert failures.keys() == {"conditional"} and "on no task does backbone.stacks." in failures["conditional"]
@@ -146,20 +154,20 @@ def test_a_claim_that_is_made_is_checked(others: dict[str, Report]) -> None:
     assert outcomes(others["DetachedTail"], "rec")["detached"].outcome == "pass"
 
 
-@pytest.mark.parametrize(("kind", "checks", "message"), FAULTS, ids=[kind.__name__ for kind, _, _ in FAULTS])
+@pytest.mark.parametrize(("cls", "checks", "message"), FAULTS, ids=[cls.__name__ for cls, _, _ in FAULTS])
 def test_exactly_the_right_check_fails_and_names_the_culprit(
-    kind: type[Method], checks: set[str], message: str, others: dict[str, Report]
+    cls: type[Method], checks: set[str], message: str, others: dict[str, Report]
 ) -> None:
-    failed = {finding.check: finding.message for _, finding in others[kind.__name__].failures()}
+    failed = {finding.check: finding.message for _, finding in others[cls.__name__].failures()}
     assert set(failed) == checks
     assert any(re.search(message, text) for text in failed.values()), failed
     assert all("\n" not in text for text in failed.values())
 
 
-def test_what_follows_from_a_fault_is_skipped_with_a_pointer_to_it(others: dict[str, Report]) -> None:
+def test_checks_that_a_fault_makes_impossible_are_skipped_and_point_to_it(others: dict[str, Report]) -> None:
     assert "see `frozen`" in outcomes(others["WritesFrozenWeights"], "rec")["reload"].message
     assert "see `evaluation`" in outcomes(others["DropsInEvaluation"], "rec")["reload"].message
-    names = {one.__name__ for one in CHECKS} | {"conditional"}
+    names = {made.__name__ for made in CHECKS} | {"conditional"}
     assert skipped(others["Refuses"], "rec") == names - {"runs"}
     assert skipped(others["StartsAtNaN"], "rec") >= {"frozen", "gradients", "reload", "seed", "restore"}
 
@@ -175,7 +183,7 @@ def test_a_report_reads_as_a_table_and_as_plain_data(others: dict[str, Report]) 
     assert "all passed" in text(others["Gains"])
     data: dict[str, Any] = wrong.as_json()
     assert data["ok"] is False and data["method"] == "tests.broken_methods:DeadParameter"
-    assert [row["check"] for row in data["findings"]["rec"]] == [*(one.__name__ for one in CHECKS), "conditional"]
+    assert [row["check"] for row in data["findings"]["rec"]] == [*(made.__name__ for made in CHECKS), "conditional"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Every shipped method and variant keeps its claims on every task; the seed methods on every family of backbones."""
+"""Every shipped method and variant passes its checks on every task; the seed methods on every backbone family."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ TASK_NAMES = ("rec", "vqa", "captioning", "retrieval")
 NEEDS = {"clip": "open_clip", "beit3": "timm", "transvg": "timm"}
 FAMILIES = ("vl_bart:tiny", "vl_t5:tiny", "transvg:tiny", "beit3:tiny", "clip:tiny")
 SEED_METHODS = ("m2ist", "vl_pet", "multiway_adapter", "lora", "vl_adapter")
-# On clip, whose towers differ in width, MultiWay-Adapter is its shared core.
+# The towers of clip differ in width, so MultiWay-Adapter needs its shared core there.
 INSTEAD = {("multiway_adapter", "clip:tiny"): "multiway_adapter:shared_core"}
 SHIPPED = [name for name in METHODS.names() if METHODS.origin(name) == "petlbench"]
-# Method or variant, and backbone, that cannot go together, and what the refusal says.
+# A method or variant, a backbone that it does not fit, and a part of the refusal.
 REFUSED = {
     ("m2ist:released", "tiny"): "only transvg with released: true",
     ("m2ist:pooled", "tiny"): "pooled",
@@ -41,15 +41,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def labels_of(method: str) -> list[str]:
-    """The method and its variants, the default once."""
+    """Return the labels of the method and its variants; the default occurs once."""
     return [spec.label for spec in method_specs([f"{method}*"]) if spec.name == method]
 
 
 def served(family: str) -> list[str]:
     if find_spec(NEEDS.get(family.partition(":")[0], "torch")) is None:
         pytest.skip("its library is not installed")
-    kind = BACKBONES.get(family)
-    return [task for task in TASK_NAMES if service(kind, kind.configured(family, {}), task).reason is None]
+    cls = BACKBONES.get(family)
+    return [task for task in TASK_NAMES if service(cls, cls.configured(family, {}), task).reason is None]
 
 
 def failures(labels: list[str], backbone: str, tasks: list[str]) -> list[str]:
@@ -62,13 +62,13 @@ def failures(labels: list[str], backbone: str, tasks: list[str]) -> list[str]:
 
 
 def refusals(labels: list[str], backbone: str) -> dict[str, str]:
-    """By label, of those that do not fit."""
-    found = {}
+    """Return the refusals, by the label of each method that does not fit."""
+    reasons = {}
     for spec in method_specs(labels):
         cell = cell_of(spec.name, METHODS.get(spec.name), spec.config, served(backbone)[0], backbone)
         if reason := incompatible_cells([cell]).get(cell.id):
-            found[spec.label] = reason
-    return found
+            reasons[spec.label] = reason
+    return reasons
 
 
 def test_there_are_enough_variants() -> None:
@@ -89,9 +89,9 @@ def test_the_seed_methods_pass_on_every_family(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ("tiny", *FAMILIES))
-def test_what_does_not_fit_is_refused_with_the_reason(family: str) -> None:
+def test_a_method_that_does_not_fit_is_refused_with_the_reason(family: str) -> None:
     labels = [label for name in SHIPPED for label in (labels_of(name) if family == "tiny" else [name])]
-    said = refusals(labels, family)
+    refused = refusals(labels, family)
     expected = {label: reason for (label, other), reason in REFUSED.items() if other == family}
-    assert said.keys() == expected.keys()
-    assert all(expected[label] in reason for label, reason in said.items())
+    assert refused.keys() == expected.keys()
+    assert all(expected[label] in reason for label, reason in refused.items())

@@ -1,4 +1,4 @@
-"""What a user can get wrong about a method is one line and exit status 2, before anything runs."""
+"""A user's mistake about a method gives one line and exit status 2, before anything runs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
 
 
 class Both(Method):
-    """One method upon another."""
+    """Apply one method after another."""
 
     def adapt(self, backbone: Backbone) -> Backbone:
         return VLAdapter().adapt(LoRA().adapt(backbone))
@@ -60,16 +60,16 @@ def test_a_mistake_is_one_line(
     (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(suite))
     out = tmp_path / "out"
     assert main.main(["run", str(tmp_path / "wrong.yaml"), "--out", str(out)]) == 2
-    said = capsys.readouterr()
-    assert message in said.err and said.err.count("\n") == 1 and said.out == ""
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.count("\n") == 1 and printed.out == ""
     assert not out.exists()
 
 
-def test_what_a_wildcard_finds_and_does_not_fit_is_left_out_and_said(
+def test_a_method_of_a_wildcard_that_does_not_fit_is_left_out_with_a_message(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["run", "smoke", "--methods", "m2ist*", "--tasks", "rec", "--dry-run", "--out", str(tmp_path / "out")]
     assert main.main(command) == 0
-    said = capsys.readouterr()
-    assert "left out: method 'm2ist:released' does not fit backbone 'tiny'" in said.err
-    assert "m2ist:relaxed on rec" in said.out and "m2ist:released" not in said.out
+    printed = capsys.readouterr()
+    assert "left out: method 'm2ist:released' does not fit backbone 'tiny'" in printed.err
+    assert "m2ist:relaxed on rec" in printed.out and "m2ist:released" not in printed.out

@@ -1,4 +1,4 @@
-"""Claims: the lock file of a cell, and runs that share a folder."""
+"""Claims: a cell's lock file, and runs that share a folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_claim_excludes_others_until_it_is_released_and_leaves_no_file(tmp_pat
     assert not path.exists()
     second = claim_cell(path)
     assert second is not None
-    first.release()  # once more, which must not harm the one that has it now
+    first.release()  # a second release must not harm the claim of the new holder
     assert claim_cell(path) is None
     second.release()
 
@@ -76,7 +76,7 @@ def test_what_cannot_be_locked_or_written_is_said_in_one_line(tmp_path: Path, mo
 
 
 def test_two_runs_on_one_folder_run_each_cell_once(store: Store) -> None:
-    run("ok", 1, store)  # the server runs by now
+    run("ok", 1, store)  # start the server
     (store.records / f"{cells(1)[0].id}.json").unlink()
     with ThreadPoolExecutor(2) as pool:
         runs = [pool.submit(run, "once", 5, store, jobs=2, done=store.get, progress=Progress()) for _ in range(2)]
@@ -122,11 +122,11 @@ def test_what_a_killed_run_left_half_written_goes_unless_somebody_is_at_work(sto
 def test_a_claim_outlives_its_launcher_while_the_cell_does(tmp_path: Path) -> None:
     program, cell_pid = launcher(tmp_path, "talkative")
     cell = psutil.Process(cell_pid)
-    # Neither can notice that the launcher has gone. If the server ended, the kernel would hang up the stopped cell.
+    # A stopped process cannot notice that the launcher is gone. If the server ended, the kernel would hang up the cell.
     both = [cell, psutil.Process(cell.ppid())]
     for process in both:
         process.suspend()
-    while {process.status() for process in both} != {psutil.STATUS_STOPPED}:  # threads stop one after the other
+    while {process.status() for process in both} != {psutil.STATUS_STOPPED}:  # a process stops thread by thread
         time.sleep(0.01)
     program.kill()
     program.wait(timeout=60)

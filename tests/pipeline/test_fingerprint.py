@@ -1,4 +1,4 @@
-"""Fingerprints: they change exactly when what a result depends on does, and cost no import of what they read."""
+"""Fingerprints change exactly when something changes that a result depends on, and import nothing that they read."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ Kit = Callable[..., None]
 
 @pytest.fixture
 def kit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kit:
-    """A third party's package of two methods. Call it with changed files."""
+    """A third party's package of two methods. A call writes changed files."""
     points = {"mine": "fpkit.method:Mine", "other": "fpkit.other:Other"}
     install(tmp_path, "fp-kit", points, {}, group="petlbench.methods")
     monkeypatch.syspath_prepend(tmp_path)
@@ -93,16 +93,16 @@ def test_a_plugin_without_its_module_and_an_unknown_method_are_named(kit: Kit, t
 
 
 class Tree:
-    """A copy of petlbench's own source that is read in its place, to be edited."""
+    """A copy of petlbench's source to edit, which is read in place of the original."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "petlbench"
         for name in ("petlbench", "petlbench.methods", "petlbench.tasks"):
-            found = importlib.util.find_spec(name)
-            assert found is not None and found.submodule_search_locations
+            spec = importlib.util.find_spec(name)
+            assert spec is not None and spec.submodule_search_locations
             place = folder / name.replace(".", "/")
-            for path in Path(found.submodule_search_locations[0]).rglob("*.py"):
-                copy = place / path.relative_to(found.submodule_search_locations[0])
+            for path in Path(spec.submodule_search_locations[0]).rglob("*.py"):
+                copy = place / path.relative_to(spec.submodule_search_locations[0])
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, copy)
 
@@ -114,19 +114,19 @@ class Tree:
         forget()
 
     def rename(self, old: str, new: str) -> None:
-        """A name, wherever it stands."""
-        found = 0
+        """Rename everywhere."""
+        count = 0
         for path in self.folder.rglob("*.py"):
             source = path.read_text()
-            found += source.count(old)
+            count += source.count(old)
             path.write_text(source.replace(old, new))
-        assert found > 1
+        assert count > 1
         forget()
 
 
 @pytest.fixture(scope="module")
 def before() -> dict[str, str]:
-    """The fingerprints of the code as it is."""
+    """Return the fingerprints of the unchanged code."""
     forget()
     return code_fingerprints(CELL)
 
@@ -177,7 +177,7 @@ def test_an_edit_of_the_code_makes_its_parts_stale(before: dict[str, str], tree:
     assert stale(before, code_fingerprints(CELL)) == expected
 
 
-def test_what_people_are_told_leaves_every_part(before: dict[str, str], tree: Tree) -> None:
+def test_edits_of_messages_and_prose_leave_every_part_fresh(before: dict[str, str], tree: Tree) -> None:
     for edit in SILENT_EDITS:
         tree.edit(*edit)
     assert stale(before, code_fingerprints(CELL)) == set()
@@ -206,19 +206,19 @@ FOREIGN = {
 
 def test_no_data_set_depends_on_how_models_are_trained(tree: Tree) -> None:
     def now() -> dict[str, str]:
-        found = {}
+        digests = {}
         for name in DATASETS.names():
-            kind = DATASETS.get(name)
-            readers = kind.readers if issubclass(kind, FileSource) else ()
-            for one in (kind, *readers):
-                code = closure_of(one)
+            source = DATASETS.get(name)
+            readers = source.readers if issubclass(source, FileSource) else ()
+            for cls in (source, *readers):
+                code = closure_of(cls)
                 assert code is not None
                 assert not code.modules & {
                     f"petlbench.{module}" for module in ("training.loop", "pipeline.assembly", "training.precision")
                 }
                 assert "petlbench.backbones.supplied" not in code.modules
-                found[f"{name} {one.__name__}"] = code.digest
-        return found
+                digests[f"{name} {cls.__name__}"] = code.digest
+        return digests
 
     before = now()
     tree.edit("training/optimizers", "else 0.1", "else 0.2")
@@ -308,13 +308,13 @@ def test_a_part_does_not_reach_what_follows_or_starts_it(start: str) -> None:
     ],
 )
 def test_all_that_a_cell_runs_is_in_one_of_its_parts(method: str, task: str, dataset: str, tmp_path: Path) -> None:
-    """Every function of petlbench that is called while a cell runs, but for those that are declared silent."""
+    """Compare the functions that a running cell calls with the fingerprints; only silent ones may be missing."""
     from petlbench.pipeline.cell import run_cell
 
     recipe = Recipe(steps=4, batch_size=4, eval_batch_size=8, train_limit=16, eval_limit=8)
     names = {"method": method, "task": task, "dataset": dataset}
     one = CELL.model_copy(update={**names, "recipe": recipe, "dataset_config": SMALL})
-    known = dict.fromkeys(PARTS, "")  # so that finding the fingerprints is not part of what runs
+    given = dict.fromkeys(PARTS, "")  # given, so that the cell does not compute fingerprints itself
     ran: set[Definition] = set()
 
     def note(frame: FrameType, event: str, argument: Any) -> None:
@@ -325,7 +325,7 @@ def test_all_that_a_cell_runs_is_in_one_of_its_parts(method: str, task: str, dat
     threading.setprofile(note)
     sys.setprofile(note)
     try:
-        record = run_cell(one, tmp_path, RunOptions(device="cpu"), fingerprints=known)
+        record = run_cell(one, tmp_path, RunOptions(device="cpu"), fingerprints=given)
     finally:
         sys.setprofile(None)
         threading.setprofile(None)

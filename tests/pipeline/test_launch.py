@@ -1,4 +1,4 @@
-"""Cells in processes of their own."""
+"""Cells run in their own processes."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Diary(Progress):
 
 
 def run(target: str, count: int, store: Store, jobs: int = 1, **options: Any) -> list[Record]:
-    """`options`: of `RunOptions`, or of `run_cells`."""
+    """Run cells. `options`: fields of `RunOptions`, or parameters of `run_cells`."""
     ours = {field: options.pop(field) for field in RunOptions.__dataclass_fields__ if field in options}
     running = RunOptions(device="cpu", jobs=jobs, **ours)
     return local.run_cells(cells(count), store, running, target=TARGETS + target, **options)
@@ -80,7 +80,7 @@ def gone(pid: int) -> bool:
 
 
 def await_gone(pid: int) -> bool:
-    """Whether the process ends by itself; the server reaps it a moment after its end."""
+    """Wait until the process has ended; the server reaps it a moment later. Return whether it did."""
     for _ in range(200):
         if gone(pid):
             return True
@@ -119,7 +119,7 @@ def test_one_job_runs_one_cell_at_a_time(store: Store) -> None:
 def test_slow_imports_are_made_once_by_the_server_and_cuda_stays_untouched(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run("ok", 1, store)  # the server runs by now, and a later change of the environment must reach the cells
+    run("ok", 1, store)  # start the server; a later change of the environment must reach the cells
     monkeypatch.setenv("PETLBENCH_TEST_VARIABLE", "set late")
     seen = [record.environment for record in run("probe", 5, store, threads=3)]
     assert len({s["process"] for s in seen}) == 5
@@ -152,10 +152,10 @@ def test_a_cell_that_dies_or_raises_leaves_a_failed_record_and_the_others_run(st
 
 def test_each_misfortune_leaves_its_row_beside_the_good_ones(store: Store) -> None:
     limit = run("probe", 1, store)[0].environment["resident_bytes"] + 200 * 2**20
-    known = {"method": "0123456789abcdef"}
+    fingerprints = {"method": "0123456789abcdef"}
     ids = [cell.id for cell in cells(6)]
     records = run(
-        "misfortunes", 6, store, jobs=2, timeout=5.0, memory_limit=limit, fingerprints=dict.fromkeys(ids, known)
+        "misfortunes", 6, store, jobs=2, timeout=5.0, memory_limit=limit, fingerprints=dict.fromkeys(ids, fingerprints)
     )
     assert [r.outcome for r in records] == ["ok", "failed", "diverged", "timeout", "oom", "ok"]
     assert records[1].reason == "RuntimeError: no such thing"
@@ -168,7 +168,7 @@ def test_each_misfortune_leaves_its_row_beside_the_good_ones(store: Store) -> No
     assert records[1].log[-1] == "RuntimeError: no such thing"
     assert [r.log for r in (records[0], records[2], records[3])] == [(), ("the loss is nan",), ("now to sleep",)]
     assert [store.get(r.cell) for r in records[1:5]] == records[1:5]
-    assert [r.fingerprints for r in records if r.outcome in ("timeout", "oom", "failed")] == [known] * 3
+    assert [r.fingerprints for r in records if r.outcome in ("timeout", "oom", "failed")] == [fingerprints] * 3
 
 
 def test_a_full_disk_ends_the_run_and_is_no_cells_fault(store: Store) -> None:
@@ -199,7 +199,7 @@ def test_the_record_of_a_bad_end_holds_what_this_attempt_printed(store: Store) -
     for _ in range(2):
         records = run("prints", 2, store)
         assert [r.log for r in records] == [(), lines]
-    for record in records:  # both attempts are there, of the good one too
+    for record in records:  # the log has both attempts, also that of the cell that succeeds
         assert (store.logs / f"{record.cell.id}.log").read_text().count("from a program") == 2
 
 
@@ -222,7 +222,7 @@ def test_a_target_that_cannot_be_imported_fails_its_cell(store: Store) -> None:
     assert run("no_such_function", 1, store)[0].reason.startswith("AttributeError: ")
 
 
-def test_progress_goes_to_stdout_unless_told_otherwise(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_goes_to_stdout_by_default(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     run("ok", 1, store)
     assert [line.split(" in ")[0] for line in capsys.readouterr().out.splitlines()] == [
         "[1/1] lora on rec:digits (tiny, seed 0): started",
@@ -254,7 +254,7 @@ def test_a_record_that_cannot_be_saved_ends_the_other_processes(store: Store, mo
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """A job in a shell's background ignores interrupts, and what it starts does too."""
+    """A shell's background job ignores interrupts, and so do the processes that it starts."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -285,11 +285,11 @@ from petlbench.results.store import Store
 from petlbench.core.cell import Cell
 from petlbench.pipeline.options import RunOptions
 class Tell(progress.Progress):
-    told = False
+    interrupted = False
     def event(self, index, event):
-        if not self.told:
+        if not self.interrupted:
             print(event["step"], flush=True)
-        self.told = True
+        self.interrupted = True
 process.PRELOAD = ()
 if __name__ == "__main__":
     store = Store.open(sys.argv[1], create=True)
@@ -302,13 +302,13 @@ if __name__ == "__main__":
 
 
 def _heed_signals() -> None:
-    """A shell's background job and `nohup` leave signals ignored, and children inherit that."""
+    """Ignore signals, as a shell's background job and `nohup` do; children inherit that."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
 
 def launcher(tmp_path: Path, target: str) -> tuple[subprocess.Popen[str], int]:
-    """A program of its own that runs one cell, as a shell starts it; and the process id of the cell."""
+    """Start a program that runs one cell, as a shell would; yield it with the process id of the cell."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     root = Path(__file__).parents[2]
@@ -330,7 +330,7 @@ def launcher(tmp_path: Path, target: str) -> tuple[subprocess.Popen[str], int]:
 def test_a_signal_to_all_ends_all_and_prints_no_traceback(tmp_path: Path, number: int, status: int) -> None:
     program, cell_pid = launcher(tmp_path, "endless")
     os.killpg(program.pid, number)
-    _, errors = program.communicate(timeout=60)  # also the server has closed its end of the pipe
+    _, errors = program.communicate(timeout=60)  # ends only if the server too has closed its end of the pipe
     assert (program.returncode, errors) == (status, "")
     assert gone(cell_pid)
     assert not list((tmp_path / "store").rglob("*.tmp"))

@@ -1,4 +1,4 @@
-"""A suite in which a method raises, one diverges, one sleeps and one hoards memory, beside two good ones."""
+"""Run a suite with four bad methods beside two good ones: one raises, diverges, sleeps, or hoards memory."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ SUITE: dict[str, Any] = {
 
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
-    """An installed distribution with the four bad methods."""
+    """Install a distribution with the four bad methods."""
     folder = tmp_path / "site"
     folder.mkdir()
     points = {name.lower(): f"misfortunes:{name}" for name in NAMES}

@@ -1,4 +1,4 @@
-"""What is defined in a notebook or a script, that is in `__main__`, can be looked at there, and not run elsewhere."""
+"""A class of a notebook or a script, that is of `__main__`, can be inspected there, but not run in other processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from tests.miniatures import picture
 
-# A notebook's cells, one after the other: there is no file that its classes could be imported from.
+# The cells of a notebook, in order: its classes are in no file from which they could be imported.
 DEFINED = """
 import json
 from pathlib import Path

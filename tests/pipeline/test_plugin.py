@@ -1,4 +1,4 @@
-"""Third-party packages, built and installed by pip, plug in through entry points alone; a broken one harms nobody."""
+"""Third-party packages, built and installed by pip, plug in by entry points alone; a broken one disturbs no other."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ PLUGINS = Path(__file__).parents[1] / "plugin"
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with both plug-ins installed from wheels."""
+    """Return a folder with both plug-ins installed from wheels."""
     root = tmp_path_factory.mktemp("plugins")
-    # Builds leave traces beside the sources, so copies are built.
+    # Builds write files beside the sources, so build copies.
     sources = [shutil.copytree(PLUGINS / name, root / name) for name in ("example", "broken")]
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     wheel = ["wheel", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", root / "wheels", *sources]
@@ -76,7 +76,7 @@ PER_TASK = ("vl_adapter:multiple", "vl_adapter:half_shared_*", "compacter:multip
 
 @pytest.mark.slow
 def test_methods_with_modules_for_each_task_run_on_any_task(site: Path, tmp_path: Path) -> None:
-    """Also on one of a third party's: they are told which it is."""
+    """Methods with a module for each task get the task's name, also that of a third party's task."""
     arguments = ["run", "smoke", "--methods", ",".join(PER_TASK), "--tasks", "pairs,counting", "--limit", "8"]
     done = petlbench(site, *arguments, "--device", "cpu", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
@@ -98,7 +98,7 @@ def test_a_plugins_cell_really_runs(site: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def counted(tmp_path: Path) -> dict[str, str]:
-    """The variables under which its data set of files, all but a picture, is there."""
+    """Set the variables for the plug-in's data set, whose files exist except for one picture."""
     names = [f"{i:02}.png" for i in range(48)]
     for seed, name in enumerate(names):
         picture(tmp_path / "data" / "counts" / "images" / name, (48, 48), seed)

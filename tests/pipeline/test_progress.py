@@ -1,4 +1,4 @@
-"""What a person sees of cells that run."""
+"""The progress of running cells, as printed lines and as bars."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run as a function: in a script without a guard, twice in a process, and where there is no script at all."""
+"""`petlbench.run` works in a script without a main guard, twice in a process, and without any script."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole cells on the embedded default, in this process: a few steps each."""
+"""Run whole cells on the embedded backbone and data, in this process, for a few steps each."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_every_method_runs_on_every_task_and_is_measured(method: str, task: str,
     assert count.trainable == count.method + count.head + count.host <= count.total
     assert (count.method == 0) == (method == "head_only")
     assert count.percent == pytest.approx(100 * count.trainable / count.total)
-    assert 0 < memory.gradients_bytes <= 4 * count.trainable  # a decoder that a task leaves out gets none
+    assert 0 < memory.gradients_bytes <= 4 * count.trainable  # a decoder that a task does not use gets none
     assert memory.saved_bytes > 0 and memory.peak_rss_bytes
     assert sum(timing.phases.values()) == pytest.approx(timing.total_seconds, rel=0.01)
     assert timing.step_seconds and timing.forward_seconds and timing.backward_seconds and timing.optimizer_seconds
@@ -61,7 +61,7 @@ def test_every_method_runs_on_every_task_and_is_measured(method: str, task: str,
     assert predicting and predicting.latency_seconds and predicting.throughput
     assert (predicting.merged_latency_seconds is not None) == (method == "lora")
     assert count.stored == count.trainable and count.inference_extra is not None
-    assert (count.inference_extra > 0) == (method == "vl_adapter")  # what a merge leaves is nothing
+    assert (count.inference_extra > 0) == (method == "vl_adapter")  # a merged method leaves no extra scalars
     assert memory.native_saved_bytes and memory.accounted_bytes == (
         memory.weights_bytes + memory.gradients_bytes + memory.optimizer_bytes + memory.saved_bytes
     )
@@ -69,7 +69,7 @@ def test_every_method_runs_on_every_task_and_is_measured(method: str, task: str,
         "method", "task", "metric", "backbone", "source", "training", "data", "weights"
     }  # fmt: skip
     assert record.size is None and record.parameters.effective is not None
-    # Everything works together in vqa; no decoder gets a gradient where nothing is decoded.
+    # vqa uses every part; a task that decodes nothing gives a decoder no gradient.
     assert (record.parameters.effective < record.parameters.trainable) == (task != "vqa" and method != "head_only")
     stored = tmp_path / "adapters" / f"{record.cell.id}.safetensors"
     assert count.stored_bytes == stored.stat().st_size
@@ -96,9 +96,9 @@ def test_a_search_keeps_all_trials_and_tests_the_best_on_validation(
     real = fit
 
     def scripted(setup: Any, train: Any, validation: Any, lr: float, **options: Any) -> Any:
-        found = real(setup, train, validation, lr, **options)
-        states.append(found.state)
-        return type(found)(**{**found.__dict__, "validation": {"vqa_accuracy": next(scores)}})
+        result = real(setup, train, validation, lr, **options)
+        states.append(result.state)
+        return type(result)(**{**result.__dict__, "validation": {"vqa_accuracy": next(scores)}})
 
     monkeypatch.setattr(trials, "fit", scripted)
     record = run_cell(cell(recipe={"lr": 1e-3, "lr_factors": (0.5, 1, 2)}), tmp_path, RunOptions(device="cpu"))
@@ -107,7 +107,7 @@ def test_a_search_keeps_all_trials_and_tests_the_best_on_validation(
     stored = tmp_path / "adapters" / f"{record.cell.id}.safetensors"
     with safe_open(stored, "pt") as file:
         assert all(torch.equal(file.get_tensor(name), states[1][name]) for name in file.keys())  # noqa: SIM118
-    # Every trial starts from the same point, whatever the one before it left.
+    # Every trial starts from the same values, whatever the one before it changed.
     monkeypatch.setattr(trials, "fit", real)
     alone = run_cell(cell(recipe={"lr": 2e-3}), tmp_path / "alone", RunOptions(device="cpu"))
     assert record.trials[2].losses == alone.trials[0].losses
@@ -165,7 +165,7 @@ def test_a_measurement_that_does_not_fit_in_memory_does_not_cost_the_cell(
 
 def test_the_size_is_the_option_that_the_method_names_where_it_is_set() -> None:
     assert size_of(cell("lora", method_config={"rank": 4})) == Size(name="rank", value=4)
-    assert size_of(cell("lora")) is None  # a share of the backbone's width
+    assert size_of(cell("lora")) is None  # its size is a share of the backbone's width
     assert size_of(cell("full")) is None
 
 
@@ -174,12 +174,12 @@ def test_the_test_split_is_evaluated_once(tmp_path: Path, monkeypatch: pytest.Mo
     real = evaluate
     monkeypatch.setattr(cell_module, "evaluate", lambda setup, rows: (calls.append(len(rows)), real(setup, rows))[1])
     run_cell(cell(recipe={"lr_factors": (0.5, 1, 2), "validations": 2}), tmp_path, RunOptions(device="cpu"))
-    assert len(calls) == 1  # validation goes through the training loop's own name
+    assert len(calls) == 1  # `fit` looks `evaluate` up in its own module, so validation does not count here
 
 
 def test_a_method_that_leaves_nothing_to_train_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = METHODS.get("head_only")
-    monkeypatch.setattr(kind, "adapt", lambda self, backbone: backbone.requires_grad_(False))
+    cls = METHODS.get("head_only")
+    monkeypatch.setattr(cls, "adapt", lambda self, backbone: backbone.requires_grad_(False))
     record = run_cell(cell("head_only"), tmp_path, RunOptions(device="cpu"))
     assert record.outcome == "failed" and "nothing to train" in record.reason
 

@@ -1,4 +1,4 @@
-"""Suites: how a YAML file and the command line's filters become cells, and how mistakes are reported."""
+"""Suites: a YAML file and the command line's filters become cells, and each mistake is reported in one line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.core.test_registry import install
 
 
 class Plain:
-    """Stands for a method, a task, a data set and a backbone without options: expansion looks at attributes only."""
+    """A method, task, data set and backbone in one, without options: expansion reads attributes only."""
 
     Config: ClassVar[Any] = MethodConfig
     recipe: ClassVar[dict[str, Any]] = {}
@@ -98,7 +98,7 @@ class Blind(Body):
 
 @pytest.fixture(autouse=True)
 def registries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Registries of their own, so that nothing depends on what else is installed."""
+    """Use separate registries, so that no test depends on installed plug-ins."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(Photos, "checked", [])
     monkeypatch.delenv("PETLBENCH_DATA", raising=False)
@@ -111,8 +111,8 @@ def registries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for plural, classes in offers.items():
         group = f"suitetest.{plural}"
         install(tmp_path, group, {n: f"{__name__}:{c.__name__}" for n, c in classes.items()}, {}, group)
-        kind = {"datasets": "data set"}.get(plural, plural[:-1])
-        registry: Registry[Any] = Registry(group, kind, f"{__name__}:Plain")
+        noun = {"datasets": "data set"}.get(plural, plural[:-1])
+        registry: Registry[Any] = Registry(group, noun, f"{__name__}:Plain")
         for module in (suites, selection, recipes, checks):
             monkeypatch.setattr(module, plural.upper(), registry, raising=False)
 

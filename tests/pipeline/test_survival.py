@@ -1,4 +1,4 @@
-"""A run that is killed with all its processes, again and again, ends with the records of one that was left alone."""
+"""A run that is killed again and again, with all its processes, ends with the records of an undisturbed run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The limits of a cell's process, and the last lines of its log."""
+"""Check the limits of a cell's process, and the last lines of its log."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_memory_is_that_of_the_process_and_its_descendants() -> None:
     assert alone.resident_bytes() == 0, "ended meanwhile"
 
 
-def test_a_process_past_its_memory_is_told_how_far() -> None:
+def test_the_reason_of_a_process_past_its_memory_names_both_figures() -> None:
     outcome, reason = Watch(os.getpid(), Limits(None, 2**20)).passed() or ("", "")
     assert outcome == "oom"
     assert reason.endswith("iB passed the memory_limit of 1 MiB")
@@ -60,8 +60,8 @@ def test_the_limit_of_a_control_group_counts(
         path.write_text(content)
     if table is not None:
         (tmp_path / "table").write_text(table)
-    found = machine_memory(tmp_path / "table", tmp_path / "fs")
-    assert found == (psutil.virtual_memory().total if expected is None else expected)
+    memory = machine_memory(tmp_path / "table", tmp_path / "fs")
+    assert memory == (psutil.virtual_memory().total if expected is None else expected)
 
 
 def test_cells_share_most_of_the_memory() -> None:

@@ -1,4 +1,4 @@
-"""A cell that is killed goes on from its checkpoint and ends with the same numbers."""
+"""A killed cell continues from its checkpoint and ends with the same numbers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.training.test_training import recipe, rows, setup
 
 
 class Killed(BaseException):
-    """Like a signal: nothing that catches exceptions sees it."""
+    """A kill signal, as an exception that no `except Exception` catches."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,7 +42,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def noisy(shape: Any) -> Any:
-    """A setting whose next step depends on torch's random numbers and on its own moments."""
+    """Return a setup whose next step depends on torch's random numbers and on the optimizer's moments."""
     here = setup(shape)
     here.backbone = posing(torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1)))
     torch.manual_seed(7)
@@ -52,9 +52,9 @@ def noisy(shape: Any) -> Any:
 def through_disk(state: Saved, path: Path) -> Saved:
     kept = Checkpoint(path, "key", 0.0)
     kept.save(state)
-    found = kept.load()
-    assert found
-    return found
+    saved = kept.load()
+    assert saved
+    return saved
 
 
 @pytest.mark.parametrize("stop", [1, 5, 6, 11, 12])
@@ -71,16 +71,16 @@ def test_training_resumed_at_any_step_ends_as_if_it_had_not_stopped(stop: int, t
     with pytest.raises(Killed):
         fit(noisy(shape), rows(10), rows(5), lr=0.1, keep=keep)
     later = noisy(shape)
-    torch.manual_seed(99)  # the new process is somewhere else altogether
-    found = fit(later, rows(10), rows(5), lr=0.1, resume=saved[0])
-    assert (found.losses, found.validation, found.best_step) == (whole.losses, whole.validation, whole.best_step)
-    assert found.memory == whole.memory
-    assert found.state.keys() == whole.state.keys()
-    assert all(torch.equal(value, whole.state[name]) for name, value in found.state.items())
+    torch.manual_seed(99)  # a new process starts from another random state
+    result = fit(later, rows(10), rows(5), lr=0.1, resume=saved[0])
+    assert (result.losses, result.validation, result.best_step) == (whole.losses, whole.validation, whole.best_step)
+    assert result.memory == whole.memory
+    assert result.state.keys() == whole.state.keys()
+    assert all(torch.equal(value, whole.state[name]) for name, value in result.state.items())
 
 
 def killed_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process dies right after having written its `count`th checkpoint."""
+    """Let the process die right after it has written its `count`th checkpoint."""
     real, calls = Checkpoint.save, iter(range(1, 1000))
 
     def save(self: Checkpoint, state: Saved) -> None:
@@ -102,17 +102,17 @@ def test_a_cell_killed_in_any_trial_leaves_the_same_record(
         run_cell(job, tmp_path / "cut", RunOptions(device="cpu", checkpoint_seconds=0))
     assert not Store.open(tmp_path / "cut", create=False).load()
     steps: list[int] = []
-    found = run_cell(
+    result = run_cell(
         job,
         tmp_path / "cut",
         RunOptions(device="cpu", checkpoint_seconds=0),
         report=lambda event: steps.append(event["step"]) if event["phase"] == "train" else None,
     )
-    assert len(steps) == 6 - count  # it went on; it did not start anew
-    assert found.timing and found.timing.resumed == 1
+    assert len(steps) == 6 - count  # it continued and did not start anew
+    assert result.timing and result.timing.resumed == 1
     for name in ("outcome", "metrics", "validation", "trials", "chosen_lr", "parameters", "flops"):
-        assert getattr(found, name) == getattr(whole, name), name
-    assert found.memory and whole.memory and found.memory.accounted_bytes == whole.memory.accounted_bytes
+        assert getattr(result, name) == getattr(whole, name), name
+    assert result.memory and whole.memory and result.memory.accounted_bytes == whole.memory.accounted_bytes
     assert not list((tmp_path / "cut" / "checkpoints").iterdir())
 
 
@@ -120,8 +120,8 @@ def test_a_checkpoint_of_other_code_is_not_continued_from(tmp_path: Path, monkey
     with monkeypatch.context() as patch, pytest.raises(Killed):
         killed_after(2, patch)
         run_cell(cell(), tmp_path, RunOptions(device="cpu", checkpoint_seconds=0))
-    found = run_cell(cell(), tmp_path, RunOptions(device="cpu"), fingerprints={"method": "another"})
-    assert found.outcome == "ok" and found.timing and found.timing.resumed == 0
+    result = run_cell(cell(), tmp_path, RunOptions(device="cpu"), fingerprints={"method": "another"})
+    assert result.outcome == "ok" and result.timing and result.timing.resumed == 0
 
 
 def test_what_diverged_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +165,7 @@ def test_a_checkpoint_is_written_when_it_is_due_and_seldom_when_it_is_slow(tmp_p
     assert kept.due()
     kept.save(Saved(Slow(x=torch.zeros(1))))
     seconds[0] += 100.0
-    assert not kept.due()  # it took three seconds: fifty times that must pass
+    assert not kept.due()  # writing took three seconds: fifty times as much must pass
     seconds[0] += 50.0
     assert kept.due()
 
@@ -183,8 +183,8 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(
     monkeypatch.setattr(checkpoint_module, "save_file", full)
     with pytest.raises(Unwritable, match="No space left on device; free some space"):
         kept.save(Saved({"x": torch.zeros(2)}, {"step": 2}))
-    found = kept.load()
-    assert found and found.rest == {"step": 1} and torch.equal(found.tensors["x"], torch.ones(2))
+    saved = kept.load()
+    assert saved and saved.rest == {"step": 1} and torch.equal(saved.tensors["x"], torch.ones(2))
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
@@ -203,15 +203,15 @@ def test_tensors_of_any_layout_are_stored_as_they_read(tmp_path: Path) -> None:
     assert save_tensors(tmp_path / "t", {"x": value}, {}) == (tmp_path / "t").stat().st_size
     kept = Checkpoint(tmp_path / "c", "key", 0.0)
     kept.save(Saved({"x": value}))
-    found = kept.load()
-    assert found and torch.equal(found.tensors["x"], value)
+    saved = kept.load()
+    assert saved and torch.equal(saved.tensors["x"], value)
 
 
 def test_all_random_numbers_go_on_where_they_stood() -> None:
     def draw() -> list[float]:
         return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(()).item()]
 
-    draw()  # the second normal number of a pair is kept for later: that is state too
+    draw()  # the generator keeps the second normal number of a pair: that is state too
     device = torch.device("cpu")
     state = Saved(dict(rng_state(device)))
     expected = [draw(), draw()]

@@ -1,4 +1,4 @@
-"""Recipe options that change how a cell computes, and not what: precision, attention, recomputation, compilation."""
+"""Test recipe options that change how a cell computes: precision, attention, recomputation, compilation."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SMALL = {"vision_layers": 1, "encoder_layers": 1, "decoder_layers": 1, "ffn": 96
 CPU = torch.device("cpu")
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 STEPS = 3
-# What an option does to a loss, relatively: nothing where the same operations run.
+# The relative change of a loss by each option: none if the same operations run.
 TOLERANCES: list[tuple[dict[str, Any], float]] = [
     ({"precision": "bf16"}, 3e-2),
     ({"precision": "fp16"}, 5e-3),
@@ -48,7 +48,7 @@ TOLERANCES: list[tuple[dict[str, Any], float]] = [
 
 @pytest.fixture(scope="module")
 def all_data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Data]]:
-    """By task."""
+    """Return the data by task."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PETLBENCH_CACHE", str(tmp_path_factory.mktemp("cache")))
         cells = [cell(task=task) for task in ("vqa", "rec")]
@@ -62,7 +62,7 @@ def data(all_data: dict[str, Data]) -> Data:
 
 @pytest.fixture(autouse=True)
 def cheap_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Layers are traced, but no code is generated: that takes half a minute."""
+    """Trace layers, but generate no code, which would take half a minute."""
     monkeypatch.setattr(precision, "COMPILER", "eager")
     yield
     torch.compiler.reset()
@@ -91,7 +91,7 @@ def run(data: Data, **options: Any) -> TrainingResult:
 
 
 def stepped(data: Data, **options: Any) -> tuple[TrainingState, dict[str, Tensor]]:
-    """A course after one step, and the gradients of it."""
+    """Return the training state after one step, and its gradients."""
     training, gradients = TrainingState(made(**options), data.train, 1e-3), dict[str, Tensor]()
     keep = {n: p.register_post_accumulate_grad_hook(lambda p, n=n: gradients.update({n: p.grad.clone()}))
             for n, p in training.parameters.items()}  # fmt: skip
@@ -107,7 +107,7 @@ def stepped(data: Data, **options: Any) -> tuple[TrainingState, dict[str, Tensor
 def test_a_cell_with_any_option_trains_to_the_same_losses_within_its_precision(
     options: dict[str, Any], tolerance: float, all_data: dict[str, Data]
 ) -> None:
-    task = "rec" if "compile" in options else "vqa"  # generating text takes a dozen variants of each function
+    task = "rec" if "compile" in options else "vqa"  # generating text compiles a dozen variants of each function
     data = all_data[task]
     plain, found = dict(run(data, task=task).losses), dict(run(data, task=task, **options).losses)
     assert found and found.keys() <= plain.keys()
@@ -150,7 +150,7 @@ def test_canonical_figures_see_checkpointing_and_nothing_else(data: Data) -> Non
     assert more.forward == flops.forward and more.backward > flops.backward
 
 
-def test_stacks_of_lent_parts_are_checkpointed_too_and_a_plain_recipe_undoes_all() -> None:
+def test_stacks_of_supplied_parts_are_checkpointed_too_and_a_plain_recipe_undoes_all() -> None:
     class WithPart(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -254,7 +254,7 @@ def test_a_resumed_training_in_fp16_ends_with_the_same_bits(device: str, data: D
         if training.step == 2:
             file.save(training.state())
 
-    with ScaledBy(2.0**40):  # so much that it shrinks at every step
+    with ScaledBy(2.0**40):  # so large that it shrinks at every step
         fit(start(), data.train, data.validation, 1e-2, keep=keep)
         fit(start(), data.train, data.validation, 1e-2, resume=file.load(), keep=keep)
     assert scales == [2.0**39, 2.0**38, *[2.0**37] * 2]
@@ -266,7 +266,7 @@ def test_a_resumed_training_in_fp16_ends_with_the_same_bits(device: str, data: D
 
 
 class ScaledBy:
-    """Loss scaling that starts from another number."""
+    """Let loss scaling start from another number."""
 
     def __init__(self, scale: float) -> None:
         self._scale, self._patch = scale, pytest.MonkeyPatch()
@@ -326,7 +326,7 @@ def test_fp16_that_overflows_however_the_loss_is_scaled_ends_the_trial() -> None
 
 
 class Reads(nn.Module):
-    """An inserted module that asks which pass it is in."""
+    """An inserted module that reads which pass it is in."""
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         types = current_pass().types
@@ -364,7 +364,7 @@ def test_layers_really_go_through_the_compiler(all_data: dict[str, Data], monkey
 
     monkeypatch.setattr(precision, "COMPILER", backend)
     setup = made(task="rec", compile=True)
-    graphs.clear()  # that of the trial
+    graphs.clear()  # drop the graph of the compiler's trial
     evaluate(setup, all_data["rec"].validation)
     assert len(graphs) >= 3
 

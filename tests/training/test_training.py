@@ -1,4 +1,4 @@
-"""The training loop, on a least-squares stand-in for backbone and task."""
+"""Test the training loop on a least-squares problem in place of backbone and task."""
 
 from __future__ import annotations
 
@@ -77,13 +77,13 @@ def recipe(**changes: Any) -> Recipe:
 
 
 def test_training_fits_and_says_how() -> None:
-    found = fit(setup(recipe()), rows(), rows(5), lr=0.1)
-    assert found.validation["fit"] > -0.01
-    assert found.best_step == 60
-    assert found.losses[-1][0] == 60 and found.losses[-1][1] < found.losses[0][1] / 10
+    result = fit(setup(recipe()), rows(), rows(5), lr=0.1)
+    assert result.validation["fit"] > -0.01
+    assert result.best_step == 60
+    assert result.losses[-1][0] == 60 and result.losses[-1][1] < result.losses[0][1] / 10
     # weights 2 x 4 bytes, as many gradients, twice that as moments and two 4-byte step counters
-    assert found.memory is not None
-    assert (found.memory.weights_bytes, found.memory.gradients_bytes, found.memory.optimizer_bytes) == (8, 8, 24)
+    assert result.memory is not None
+    assert (result.memory.weights_bytes, result.memory.gradients_bytes, result.memory.optimizer_bytes) == (8, 8, 24)
 
 
 def test_the_best_state_on_validation_is_kept_not_the_last() -> None:
@@ -97,10 +97,10 @@ def test_the_best_state_on_validation_is_kept_not_the_last() -> None:
             states.append(weight.detach().clone())
 
     here.context = replace(here.context, report=report)
-    found = fit(here, rows(), rows(5), lr=0.1)
-    assert (found.best_step, found.validation["fit"]) == (40, 3.0)
-    assert torch.equal(found.state["backbone.weight"], states[1]) and not torch.equal(states[1], states[2])
-    load_state(here, found.state)
+    result = fit(here, rows(), rows(5), lr=0.1)
+    assert (result.best_step, result.validation["fit"]) == (40, 3.0)
+    assert torch.equal(result.state["backbone.weight"], states[1]) and not torch.equal(states[1], states[2])
+    load_state(here, result.state)
     assert torch.equal(here.backbone.weight, states[1])  # type: ignore[arg-type]
 
 

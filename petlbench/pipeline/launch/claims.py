@@ -27,7 +27,7 @@ class Claim:
         """Release the claim for all processes that hold it, and remove the lock file. A second call does nothing."""
         if self._file.closed:
             return
-        # Remove it while locked: a process that opened the file before sees, once it has the lock, that the path is gone.
+        # Remove it while locked: a process that opened it before sees, once it has the lock, that the path is gone.
         self.path.unlink(missing_ok=True)
         fcntl.flock(self._file, fcntl.LOCK_UN)
         self._file.close()

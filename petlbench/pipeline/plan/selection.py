@@ -43,7 +43,7 @@ def select_methods(specs: Sequence[MethodSpec], patterns: Sequence[str] | None) 
     pool = list(specs)
     chosen: dict[int, MethodSpec] = {}
     for pattern in patterns:
-        pool += variants.additional_specs(pool, pattern, METHODS)
+        pool += variants.specs_beyond(pool, pattern, METHODS)
         chosen |= {i: spec for i, spec in enumerate(pool) if variants.matches(spec, pattern)}
     return list(chosen.values())
 

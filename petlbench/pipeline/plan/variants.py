@@ -55,9 +55,7 @@ def is_wildcard(pattern: str) -> bool:
     return bool(WILDCARDS & set(pattern))
 
 
-def additional_specs(
-    pool: Sequence[MethodSpec], pattern: str, registry: Registry[Method] = METHODS
-) -> list[MethodSpec]:
+def specs_beyond(pool: Sequence[MethodSpec], pattern: str, registry: Registry[Method] = METHODS) -> list[MethodSpec]:
     """Return the registered methods and variants that `pattern` names and `pool` lacks.
 
     A wildcard gives every match that has other options than each spec of the pool; a name gives itself, unless the
@@ -81,7 +79,7 @@ def method_specs(patterns: Sequence[str], registry: Registry[Method] = METHODS) 
     """Return the methods and variants that the patterns name, in their order, with their default configurations."""
     specs: list[MethodSpec] = []
     for pattern in patterns:
-        specs += additional_specs(specs, pattern, registry)
+        specs += specs_beyond(specs, pattern, registry)
     return specs
 
 
@@ -91,7 +89,7 @@ def _registered(name: str, registry: Registry[Method]) -> MethodSpec:
 
 
 def _all(name: str, registry: Registry[Method]) -> list[MethodSpec]:
-    """Return the method and its variants."""
+    """Return the method and its variants; `_same` later drops the variant that is the default."""
     cls = registry.get(name)
     named = [resolve_variant(MethodSpec(name=f"{name}:{variant}"), registry) for variant in cls.variants]
     return [MethodSpec(name=name), *named]
