@@ -16,7 +16,7 @@ from petlbench.measure.memory import SavedTensors, account
 from petlbench.training.checkpoint import Saved
 from petlbench.training.evaluation import evaluate
 from petlbench.training.optimizers import rate
-from petlbench.training.precision import computing, described, kernels
+from petlbench.training.precision import backend_text, computing, kernels
 from petlbench.training.setup import TrainingSetup
 from petlbench.training.state import BestState, TrainingResult, TrainingState
 
@@ -87,7 +87,7 @@ def train_step(training: TrainingState) -> None:
             training.optimizer,
             0,
             native_saved_bytes=saved.saved_bytes,
-            backend=described(recipe, setup.device, setup.backbone),
+            backend=backend_text(recipe, setup.device, setup.backbone),
         )
     with clock.phase("optimizer"):
         training.optimizer.zero_grad(set_to_none=True)

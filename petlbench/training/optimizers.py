@@ -84,8 +84,8 @@ def layer_scale(name: str, depths: Mapping[str, int], decay: float) -> float:
 
     Parameters below the first layer count as one more layer. `depths`: L by stack.
     """
-    if found := re.search(r"\bstacks\.(\w+)\.layers\.(\d+)\.", name):
-        return decay ** (depths[found[1]] - int(found[2]))
+    if match := re.search(r"\bstacks\.(\w+)\.layers\.(\d+)\.", name):
+        return decay ** (depths[match[1]] - int(match[2]))
     if re.search(r"^head\.|\b(own_heads|supplied|final_norm)\.", name):
         return 1.0
     return decay ** (max(depths.values(), default=-1) + 1)

@@ -84,7 +84,7 @@ def _fault_of_compiler(compiler: str, device: str) -> str:
     return ""
 
 
-def described(recipe: Recipe, device: torch.device, backbone: Backbone) -> str:
+def backend_text(recipe: Recipe, device: torch.device, backbone: Backbone) -> str:
     """Return what the natively saved bytes depend on: `cpu, fused attention, fp32`, and further recipe options."""
     attention = recipe.attention if backbone.fused_attention else "unfused"
     options = {"gradient checkpointing": recipe.gradient_checkpointing, "compiled": recipe.compile}

@@ -102,7 +102,7 @@ def test_a_cell_that_another_run_holds_is_put_back_and_run_only_if_that_leaves_n
     diary.on_waiting = let_go
     records = run("ok", 2, store, done=store.get, progress=diary)
     assert [r.reason for r in records] == ["of the other run" if left else "", ""]
-    end = [("found", 0)] if left else [("started", 0), ("finished", 0)]
+    end = [("recorded_elsewhere", 0)] if left else [("started", 0), ("finished", 0)]
     order = list(dict.fromkeys(diary.order))
     assert order == [("started", 1), ("finished", 1), ("waiting", 1), *end]
 

@@ -56,8 +56,8 @@ class Diary(Progress):
     def finished(self, index: int, record: Record, seconds: float) -> None:
         self.order.append(("finished", index))
 
-    def found(self, index: int, record: Record) -> None:
-        self.order.append(("found", index))
+    def recorded_elsewhere(self, index: int, record: Record) -> None:
+        self.order.append(("recorded_elsewhere", index))
 
     def waiting(self, count: int) -> None:
         self.order.append(("waiting", count))

@@ -62,11 +62,11 @@ source = Moods(Moods.Config(), Path("data"))
 row = source.load("moods", "train", 3)[0]
 counts = {entry.name: entry.counts for entry in dataset.report_dataset("moods", "mine", source, None).entries}
 sheet = samples.show_samples("moods", "mine", source, split="train", count=4, seed=0)
-said = samples.text(row)
+answer = samples.text(row)
 before = source.fingerprint("moods")
 (Path("data") / "moods.txt").write_text("0.png happy")
 changed = Moods(Moods.Config(skip_broken=True), Path("data"))
-print(json.dumps([row["image"].size, counts, str(sheet), said, before, len(changed.load("moods", "train"))]))
+print(json.dumps([row["image"].size, counts, str(sheet), answer, before, len(changed.load("moods", "train"))]))
 """
 RUN = """
 import sys
@@ -101,11 +101,11 @@ def test_a_source_of_a_notebook_is_loaded_checked_and_shown_there(folder: Path) 
     done = notebook(folder, DEFINED, LOOKED_AT)
     assert done.returncode == 0, done.stderr
     found: list[Any] = json.loads(done.stdout)
-    size, counts, sheet, said, fingerprint, rows = found
+    size, counts, sheet, answer, fingerprint, rows = found
     assert (size, len(fingerprint), rows) == ([16, 12], 64, 1)
     assert counts["all"] == {"images": 40, "rows": 40}
     assert counts["train"]["rows"] + counts["validation"]["rows"] == 40
-    assert (folder / sheet).is_file() and "mood: happy" in said
+    assert (folder / sheet).is_file() and "mood: happy" in answer
     assert not (folder / "cache" / "tables").exists(), "its code has no digest that a kept table could go by"
 
 

@@ -24,7 +24,7 @@ def test_without_a_terminal_there_is_one_line_at_start_and_one_at_end() -> None:
         shown.finished(3, FAILED, 0.2)
         for count in (2, 2, 1):
             shown.waiting(count)
-        shown.found(4, OK)
+        shown.recorded_elsewhere(4, OK)
     assert type(shown) is ProgressLines
     assert out.getvalue().splitlines() == [
         "[3/20] lora on rec:digits (tiny, seed 0): started",
@@ -47,7 +47,7 @@ def test_on_a_terminal_there_are_bars_of_the_run_and_of_each_running_cell() -> N
         running = out.getvalue()
         shown.finished(0, OK, 41.3)
         shown._bars.refresh()
-        shown.found(1, OK)
+        shown.recorded_elsewhere(1, OK)
         shown._bars.refresh()
     assert "2/2" in out.getvalue()
     assert "0/2" in running

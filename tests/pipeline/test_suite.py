@@ -203,8 +203,8 @@ def test_recipe_layers_from_weakest_to_strongest() -> None:
 def test_an_augmentation_must_be_one_of_the_tasks() -> None:
     (cell,) = expand(suite(task_recipes={"boxes": {"augment": "turned"}}), methods=["plain"], tasks=["boxes"])
     assert cell.recipe.augment == "turned"
-    said = "task boxes has no augmentation 'turn': did you mean 'turned'?"
-    with pytest.raises(UserError, match=re.escape(said)):
+    message = "task boxes has no augmentation 'turn': did you mean 'turned'?"
+    with pytest.raises(UserError, match=re.escape(message)):
         expand(suite(recipe={"augment": "turn"}), methods=["plain"], tasks=["boxes"])
 
 

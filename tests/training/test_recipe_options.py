@@ -230,7 +230,7 @@ def test_unfused_attention_keeps_its_maps() -> None:
 def test_a_record_says_what_natively_saved_bytes_depend_on(
     options: dict[str, Any], config: dict[str, Any], expected: str
 ) -> None:
-    assert precision.described(Recipe(**options), CPU, small_tiny(**config)) == expected
+    assert precision.backend_text(Recipe(**options), CPU, small_tiny(**config)) == expected
 
 
 def test_native_bytes_of_a_step_come_with_what_they_depend_on(data: Data) -> None:

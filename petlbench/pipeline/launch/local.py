@@ -128,7 +128,7 @@ class _Launch:
             elif record := self.done(cell):
                 claim.release()
                 self.records[index] = record
-                progress.found(index, record)
+                progress.recorded_elsewhere(index, record)
             else:
                 progress.started(index, cell)
                 run = self.running[index] = self._prepare(cell, claim)

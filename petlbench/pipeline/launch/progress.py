@@ -36,7 +36,7 @@ class Progress:
     def finished(self, index: int, record: Record, seconds: float) -> None:
         """A cell has ended after `seconds`, with this record."""
 
-    def found(self, index: int, record: Record) -> None:
+    def recorded_elsewhere(self, index: int, record: Record) -> None:
         """Another run has recorded the cell meanwhile, so it is not run."""
 
     def waiting(self, count: int) -> None:
@@ -80,7 +80,7 @@ class ProgressLines(Progress):
     def finished(self, index: int, record: Record, seconds: float) -> None:
         self._print(outcome_line(index, self.total, record, seconds))
 
-    def found(self, index: int, record: Record) -> None:
+    def recorded_elsewhere(self, index: int, record: Record) -> None:
         self._print(_line(index, self.total, record, " by another run"))
 
     def waiting(self, count: int) -> None:
@@ -118,9 +118,9 @@ class TerminalBars(ProgressLines):
         self._count()
         super().finished(index, record, seconds)
 
-    def found(self, index: int, record: Record) -> None:
+    def recorded_elsewhere(self, index: int, record: Record) -> None:
         self._count()
-        super().found(index, record)
+        super().recorded_elsewhere(index, record)
 
     def _count(self) -> None:
         self._done += 1
