@@ -134,8 +134,8 @@ class CellRun:
         fingerprints: Mapping[str, str] | None = None,
     ) -> None:
         self.cell, self.store, self.options, self.context = cell, store, options, context
-        self.clock, self.report, self.given = context.clock, context.report, fingerprints
-        self.known = PartialRecord(cell)
+        self.clock, self.report, self._fingerprints = context.clock, context.report, fingerprints
+        self.partial = PartialRecord(cell)
         self.checkpoint: Checkpoint | None = None
         self.search: RateSearch | None = None
         self.untouched = 0
@@ -168,8 +168,8 @@ class CellRun:
             predicting = self._measured("inference", lambda: inference(setup, data.test, size))
             # Last, because `inference` has merged the method.
             extra = extra_at_inference(setup, self.untouched) if predicting else None
-        self.known.parameters = parameters.model_copy(update={"inference_extra": extra, "effective": reached})
-        record = self.known.completed(
+        self.partial.parameters = parameters.model_copy(update={"inference_extra": extra, "effective": reached})
+        record = self.partial.completed(
             **self._ending(),
             outcome="ok",
             metrics=scores.metrics,
@@ -195,7 +195,7 @@ class CellRun:
         """Save the record of a failed cell, with its reason, its trials and its machine."""
         if self.checkpoint and outcome == "diverged":  # it would diverge again from there
             self.checkpoint.remove()
-        record = self.known.completed(**self._ending(), outcome=outcome, reason=" ".join(reason.split()))
+        record = self.partial.completed(**self._ending(), outcome=outcome, reason=" ".join(reason.split()))
         return self.store.save(record, None)
 
     def _ending(self) -> dict[str, Any]:
@@ -209,17 +209,17 @@ class CellRun:
 
     def _load(self) -> tuple[Task, Data]:
         task = TASKS.get(self.cell.task)()
-        self.known.main_metric, self.known.size = task.main_metric, size_of(self.cell)
+        self.partial.main_metric, self.partial.size = task.main_metric, size_of(self.cell)
         root = self.context.data_root
         source = load_source(self.cell, root)
-        self.known.fingerprints = self.given or fingerprint.fingerprints(self.cell, root, source)
+        self.partial.fingerprints = self._fingerprints or fingerprint.fingerprints(self.cell, root, source)
         data = load_data(self.cell, source, task)
-        self.known.notes = source.notes()
+        self.partial.notes = source.notes()
         return task, data
 
     def _search(self, backbone: Backbone, task: Task, data: Data) -> tuple[TrainingSetup, TrainingResult, float]:
-        self.known.notes += (backbone.note,) if backbone.note else ()
-        identity = [self.cell.id, self.known.fingerprints, str(torch.__version__), self.context.device.type]
+        self.partial.notes += (backbone.note,) if backbone.note else ()
+        identity = [self.cell.id, self.partial.fingerprints, str(torch.__version__), self.context.device.type]
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         path = self.store.checkpoints / f"{self.cell.id}.safetensors"
         self.checkpoint = Checkpoint(path, key, self.options.checkpoint_seconds)
@@ -228,7 +228,7 @@ class CellRun:
 
     def _inspect(self, setup: TrainingSetup) -> None:
         """Count parameters early: it costs nothing, and a cell that fails later still has the counts."""
-        self.known.parameters = self._parameters(setup, None)
+        self.partial.parameters = self._parameters(setup, None)
 
     def _parameters(self, setup: TrainingSetup, stored_bytes: int | None) -> Parameters:
         return counted(setup).model_copy(update={"stored_bytes": stored_bytes})
@@ -238,7 +238,7 @@ class CellRun:
         try:
             return measure()
         except torch.OutOfMemoryError:
-            self.known.notes += (f"{what} not measured: out of memory",)
+            self.partial.notes += (f"{what} not measured: out of memory",)
             return None
 
     def _memory(self, fitted: TrainingResult, saved: int | None) -> Memory:
@@ -252,7 +252,7 @@ class CellRun:
         folder = self.store.root / "submissions"
         make_folder(folder)
         write_atomic(folder / f"{self.cell.id}.json", json.dumps(submission).encode())
-        self.known.notes += (f"no public answers: {folder.name}/{self.cell.id}.json is for the evaluation server",)
+        self.partial.notes += (f"no public answers: {folder.name}/{self.cell.id}.json is for the evaluation server",)
 
     def _save_adapter(self, fitted: TrainingResult) -> int:
         """Save everything that trained, and nothing else, as safetensors; return the size in bytes."""
