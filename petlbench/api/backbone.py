@@ -1,4 +1,4 @@
-"""What a backbone is: stacks with sites, and what a task may ask of them."""
+"""The base class of backbones: stacks with sites, and the operations that tasks use."""
 
 from __future__ import annotations
 
@@ -21,52 +21,53 @@ from petlbench.core.messages import did_you_mean
 
 
 class BackboneConfig(BaseModel):
-    """Options of a backbone family; its sizes are here, so every size is a configuration."""
+    """Options of a backbone family; they include its dimensions, so every size is a configuration."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 C = TypeVar("C", bound=BackboneConfig)
-_ENCODING = Lock()  # the libraries' tokenizers keep what they are asked for, and workers may ask at the same time
+_ENCODING = Lock()  # the libraries' tokenizers keep state between calls, and several workers may call at once
 Initialisation = Literal["bart", "t5"]
-SUPPLIED = frozenset({"fuse", "decode", "pair"})  # abilities that trained parts can lend to any backbone, see `lent.py`
+SUPPLIED = frozenset({"fuse", "decode", "pair"})  # abilities that the suite's trained parts can add to any backbone
 
 
 class Backbone(nn.Module, ABC, Generic[C]):
-    """A vision-language model described once, by its stacks; a task asks for what it needs of `abilities`.
+    """A vision-language model, described by its stacks; a task names the `abilities` that it needs.
 
     Abilities: `embed` (an image or a text alone, to be compared), `fuse` (a joint pass over both), `ground` (image
-    tokens know their place), `decode` (text from states), `pair` (a joint pass over a text and two images, with the
-    first told from the second). What of LENT a family lacks is lent to it; `refusals` says why the rest cannot be.
+    tokens know their place), `decode` (text from states), `pair` (a joint pass over a text and two images that
+    distinguishes the first from the second). The suite adds abilities in SUPPLIED that a family lacks, unless
+    `refusals` gives a reason against it.
     """
 
     Config: ClassVar[type[BackboneConfig]] = BackboneConfig
     config: C
-    sizes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # `family:size`: the options that it stands for
+    sizes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # options by size, for `family:size`
     abilities: frozenset[str]
-    refusals: ClassVar[Mapping[str, str]] = {}  # an ability that is not there and cannot be lent: the reason
-    note: str = ""  # what a reader of any result on it must know
+    refusals: ClassVar[Mapping[str, str]] = {}  # missing ability that cannot be supplied: the reason
+    note: str = ""  # a caveat for readers of results on it
     width: int  # of image tokens and of fused states
     codec: Codec  # text to token ids and back
     max_text: int  # longest text in tokens
-    fused_attention: bool = True  # its attention calls torch's fused kernels where the recipe lets it
+    fused_attention: bool = True  # its attention calls torch's fused kernels if the recipe allows it
     trains_heads: bool = True  # its own heads train with every method
-    # Traits: what some methods choose by. A family declares them, and nobody guesses them from its modules.
-    initialisation: Initialisation = "bart"  # how authors draw what they insert: N(0, 0.02^2) and 0; t5: as torch does
+    # Traits by which some methods choose. A family declares them; nothing guesses them from its modules.
+    initialisation: Initialisation = "bart"  # of inserted modules: N(0, 0.02^2) and 0; t5: as torch does
     norm_bias: bool = True  # its norms are layer norms, with a bias besides the gain
     pooled_mark: bool = False  # in each tower alone, a marked token stands for the whole image or text
-    stacked_decoder: bool = False  # its decoder attends to an encoder: it is an `EncoderDecoder`, to be re-entered
-    pretrained_hosts: bool = False  # its host parts come with pre-trained values, as a visual projection rarely does
+    stacked_decoder: bool = False  # its decoder attends to an encoder and can be re-entered (`EncoderDecoder`)
+    pretrained_hosts: bool = False  # its host parts have pre-trained values, as a visual projection rarely has
 
     def __init__(self) -> None:
         super().__init__()
         self.stacks: nn.ModuleDict = nn.ModuleDict()
-        # The heads that the family was published with, by task; by tasks joined with + where several share one.
+        # The heads published with the family, by task; tasks that share a head are joined with +.
         self.own_heads: nn.ModuleDict = nn.ModuleDict()
 
     @classmethod
     def options_of(cls, size: str) -> Mapping[str, Any]:
-        """The options that `family:size` stands for. Raises UserError for a size that does not exist."""
+        """Return the options of `family:size`. Raises UserError if the size does not exist."""
         if not size:
             return {}
         if size not in cls.sizes:
@@ -76,20 +77,20 @@ class Backbone(nn.Module, ABC, Generic[C]):
 
     @classmethod
     def configured(cls, name: str, options: Mapping[str, Any]) -> C:
-        """The configuration that `name` (`family` or `family:size`) and further options make."""
+        """Return the configuration of `name` (`family` or `family:size`) with further options."""
         return cast(C, cls.Config(**{**cls.options_of(name.partition(":")[2]), **options}))
 
     @classmethod
     def abilities_of(cls, config: C) -> frozenset[str]:
-        """The abilities of a backbone of this configuration."""
+        """Return the abilities of a backbone with this configuration."""
         return cls.abilities
 
     @classmethod
     def files(cls, config: C) -> list[Path]:
-        """The files that a backbone of this configuration reads (weights, tokenizer): results depend on their content.
+        """Return the files that a backbone of this configuration reads (weights, tokenizer).
 
-        Asked before anything runs: published ones are fetched where they are not here. Raises UserError for one that
-        does not exist, or cannot be fetched.
+        Results depend on their content. The suite calls this before anything runs; missing published files are fetched.
+        Raises UserError if a file does not exist or cannot be fetched.
         """
         return []
 
@@ -103,12 +104,12 @@ class Backbone(nn.Module, ABC, Generic[C]):
 
     @property
     def start_id(self) -> int:
-        """What decoding starts from."""
+        """The id with which decoding starts."""
         return self.codec.start_id
 
     @property
     def text_width(self) -> int:
-        """Of text tokens before any fusion."""
+        """The width of text tokens before any fusion."""
         return self.width
 
     def roles(self) -> tuple[str, ...]:
@@ -120,9 +121,9 @@ class Backbone(nn.Module, ABC, Generic[C]):
         return stack
 
     def freeze(self) -> None:
-        """Nothing trains but the host parts that every method trains (a visual projection, say).
+        """Freeze all parameters except host parts, which every method trains (such as a visual projection).
 
-        Raises ValueError where a method has been applied before, for this would freeze what it inserted.
+        Raises ValueError if a method was applied before, because this would freeze the modules that it inserted.
         """
         if any(p.requires_grad for module in inserted(self) for p in module.parameters()):
             raise ValueError("another method is in this backbone already, and this one would freeze it: apply one")
@@ -131,13 +132,13 @@ class Backbone(nn.Module, ABC, Generic[C]):
             parameter.requires_grad_(name in hosts)
 
     def unfreeze(self) -> None:
-        """Everything trains but the fixed parts."""
+        """Let all parameters train except the fixed ones."""
         fixed = self.fixed_parameters()
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name not in fixed)
 
     def pretrained_roles(self) -> tuple[str, ...]:
-        """The stacks that a method can adapt: all but those that every method trains whole, from scratch."""
+        """Return the stacks that a method can adapt: all except those that every method trains whole, from scratch."""
         hosts = self.host_parameters()
         whole = {
             role
@@ -147,89 +148,89 @@ class Backbone(nn.Module, ABC, Generic[C]):
         return tuple(role for role in self.roles() if role not in whole)
 
     def own_head(self, task: str) -> nn.Module | None:
-        """The head that the family was published with for this task."""
+        """Return the head published with the family for this task, or None."""
         return next((head for tasks, head in self.own_heads.items() if task in tasks.split("+")), None)
 
     def pretrained_head(self, task: str) -> dict[str, Tensor]:
-        """The values of the task's head that this backbone was pre-trained with; empty where it has none."""
+        """Return pre-trained values for the task's head; empty if the backbone has none."""
         return {}
 
     def word_table(self) -> Tensor:
-        """(V, text_width): the backbone's token embeddings, which a lent decoder reads and predicts words with."""
-        raise NotImplementedError(f"{type(self).__name__} has no words to lend a decoder")
+        """Return the token embeddings (V, text_width); a supplied decoder reads and predicts words with them."""
+        raise NotImplementedError(f"{type(self).__name__} has no token embeddings for a supplied decoder")
 
     @abstractmethod
     def host_parameters(self) -> set[str]:
-        """Names of the parameters that every method trains."""
+        """Return the names of the parameters that every method trains."""
 
     def fixed_parameters(self) -> set[str]:
-        """Names of the parameters that no method trains, full fine-tuning included."""
+        """Return the names of the parameters that no method trains, not even full fine-tuning."""
         return set()
 
     def undecayed_parameters(self) -> set[str]:
-        """Names of the parameters that weight decay spares, besides all one-dimensional ones."""
+        """Return the names of parameters without weight decay, besides all one-dimensional ones."""
         return set()
 
     def head_parameters(self) -> set[str]:
-        """Names of the parameters that were lent for a task, and count as its head."""
+        """Return the names of supplied parameters, which count as the task's head."""
         return set()
 
     @abstractmethod
     def images(self, images: Sequence[Image]) -> Images:
-        """The backbone's own preprocessing, batched."""
+        """Return a batch of images, prepared with the backbone's own preprocessing."""
 
     def images_placed(self, images: Sequence[Image], placements: Sequence[Placement]) -> Images:
-        """The same, with sizes and places on the canvas as `placements` say, one for each image.
+        """Return the batch with each image sized and placed on its canvas by its entry in `placements`.
 
-        A backbone that does not lay images on a larger canvas sizes and places them as ever.
+        A backbone without a larger canvas ignores `placements`.
         """
         return self.images(images)
 
     def texts(self, texts: Sequence[str], max_length: int) -> Texts:
-        """Tokenised with special tokens, truncated to `max_length`, padded to the longest."""
+        """Return token ids with special tokens, truncated to `max_length`, padded to the longest."""
         with _ENCODING:
             return Texts(*self.codec.encode(texts, min(max_length, self.max_text)))
 
     def text_of(self, ids: Sequence[int]) -> str:
-        """The text of generated ids, special tokens dropped."""
+        """Return the text of generated ids, without special tokens."""
         return self.codec.decode(ids)
 
     @abstractmethod
     def embed_image(self, images: Images, *, task: str | None = None) -> Tokens:
-        """Image tokens at `width`: of the fusing stack, before it; of a dual encoder, all through its tower.
+        """Return image tokens at `width`: before the fusing stack, or, in a dual encoder, after its tower.
 
-        `task` is what modules in a tower may ask of the pass, as in `fuse`.
+        Modules in a tower can read `task` from the pass, as in `fuse`.
         """
 
     def embed_pair(self, images: Images, *, task: str | None = None) -> tuple[Tokens, Tokens]:
-        """Image tokens, as `embed_image` gives them, of two images per sample, the first told from the second.
+        """Return image tokens, as from `embed_image`, of two images per sample, with the first and second marked apart.
 
-        `images`: 2B, first images, then second ones in the same order; a row of both results is one sample, and `fuse`
-        takes them as two parts. A family that can `pair` says here how; any other is lent its order in `lent.py`. A
-        wrapper asks the backbone inside, as `Wrapper` does: it never makes a pair of two `embed_image`, which would
-        give every image the place of the first.
+        `images` holds 2B: all first images, then the second ones in the same order. Equal rows of the two results are
+        one sample, and `fuse` takes them as two parts. A family that can `pair` overrides this; the suite supplies the
+        order to others. A wrapper calls the backbone inside, as `Wrapper` does; two calls of `embed_image` would give
+        every image the place of the first.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not tell two images apart")
+        raise NotImplementedError(f"{type(self).__name__} cannot distinguish two images")
 
     @abstractmethod
     def embed_text(self, texts: Texts, *, task: str | None = None) -> Tokens:
-        """Text tokens at `text_width`: of the fusing stack, before it; of a dual encoder, all through its tower."""
+        """Return text tokens at `text_width`: before the fusing stack, or, in a dual encoder, after its tower."""
 
     @abstractmethod
     def fuse(self, *parts: Tokens, task: str) -> Tokens:
-        """One joint pass over the parts (text first); with one part, the unimodal pass that retrieval pools.
+        """Run one joint pass over the parts (text first); one part alone takes the unimodal pass that retrieval pools.
 
-        A dual encoder gives a single part back as it is.
+        A dual encoder returns a single part unchanged.
         """
 
     def new_cache(self) -> Any:
-        """An empty decoding cache. Only for backbones that can `decode`."""
+        """Return an empty decoding cache. Only for backbones that can `decode`."""
         raise NotImplementedError(f"{type(self).__name__} does not decode")
 
     def reorder_cache(self, cache: Any, index: Tensor) -> Any:
-        """The cache with its batch rows picked by `index` (B',)."""
+        """Return the cache with the batch rows at `index` (B',)."""
         raise NotImplementedError(f"{type(self).__name__} does not decode")
 
     def decode(self, memory: Tokens, ids: Tensor, cache: Any = None, *, task: str) -> tuple[Tensor, Any]:
-        """Logits (B, T, V) for `ids` (B, T), which follow what is in the cache, and the cache (None without one)."""
+        """Return logits (B, T, V) for `ids` (B, T), which follow the ids in the cache, and the cache (or None)."""
         raise NotImplementedError(f"{type(self).__name__} does not decode")

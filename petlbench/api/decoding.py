@@ -12,7 +12,7 @@ from petlbench.api.tokens import Texts, Tokens
 
 @torch.no_grad()
 def generate(backbone: Backbone, memory: Tokens, *, task: str, max_length: int, beams: int = 1) -> list[list[int]]:
-    """Ids per sample, without the start token and without what follows (and includes) the end token.
+    """Return ids per sample, without the start token, and cut before the end token.
 
     Greedy for one beam; else beam search that ranks finished hypotheses by mean log-probability.
     """
@@ -99,8 +99,8 @@ def _collect(
 def _settled(
     finished: list[list[tuple[float, list[int]]]], totals: Tensor, beams: int, length: int, max_length: int
 ) -> bool:
-    """True when no running beam can still beat the `beams` best finished ones: its mean can at most be its total
-    over the longest length."""
+    """Return whether no running beam can beat the `beams` best finished ones; its mean is at most its total divided
+    by the longest length."""
     for sample, hypotheses in enumerate(finished):
         best = sorted((score for score, _ in hypotheses), reverse=True)[:beams]
         if len(best) < beams or best[-1] < float(totals[sample].max()) / max_length:

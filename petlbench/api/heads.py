@@ -1,4 +1,4 @@
-"""What tasks ask of a head, whether it is their own or one that a backbone was published with."""
+"""Interfaces of heads: a task's own, or one published with a backbone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from petlbench.api.tokens import Tokens
 
 
 class Aligner(nn.Module, ABC):
-    """Puts images and texts into one space, to be compared by cosine times a scale."""
+    """A head that maps images and texts into one space and compares them by cosine times a scale."""
 
     @abstractmethod
     def of_image(self, tokens: Tokens) -> Tensor:
@@ -22,7 +22,7 @@ class Aligner(nn.Module, ABC):
 
     @abstractmethod
     def scale(self) -> Tensor:
-        """What similarities are multiplied by, a scalar."""
+        """Return the scalar that multiplies similarities."""
 
     def similarity(self, image: Tensor, text: Tensor) -> Tensor:
         """(I, e), (C, e) unit vectors -> (I, C) logits."""
@@ -30,7 +30,7 @@ class Aligner(nn.Module, ABC):
 
 
 class Grounder(nn.Module, ABC):
-    """Finds the one box that fused tokens speak of, on a canvas that is the unit square."""
+    """A head that finds the one box that fused tokens describe, on the unit square as canvas."""
 
     @abstractmethod
     def forward(self, tokens: Tokens) -> Tensor:

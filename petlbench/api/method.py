@@ -17,24 +17,24 @@ from petlbench.core.former_names import FormerNames, warn_of
 
 
 class MethodConfig(BaseModel):
-    """Options of a method; every field says meaning, range and the source of its default."""
+    """Options of a method; the description of each gives meaning, range and source of its default."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class StackedConfig(MethodConfig):
-    """Options of a method that goes into whole stacks."""
+    """Options of a method that adapts whole stacks."""
 
     stacks: tuple[str, ...] | None = Field(
         None,
-        description="roles (vision, text, encoder, decoder, fusion) it goes into; null: all that the backbone offers, "
-        "but for those that every method trains whole",
+        description="roles (vision, text, encoder, decoder, fusion) to adapt; null: all that the backbone offers, "
+        "except those that every method trains whole",
     )
 
 
 @dataclass(frozen=True)
 class SizeOption:
-    """The option that sets a method's size, and the values that a curve runs through, small to large."""
+    """The option that sets a method's size, and its values along a curve, small to large."""
 
     field: str
     values: tuple[float | int, ...]
@@ -42,13 +42,13 @@ class SizeOption:
 
 @dataclass(frozen=True)
 class About:
-    """What a table of methods says of one."""
+    """Facts about a method for the table of methods."""
 
     paper: str  # authors, venue, year
     trains: str  # besides task heads and host parts
-    verified: str  # against what of its authors'
+    verified: str  # the authors' material that it was checked against
     home: str = "vl_bart"  # the backbone that its authors use
-    task: str = "vqa"  # for which parameters are counted on it
+    task: str = "vqa"  # the task for which parameters are counted on `home`
 
 
 C = TypeVar("C", bound=MethodConfig)
@@ -62,9 +62,9 @@ def __getattr__(name: str) -> Any:
 
 
 class Method(FormerNames, ABC, Generic[C]):
-    """One way of adapting a backbone. Knows sites; knows no task's code, data set, optimizer or device.
+    """A way of adapting a backbone. It uses sites; it knows no task's code, data set, optimizer or device.
 
-    What a method claims of itself is an attribute, and `petlbench check` holds it to that; where a claim depends on the
+    A method states its properties as attributes, and `petlbench check` tests them. If a property depends on the
     configuration, `__init__` sets it on the instance.
     """
 
@@ -75,11 +75,11 @@ class Method(FormerNames, ABC, Generic[C]):
     }
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     config: C
-    tasks: tuple[str, ...] = ()  # of its cell, by name, as a pass says them; see `make_method`
+    tasks: tuple[str, ...] = ()  # names of the cell's tasks, as in `Pass.task`; see `make_method`
     about: ClassVar[About | None] = None
-    # `method:variant`: options by name. Literals, since they are listed without an import of the module.
+    # Options by variant, for `method:variant`. Literals, because listing reads them without importing the module.
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    impossible: ClassVar[Mapping[str, str]] = {}  # variants that one would expect, and why they cannot be
+    impossible: ClassVar[Mapping[str, str]] = {}  # variants that one would expect: the reason why they cannot exist
     recipe: ClassVar[Mapping[str, Any]] = {}  # its authors' training options, where they differ from the default
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # the same on one family of backbones, by its name
     size_option: ClassVar[SizeOption | None] = None
@@ -90,8 +90,8 @@ class Method(FormerNames, ABC, Generic[C]):
     # Wildcard of trainable names that get one on some tasks only (a decoder's, a modality's): the reason.
     conditional: Mapping[str, str] = {}
     floor: ClassVar[bool] = False  # its score counts as no gain
-    baseline: ClassVar[bool] = False  # others' costs are told in percent of its own
-    mixes_rows: str = ""  # why a row's predictions depend on those beside it, where the authors' code does so
+    baseline: ClassVar[bool] = False  # costs of others are given in percent of its own
+    mixes_rows: str = ""  # why predictions depend on other rows of the batch, if they do in the authors' code
 
     def __init__(self, config: C | None = None) -> None:
         self.config = cast(C, self.Config()) if config is None else config
@@ -100,36 +100,36 @@ class Method(FormerNames, ABC, Generic[C]):
     def adapt(self, backbone: Backbone) -> Backbone:
         """Freeze, insert, and return the backbone to use: the same object, or a wrapper that is a Backbone.
 
-        Raises ValueError, with the reason, for a backbone that it cannot go into. Must work on the meta device, where
-        every pair is tried before anything runs.
+        Raises ValueError, with the reason, if it cannot adapt this backbone. It must work on the meta device, where the
+        suite tries every pair before anything runs.
         """
 
     def default_recipe(self, family: str) -> dict[str, Any]:
-        """Its authors' training options on a family of backbones, in this configuration."""
+        """Return the authors' training options on a family of backbones, for this configuration."""
         return {**self.recipe, **self.recipes.get(family, {})}
 
     def host_options(self, family: str) -> dict[str, Any]:
-        """Options of the backbone `family` that this configuration of the method needs, whatever the tasks.
+        """Return options of the backbone `family` that this configuration needs, whatever the tasks.
 
-        They go into the cell.
+        They become part of the cell.
         """
         return {}
 
     def merge(self) -> None:
-        """Fold what was inserted into the weights, where that is possible."""
+        """Fold the inserted modules into the weights, if that is possible."""
         raise NotImplementedError(f"{type(self).__name__} cannot be merged into the weights")
 
     def stacks(self, backbone: Backbone) -> list[Stack]:
-        """The stacks this method goes into. Raises ValueError for a role that the backbone does not offer."""
+        """Return the stacks to adapt. Raises ValueError if the backbone does not offer a role."""
         roles = getattr(self.config, "stacks", None) or backbone.pretrained_roles()
         if unknown := set(roles) - set(backbone.roles()):
             raise ValueError(f"no stack '{unknown.pop()}' in this backbone: it has {', '.join(backbone.roles())}")
         return [backbone.stack(role) for role in roles]
 
 
-def make_method(kind: type[Method], options: Mapping[str, Any], tasks: Sequence[str] = ()) -> Method:
-    """A method of this class with these options, told the tasks of its cell: every method is made here."""
-    method = kind(kind.Config(**options))
+def make_method(cls: type[Method], options: Mapping[str, Any], tasks: Sequence[str] = ()) -> Method:
+    """Return a method of this class with these options and its cell's tasks. Every method is made here."""
+    method = cls(cls.Config(**options))
     method.tasks = tuple(tasks)
     return method
 
@@ -148,12 +148,12 @@ def train_biases(module: nn.Module) -> None:
 
 
 def place(module: nn.Module, like: nn.Module) -> nn.Module:
-    """`module` on the device and in the precision of `like`'s parameters."""
+    """Move `module` to the device and precision of `like`'s parameters, and return it."""
     reference = next(like.parameters())
     return module.to(reference.device, reference.dtype)
 
 
 def adapt(method: Method, backbone: Backbone) -> tuple[Backbone, Snapshot]:
-    """The adapted backbone, and the handle whose `restore` gives the original back bit for bit."""
+    """Return the adapted backbone, and a handle whose `restore` recovers the original bit for bit."""
     handle = Snapshot(backbone)
     return method.adapt(backbone), handle

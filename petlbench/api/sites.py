@@ -36,7 +36,7 @@ Segments = tuple[tuple[int, int], ...]  # runs of tokens of one type: (type, len
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass through a stack: what an inserted module may ask, and what the host's own cores need.
+    """One forward pass through a stack: values that inserted modules may read, and values for the host's cores.
 
     Modules may read `types` (B, N) (TEXT or IMAGE), `mask` (B, N) (True: a real token; padding can stand
     mid-sequence), `segments` (the types as runs that all rows share), `task`, `step` (tokens already decoded) and
@@ -70,7 +70,7 @@ _CURRENT: ContextVar[Pass] = ContextVar("petlbench_pass")
 
 
 def current_pass() -> Pass:
-    """The pass that the calling module is in. Raises LookupError outside of a sub-layer."""
+    """Return the pass that the calling module runs in. Raises LookupError outside a sub-layer."""
     return _CURRENT.get()
 
 
@@ -98,7 +98,7 @@ class Parallel(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The projection's own: hosts look at its dtype (T5 does)."""
+        """The weight of the projection; some hosts (T5) read its dtype."""
         weight = self.base.weight
         assert isinstance(weight, Tensor)
         return weight
@@ -113,7 +113,7 @@ class Parallel(nn.Module):
 
 @dataclass(frozen=True)
 class Projection:
-    """Where a linear projection of a core lives: an attribute of `owner`, whole or (packed) some of its rows."""
+    """The location of a linear projection in a core: an attribute of `owner`, whole or (packed) some of its rows."""
 
     owner: nn.Module
     name: str
@@ -138,7 +138,7 @@ class Projection:
         return len(rows if self.rows is None else rows[self.rows])
 
     def singles(self) -> tuple[Projection, ...]:
-        """The projections that this one is: itself, or (multiway) one per modality."""
+        """Return the projections behind this one: itself, or (multiway) one per modality."""
         return (self,)
 
     def add(self, path: nn.Module) -> None:
@@ -146,7 +146,7 @@ class Projection:
         setattr(self.owner, self.name, Parallel(getattr(self.owner, self.name), path, self.rows))
 
     def remove(self, path: nn.Module) -> None:
-        """Take a path out again, wherever it stands in the chain. Raises ValueError when it is not there."""
+        """Remove a path, wherever it stands in the chain. Raises ValueError if it is not there."""
         owner, name = self.owner, self.name
         module = getattr(owner, name)
         while isinstance(module, Parallel):
@@ -180,7 +180,7 @@ class SubLayer(nn.Module):
     `core(x, context)` computes F; `drop` is the host's dropout or drop-path on the branch.
     """
 
-    # Traits, which the family declares where it is otherwise.
+    # Traits; a family that differs from these defaults declares its own.
     norm_twice: bool = False  # the residual input is added, and the norm applied, once more behind it
     score_scale: float | None = None  # of attention's scores; None: 1 / sqrt(width of a head)
 

@@ -1,4 +1,4 @@
-"""What a method inserted, and the way back to the untouched backbone."""
+"""Find the modules that a method inserted, and restore the untouched backbone."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from petlbench.core.former_names import warn_of
 
 
 def inserted(module: nn.Module) -> Iterator[nn.Module]:
-    """What methods brought into a module tree: at sites, beside projections, behind layers, and whatever else says so
-    by an attribute `is_side_module` (a side network, say)."""
+    """Yield the modules that methods inserted: at sites, beside projections, behind layers, and those with a true
+    attribute `is_side_module` (such as a side network)."""
     for child in module.modules():
         if isinstance(child, SubLayer):
             yield from (one for place in child.sites.children() for one in place.children())
@@ -37,7 +37,7 @@ class Snapshot:
         self._running = [(m, m.checkpointing) for m in module.modules() if isinstance(m, Stack)]
         self._compiled = [(m, m._compiled_call_impl) for m in module.modules() if isinstance(m, Layer)]
         values = [*module.parameters(), *module.buffers()]
-        # On the CPU: a second copy of all weights on a GPU would pass for what training takes.
+        # On the CPU: a second copy of all weights on the GPU would count as memory of training.
         self._values = [(t, t.detach().to("cpu", copy=True)) for t in values if not t.is_meta]
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The seam between data and tasks."""
+"""The base class of data sources: the interface between data and tasks."""
 
 from __future__ import annotations
 
@@ -30,47 +30,47 @@ class Source(ABC):
 
     Config: ClassVar[type[SourceConfig]] = SourceConfig
     tasks: ClassVar[frozenset[str]]
-    origin: ClassVar[str] = ""  # where its files can be had, in a few words
-    sizes: Mapping[str, Mapping[str, Mapping[str, int]]] = {}  # published: by task, official part, and what
+    origin: ClassVar[str] = ""  # where to get its files, in a few words
+    sizes: Mapping[str, Mapping[str, Mapping[str, int]]] = {}  # published sizes: by task, official part and unit
 
     def __init__(self, config: SourceConfig, root: Path | None = None) -> None:
         self.config = config
         self.root = root
 
     def features(self, task: str) -> Features:
-        """The columns of `task`'s rows: those that the registered task declares, or the source's own declaration.
+        """Return the columns of `task`'s rows, as the registered task or the source itself declares them.
 
-        A source that declares them serves a task that is not registered, and imports none to be looked at.
+        A source that declares them can serve an unregistered task, and can be inspected without importing a task.
         """
         found: Features = registry_of("petlbench.tasks").get(task).features
         return found
 
     @abstractmethod
     def load(self, task: str, split: Split, limit: int | None = None) -> Dataset:
-        """Rows with the columns of `features(task)`, images decoded lazily, at most `limit`.
+        """Return rows with the columns of `features(task)`, images decoded lazily, at most `limit`.
 
-        Raises UserError, in one line, when files are missing, truncated or not what they should be.
+        Raises UserError, in one line, if files are missing, truncated or have unexpected content.
         """
 
     def load_part(self, task: str, part: str) -> Dataset:
-        """All rows of an official part, also where the split of that name is only some of them."""
+        """Return all rows of an official part, even if the split of that name holds only some of them."""
         return self.load(task, part)
 
     def stream(self, task: str, split: Split) -> IterableDataset:
-        """The rows of `load`, one after the other."""
+        """Return the rows of `load` one by one."""
         return self.load(task, split).to_iterable_dataset()
 
     def parts(self, task: str) -> tuple[str, ...]:
-        """The official parts, which `load` takes as well; none where train, validation and test are all there is."""
+        """Return the official parts, which `load` takes too; empty if there are only train, validation and test."""
         return ()
 
     def check(self) -> None:  # noqa: B027 -- a source that needs no files has nothing to check
-        """Raise UserError when the source cannot be used at all, before anything runs. Cheap."""
+        """Raise UserError if the source cannot be used at all. It runs before anything else and is cheap."""
 
     def notes(self) -> tuple[str, ...]:
-        """What a reader of the results must know, such as how many images were skipped; asked after `load`."""
+        """Return caveats for readers of the results, such as the number of skipped images; call it after `load`."""
         return ()
 
     @abstractmethod
     def fingerprint(self, task: str) -> str:
-        """A hex digest of what `load` would give: content, not location."""
+        """Return a hex digest of the content that `load` returns, independent of its location."""

@@ -1,4 +1,4 @@
-"""The base class of tasks: written once, against what a backbone can do."""
+"""The base class of tasks: each is written once, against the abilities of backbones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Augmentation = Callable[[Row, np.random.Generator], Row]
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows made ready for a backbone: images, texts by role, and other tensors by name."""
+    """Rows prepared for a backbone: images, texts by role, and other tensors by name."""
 
     images: Images
     texts: dict[str, Texts] = field(default_factory=dict)
@@ -34,7 +34,7 @@ class Batch:
         return Batch(self.images.to(device), texts, extras)
 
     def pinned(self) -> Batch:
-        """In page-locked memory, from which a copy to a GPU does not wait."""
+        """Return the batch in page-locked memory, from which copies to a GPU are asynchronous."""
         texts = {name: text.pinned() for name, text in self.texts.items()}
         return Batch(self.images.pinned(), texts, {name: tensor.pin_memory() for name, tensor in self.extras.items()})
 
@@ -49,7 +49,7 @@ class Scores:
 
 
 class Task(ABC):
-    """What is asked of a backbone: rows in, loss and predictions out, scored by the published metric."""
+    """A task for a backbone: it turns rows into a loss and predictions, and scores them with the published metric."""
 
     name: ClassVar[str]
     default_dataset: ClassVar[str]
@@ -57,60 +57,60 @@ class Task(ABC):
     keeps_predictions: ClassVar[bool] = True  # plain data, worth keeping beside the record
     needs: ClassVar[frozenset[str]]  # abilities of a backbone
     features: ClassVar[Features]
-    unit: ClassVar[str] = "rows"  # what is counted of its data; a column of lists: their items, else the rows
-    caption_references: ClassVar[str] = ""  # where predictions are captions: the column of those that they are held to
+    unit: ClassVar[str] = "rows"  # the unit that counts its data: rows, or a column of lists, whose items count
+    caption_references: ClassVar[str] = ""  # for predictions that are captions: the column of reference captions
     recipe: ClassVar[dict[str, Any]] = {}
     augmentations: ClassVar[Mapping[str, Augmentation]] = {}  # by name, as a recipe's `augment` gives it
 
     def refuses(self, backbone: type[Backbone], config: Any) -> str | None:
-        """Why a backbone of this configuration cannot serve this task, or None."""
+        """Return the reason why a backbone of this configuration cannot serve this task, or None."""
         lacking = sorted(self.needs - backbone.abilities_of(config) - (SUPPLIED - backbone.refusals.keys()))
         reasons = [f" ({backbone.refusals[ability]})" if ability in backbone.refusals else "" for ability in lacking]
-        said = [ability + reason for ability, reason in zip(lacking, reasons, strict=True)]
-        return f"it cannot {' or '.join(said)}" if said else None
+        phrases = [ability + reason for ability, reason in zip(lacking, reasons, strict=True)]
+        return f"it cannot {' or '.join(phrases)}" if phrases else None
 
     def head(self, backbone: Backbone) -> nn.Module:
-        """The task's own trained parameters; a module without parameters where it needs none."""
+        """Return the task's head, the module with its own trained parameters (none, if it needs none)."""
         return own_or(nn.Module, backbone, self.name)
 
     def augmented(self, rows: Sequence[Row], name: str, rng: np.random.Generator) -> Sequence[Row]:
-        """Training rows changed at random, as the recipe says."""
+        """Return training rows with the random changes of the augmentation `name`."""
         return rows if name == "none" else [self.augmentations[name](row, rng) for row in rows]
 
     @abstractmethod
     def collate(self, rows: Sequence[Row], backbone: Backbone, rng: np.random.Generator | None) -> Batch:
-        """A batch for training (`rng` draws captions or answers) or, with rng None, for prediction."""
+        """Return a batch for training (`rng` draws captions or answers) or, if rng is None, for prediction."""
 
     @abstractmethod
     def loss(self, backbone: Backbone, head: nn.Module, batch: Batch) -> Tensor:
-        """A scalar."""
+        """Return the loss, a scalar."""
 
     @abstractmethod
     def predict(self, backbone: Backbone, head: nn.Module, batch: Batch, *, beams: int = 1) -> list[Any]:
-        """One prediction per row, as plain data or small arrays."""
+        """Return one prediction per row, as plain data or small arrays."""
 
     @abstractmethod
     def score(self, rows: Sequence[Row], predictions: Sequence[Any]) -> Scores:
-        """The published metrics of all rows of a split together. Rows come without their images."""
+        """Return the published metrics over all rows of a split. Rows have no images here."""
 
     def submission(self, rows: Sequence[Row], predictions: Sequence[Any]) -> Any:
-        """For rows whose answers are not public: what the evaluation server takes, as JSON values; else None."""
+        """Return the evaluation server's input as JSON values, if the rows' answers are not public; else None."""
         return None
 
     def picture(self, row: Row, prediction: Any) -> tuple[Image, str]:
-        """A test row with what was predicted for it, for a person: an image and a caption."""
+        """Return a picture and a caption that show a test row and its prediction."""
         return enlarged(row["image"]), str(prediction)
 
 
 def enlarged(image: Image, side: int = 192) -> Image:
-    """Small images as whole multiples of their size, so that pixels stay square; others as they are."""
+    """Enlarge small images by a whole factor, so that pixels stay square; keep the size of others."""
     factor = max(1, side // min(image.size))
     return image.convert("RGB").resize((image.width * factor, image.height * factor), Resampling.NEAREST)
 
 
 def own_or(head: Callable[[], nn.Module], backbone: Backbone, task: str) -> nn.Module:
-    """The head that the backbone was published with for this task; else `head()`, with the values that it was
-    pre-trained with where it brings some."""
+    """Return the head published with the backbone for this task; else `head()`, with the backbone's pre-trained
+    values if there are some."""
     own = backbone.own_head(task)
     if own is not None:
         return own

@@ -1,4 +1,4 @@
-"""What passes between a backbone and a task: images, texts, tokens."""
+"""The data that a backbone and a task exchange: images, texts and tokens."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from petlbench.api.sites import TEXT, Pass, Segments, mean_of_real
 class Tokens:
     """States (B, N, d) with mask (B, N) (True: real), types (B, N) and, for image tokens, grid positions (B, N, 2).
 
-    Positions are token centres as (x, y) in units of the backbone's image side; zero for text. `segments` says the
-    types once more, as runs that all rows share. `mark` (B,) is the index of the token that stands for all, if any.
+    Positions are token centres as (x, y) in units of the backbone's image side; zero for text. `segments` gives the
+    types again, as runs that all rows share. `mark` (B,) is the index of the token that represents the whole, if any.
     """
 
     states: Tensor
@@ -29,7 +29,7 @@ class Tokens:
     mark: Tensor | None = None
 
     def of_type(self, kind: int) -> Tokens:
-        """Only the real tokens of one type stay unmasked; heads select by this, never by position."""
+        """Mask all tokens except the real ones of one type; heads select by type, never by position."""
         return replace(self, mask=self.mask & (self.types == kind))
 
     def mean(self) -> Tensor:
@@ -37,7 +37,7 @@ class Tokens:
         return mean_of_real(self.states, self.mask)
 
     def rows(self, index: Tensor) -> Self:
-        """Of every tensor the rows at `index` (B',), whatever a subclass adds."""
+        """Return the rows at `index` (B',) of every tensor, including those of subclasses."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         picked: dict[str, Any] = {name: value[index] for name, value in tensors.items()}
         return replace(self, **picked)
@@ -87,7 +87,7 @@ class Images:
     """Pixels (B, 3, H, W) on a padded canvas, the mask (B, H, W) of real ones, and where each image lies.
 
     A point (x, y) in pixels of the stored image, times `scale` (B, 2) plus `offset` (B, 2), is a point in units of the
-    backbone's image side. `features` stands for the pixels where a backbone has computed them before.
+    backbone's image side. `features` replaces the pixels if a backbone has computed features in advance.
     """
 
     pixels: Tensor
@@ -147,7 +147,7 @@ class Placement:
     down: float = 0.5
 
     def ratio(self, size: tuple[int, int], canvas: int) -> float:
-        """What an image of `size` (width, height) is enlarged by on a canvas of so many pixels a side."""
+        """Return the scale of an image of `size` (width, height) on a canvas of `canvas` pixels a side."""
         return canvas * self.long_side / max(size)
 
     def corner(self, size: tuple[int, int], canvas: int) -> tuple[int, int]:

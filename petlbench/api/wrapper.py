@@ -1,4 +1,4 @@
-"""A backbone around another one: whatever it does not say itself, it asks the one inside."""
+"""A backbone around another one: it forwards to the inner one all that it does not override."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from petlbench.api.tokens import Images, Placement, Texts, Tokens
 
 
 class _OfInner:
-    """An attribute of the backbone inside, unless the wrapper sets one of its own."""
+    """An attribute that reads from the inner backbone, unless the wrapper sets its own."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -29,10 +29,10 @@ def _of_inner() -> Any:
 
 
 class Wrapper(Backbone[BackboneConfig]):
-    """Hands everything on to `inner`, whose parameters have `inner.` before their names here.
+    """A backbone that forwards everything to `inner`, whose parameters get the prefix `inner.` here.
 
-    `freeze` and `unfreeze` are its own, since they concern what it brings as well. It has no stacks and heads besides
-    those inside, which keep one name.
+    It has its own `freeze` and `unfreeze`, because they also apply to parameters that a subclass adds. It has no other
+    stacks and heads than those of `inner`, so that each keeps one name.
     """
 
     abilities: frozenset[str] = _of_inner()

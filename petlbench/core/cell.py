@@ -1,4 +1,4 @@
-"""What is run: cells, and the suites that they come from."""
+"""Cells, the units of work, and the suites that list them."""
 
 from __future__ import annotations
 
@@ -48,28 +48,28 @@ class Cell(Frozen):
 
     @property
     def digest(self) -> str:
-        """Eight hex digits of SHA-256 over the cell's canonical JSON, without what has its default value.
+        """Eight hex digits of SHA-256 over the cell's canonical JSON, which leaves out fields at their default.
 
-        The rule is for the fields of the cell and of its recipe, so a field that is added with a default changes no
-        digest. A default that changes leaves the digest too, though not the cell: `differences` then tells the two
-        apart, as a record holds its whole cell.
+        This holds for the fields of the cell and of its recipe, so a new field with a default changes no digest. A
+        changed default keeps the digest too, although the cell differs: `differences` then shows it, because a
+        record holds its whole cell.
         """
         text = json.dumps(self.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     @property
     def stem(self) -> str:
-        """The readable part of `id`, safe in a file name; cells that differ in a configuration or recipe share it."""
+        """The readable part of `id`, safe in a file name; cells may share it if only options differ."""
         parts = [self.task, self.dataset, self.method, *([self.variant] if self.variant else []), self.backbone]
         return re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join([*parts, f"s{self.seed}"]))
 
     @property
     def id(self) -> str:
-        """A file-name-safe, readable, unique name."""
+        """A unique, readable name that is safe as a file name."""
         return f"{self.stem}_{self.digest}"
 
     def differences(self, other: Cell) -> tuple[str, ...]:
-        """The parts in which `other` is another cell, as JSON holds them: `cell`, `recipe`, or none."""
+        """Return the parts that differ from `other` when both are written as JSON: `cell`, `recipe`, both or none."""
         ours, theirs = self.model_dump(mode="json"), other.model_dump(mode="json")
         recipes = ours.pop("recipe"), theirs.pop("recipe")
         parts = {"cell": ours != theirs, "recipe": recipes[0] != recipes[1]}
@@ -77,13 +77,13 @@ class Cell(Frozen):
 
     @property
     def label(self) -> str:
-        """What a person reads in a progress line."""
+        """The name that progress lines print."""
         variant = f":{self.variant}" if self.variant else ""
         return f"{self.method}{variant} on {self.task}:{self.dataset} ({self.backbone}, seed {self.seed})"
 
 
 class Suite(Frozen):
-    """What a YAML file holds: methods x tasks x backbones x seeds, and one recipe with overrides."""
+    """The content of a suite's YAML file: methods x tasks x backbones x seeds, and one recipe with overrides."""
 
     name: str
     description: str = ""
@@ -91,7 +91,7 @@ class Suite(Frozen):
     tasks: tuple[str, ...] = Field(min_length=1, description="`task` or `task:dataset`")
     backbones: tuple[BackboneSpec, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field((0,), min_length=1)
-    recipe: dict[str, Any] = Field({}, description="fields of Recipe, for every cell")
+    recipe: dict[str, Any] = Field({}, description="fields of Recipe for every cell")
     task_recipes: dict[str, dict[str, Any]] = Field({}, description="fields of Recipe by task name")
     dataset_configs: dict[str, dict[str, Any]] = Field({}, description="options by data set name")
     sweep: bool = Field(False, description="every method at each of the sizes it declares")

@@ -1,4 +1,4 @@
-"""Pictures of data and predictions: boxes on an image, and a sheet of captioned images."""
+"""Draw data and predictions: boxes on an image, and a sheet of captioned images."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ MIN_CELL_PIXELS = 160
 def draw_boxes(
     image: Image, boxes: list[tuple[Box, str, str]], scale: int = 1, outline_pixels: int | None = None
 ) -> Image:
-    """A copy of `image`, RGB, enlarged `scale` times, with an outlined, labelled rectangle for each of `boxes`.
+    """Return an RGB copy of `image`, enlarged `scale` times, with an outlined, labelled rectangle for each box.
 
-    A box is ((x, y, width, height) in pixels of `image`, label, colour name); an empty label draws none. What reaches
-    outside is clipped; a box that is not finite or has no area, such as an untrained model's, keeps its label only. The
-    outlines are as many pixels wide as the image is enlarged times, unless told otherwise.
+    A box is ((x, y, width, height) in pixels of `image`, label, colour name); an empty label is not drawn. Boxes are
+    clipped to the image. A box that is not finite or has no area (an untrained model predicts such boxes) shows its
+    label only. Outlines are `outline_pixels` wide, or `scale` pixels by default.
     """
     from PIL import Image as Images
     from PIL import ImageDraw
@@ -35,20 +35,20 @@ def draw_boxes(
     canvas = canvas.resize((canvas.width * scale, canvas.height * scale), Images.Resampling.NEAREST)
     draw = ImageDraw.Draw(canvas)
     corners = [_corners(box, scale, canvas.size) for box, _, _ in boxes]
-    for found, (_, _, colour) in zip(corners, boxes, strict=True):
-        if found:
-            draw.rectangle(found, outline=colour, width=max(1, scale) if outline_pixels is None else outline_pixels)
-    # Labels come last, so that no outline crosses one.
-    for found, (_, label, colour) in zip(corners, boxes, strict=True):
+    for rectangle, (_, _, colour) in zip(corners, boxes, strict=True):
+        if rectangle:
+            draw.rectangle(rectangle, outline=colour, width=max(1, scale) if outline_pixels is None else outline_pixels)
+    # Draw labels last, so that no outline crosses one.
+    for rectangle, (_, label, colour) in zip(corners, boxes, strict=True):
         if label:
-            _tag(draw, found, label, colour, canvas.size)
+            _tag(draw, rectangle, label, colour, canvas.size)
     return canvas
 
 
 def contact_sheet(images: list[Image], captions: list[str], columns: int) -> Image:
-    """One picture of all `images` in rows of `columns`, each with its caption below, wrapped to the cell's width.
+    """Return one picture of all `images` in rows of `columns`; each caption stands below its image, wrapped to fit.
 
-    Raises ValueError when there is no image, `columns` is not positive, or captions and images differ in number.
+    Raises ValueError if there is no image, `columns` is not positive, or captions and images differ in number.
     """
     from PIL import Image as Images
     from PIL import ImageDraw
@@ -74,9 +74,9 @@ def contact_sheet(images: list[Image], captions: list[str], columns: int) -> Ima
 
 
 def fitted(image: Image, side: int) -> tuple[Image, tuple[float, float]]:
-    """`image`, RGB, with neither side longer than `side` pixels, and the scale (across, down) that a box takes with it.
+    """Return `image` in RGB with no side longer than `side` pixels, and the scale (across, down) to apply to its boxes.
 
-    Small ones become whole multiples of their size, so that pixels stay square.
+    Small images grow by a whole factor, so that pixels stay square.
     """
     from PIL import Image as Images
 
@@ -85,14 +85,14 @@ def fitted(image: Image, side: int) -> tuple[Image, tuple[float, float]]:
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     if size == image.size:
         return _on_white(image), (1.0, 1.0)
-    # Scaled before it is copied in other modes where that works, for a large picture takes hundreds of megabytes.
+    # Scale before converting where the mode allows it: a converted copy of a large picture takes hundreds of megabytes.
     plain = image if image.mode in ("L", "RGB", "RGBA") else _on_white(image)
     smaller = plain.resize(size, Images.Resampling.BOX if scale < 1 else Images.Resampling.NEAREST)
     return _on_white(smaller), (size[0] / image.width, size[1] / image.height)
 
 
 def beside(images: list[Image]) -> Image:
-    """Images side by side on white, at least one."""
+    """Return one picture of the images (at least one) side by side on white."""
     from PIL import Image as Images
 
     width = sum(image.width for image in images) + PADDING * (len(images) - 1)
@@ -105,7 +105,7 @@ def beside(images: list[Image]) -> Image:
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """`text` in lines at most `width` pixels wide; a word that is wider than a line is broken, new lines are kept."""
+    """Break `text` into lines of at most `width` pixels; keep its line breaks; cut words wider than a line."""
     lines = []
     for paragraph in text.splitlines():
         line = ""
@@ -125,7 +125,7 @@ def wrap(text: str, width: int) -> list[str]:
 
 @cache
 def font() -> FreeTypeFont:
-    """DejaVu Sans as matplotlib carries it: it has the accents and symbols that Pillow's default lacks."""
+    """Return DejaVu Sans from matplotlib's files: it has accents and symbols that Pillow's default font lacks."""
     import matplotlib
     from PIL import ImageFont
 
@@ -140,7 +140,7 @@ def _on_white(image: Image) -> Image:
 
 
 def _corners(box: Box, scale: int, size: tuple[int, int]) -> tuple[int, int, int, int] | None:
-    """First and last pixel, inclusive, of `box` on a canvas of `size`, or None when there is nothing to outline."""
+    """Return the first and last pixel (inclusive) of `box` on a canvas of `size`; None if nothing is to draw."""
     if not all(map(math.isfinite, box)):
         return None
     x, y, width, height = (value * scale for value in box)
@@ -152,7 +152,7 @@ def _corners(box: Box, scale: int, size: tuple[int, int]) -> tuple[int, int, int
 def _tag(
     draw: ImageDraw, corners: tuple[int, int, int, int] | None, label: str, colour: str, size: tuple[int, int]
 ) -> None:
-    """The label in its box's colour, above the box where there is room, else below, else in the corner."""
+    """Draw the label in its box's colour: above the box if there is room, else below, else in the corner."""
     from PIL import ImageColor
 
     left, top, _, bottom = corners or (0, 0, 0, 0)

@@ -1,9 +1,9 @@
-"""What means "the user can mend this"."""
+"""Errors that the user can fix."""
 
 
 class UserError(Exception):
-    """A mistake a user can mend. The message is one line: what, where and what to do; the CLI exits with 2."""
+    """A mistake that the user can fix. The message is one line: what, where and what to do. The CLI exits with 2."""
 
 
 class Unwritable(UserError):
-    """Results cannot be kept: the disk is full, or the folder is read-only. No cell's fault: the whole run ends."""
+    """Results cannot be written: the disk is full or the folder is read-only. No cell caused it, so the run ends."""

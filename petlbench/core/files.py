@@ -1,4 +1,4 @@
-"""Files: written atomically, and digested by content."""
+"""Write files atomically, and compute digests of their content."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from petlbench.core.errors import Unwritable, UserError
 
 
 def content_digest(path: Path) -> str:
-    """SHA-256 of the content in hex, computed once per process unless size or time tell that the file has changed.
+    """Return the SHA-256 of the content in hex; compute it again only if the file's size or time has changed.
 
-    Raises UserError for a file that cannot be read.
+    Raises UserError if the file cannot be read.
     """
     try:
         status = path.stat()
@@ -30,10 +30,10 @@ def _content_digest(path: Path, size: int, mtime_ns: int) -> str:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` so that `path` holds either its old content or all of the new one.
+    """Write `data` so that `path` always holds either all of its old content or all of the new content.
 
-    The temporary name is unique, so that several processes can write the same path: the last one wins.
-    Raises Unwritable when the disk is full, the folder cannot be written, or the name is too long.
+    The temporary name is unique, so several processes can write the same path: the last one wins.
+    Raises Unwritable if the disk is full, the folder cannot be written, or the name is too long.
     """
     temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
     try:
@@ -53,7 +53,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Create `path` and its parents. Raises Unwritable when it cannot be written to, or its disk is full."""
+    """Create `path` and its parents. Raises Unwritable if the folder cannot be written to, or its disk is full."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".{uuid.uuid4().hex}.tmp"

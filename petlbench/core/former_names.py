@@ -1,4 +1,4 @@
-"""Names that plug-ins may still use for one version after a renaming, with a warning that says the new one."""
+"""Former names: plug-ins may use them for one version after a renaming, and a warning gives the new name."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any, ClassVar
 
 
 def warn_of(former: str, name: str) -> None:
-    """Warn whoever called the caller's caller that a name is going."""
+    """Warn that `former` will be removed; the warning points at the caller of the function that calls this one."""
     warnings.warn(f"`{former}` is called `{name}` now; the former name goes in the next version", DeprecationWarning, 3)
 
 
 class FormerNames:
-    """Subclasses, and their instances, may set attributes by the names that these had before."""
+    """A base class whose subclasses and instances may set attributes by their former names."""
 
-    former_names: ClassVar[Mapping[str, str]] = {}  # the name now, by the former one
+    former_names: ClassVar[Mapping[str, str]] = {}  # former name: present name
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -1,4 +1,4 @@
-"""Folders that the environment names: data, and the cache."""
+"""The data and cache folders, which environment variables name."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from pathlib import Path
 
 
 def data_root() -> Path | None:
-    """`PETLBENCH_DATA`, or None."""
+    """Return the folder in `PETLBENCH_DATA`, or None."""
     value = os.environ.get("PETLBENCH_DATA")
     return Path(value) if value else None
 
 
 def cache_dir() -> Path:
-    """Where what can be made anew is kept: `PETLBENCH_CACHE`, else `petlbench` in `XDG_CACHE_HOME` or `~/.cache`."""
+    """Return the folder for files that can be recomputed.
+
+    It is `PETLBENCH_CACHE`, else `petlbench` in `XDG_CACHE_HOME` or `~/.cache`.
+    """
     value = os.environ.get("PETLBENCH_CACHE")
     if value:
         return Path(value)

@@ -1,4 +1,4 @@
-"""What is run and what is left behind: frozen, validated models. Imports neither torch nor any method or task."""
+"""The record of a cell, as frozen, validated models. This module imports no torch, method or task."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from petlbench.core.recipe import Frozen, Outcome
 
 SCHEMA_VERSION = 2
 
-OLDER = "older, unverified"  # how a record of an earlier schema version is marked wherever it is shown
+OLDER = "older, unverified"  # the mark on a record of an earlier schema version, wherever it is shown
 
 
 class Parameters(Frozen):
-    """Counts of scalars: what trains, split by owner; what is stored; what inference needs besides the backbone."""
+    """Counts of scalars: trainable ones by owner, stored ones, and those that inference adds to the backbone."""
 
     method: int = Field(description="trainable, inserted or unfrozen by the method")
     head: int = Field(description="trainable, in the task's head")
@@ -23,33 +23,33 @@ class Parameters(Frozen):
     trainable: int = Field(description="method + head + host")
     total: int = Field(description="all parameters of the adapted backbone and the head")
     percent: float = Field(description="100 * trainable / total")
-    effective: int | None = Field(None, description="of `trainable`: those that the loss can send a gradient to here")
+    effective: int | None = Field(None, description="trainable scalars that the loss can send a gradient to here")
     stored: int | None = Field(None, description="scalars in the saved adapter file")
     stored_bytes: int | None = Field(None, description="size of the saved adapter file")
     inference_extra: int | None = Field(
-        None, description="parameters beyond the untouched backbone's, head apart, after merging where that is possible"
+        None, description="parameters beyond the untouched backbone's, without the head, merged where that is possible"
     )
 
 
 class Peak(Frozen):
-    """Highest CUDA memory of a stretch of time, in bytes."""
+    """The highest CUDA memory over some time, in bytes."""
 
     allocated_bytes: int
     reserved_bytes: int
 
 
 class Memory(Frozen):
-    """Bytes. The accounting is canonical: the same on every machine. Native bytes and peaks are the machine's."""
+    """Bytes. The accounting is canonical: equal on every machine. Native bytes and peaks depend on the machine."""
 
     weights_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
     saved_bytes: int | None = Field(
         description="tensors that one training step saves for backward, deduplicated by storage, with unfused "
-        "attention and one-byte dropout masks, in fp32; with gradient checkpointing where the recipe has it"
+        "attention and one-byte dropout masks, in fp32; with gradient checkpointing if the recipe sets it"
     )
     accounted_bytes: int | None = Field(description="the four above together")
-    native_saved_bytes: int | None = Field(None, description="the same as the machine really keeps them")
+    native_saved_bytes: int | None = Field(None, description="tensors saved for backward as this machine keeps them")
     saved_backend: str = Field("", description="what the native bytes depend on: device, attention, precision, ...")
     peaks: dict[str, Peak] = Field({}, description="by phase; CUDA only")
     peak_allocated_bytes: int | None = Field(None, description="CUDA only")
@@ -58,10 +58,10 @@ class Memory(Frozen):
 
 
 class Timing(Frozen):
-    """Seconds. `phases`, with the remainder `other`, sum to `total_seconds`; training never includes evaluation."""
+    """Seconds. `phases`, including the remainder `other`, sum to `total_seconds`; training excludes evaluation."""
 
     phases: dict[str, float]
-    total_seconds: float = Field(description="by a clock of its own, from the cell's start; not the sum of the phases")
+    total_seconds: float = Field(description="measured separately from the cell's start; not the sum of the phases")
     train_seconds: float = Field(description="data + forward + backward + optimizer, over all trials")
     step_seconds: float | None = Field(None, description="median of a training step after warm-up")
     forward_seconds: float | None = Field(None, description="median of its forward pass")
@@ -69,12 +69,12 @@ class Timing(Frozen):
     optimizer_seconds: float | None = Field(None, description="median of clipping and the optimizer's step")
     jobs: int = Field(1, description="cells that ran at the same time; more than 1 marks contended timings")
     threads: int = 1
-    workers: int = Field(0, description="threads that made batches beside the computing ones")
-    resumed: int = Field(0, description="times that the cell was continued from a checkpoint")
+    workers: int = Field(0, description="threads that prepared batches, besides the computing threads")
+    resumed: int = Field(0, description="number of times that the cell continued from a checkpoint")
 
 
 class Inference(Frozen):
-    """Prediction, preprocessing included; `merged` where the method can fold itself into the weights."""
+    """Speed of prediction, preprocessing included; `merged` if the method can be folded into the weights."""
 
     latency_seconds: float = Field(description="median of one prediction, batch of one")
     throughput: float = Field(description="samples per second in batches of `batch_size`")
@@ -86,7 +86,7 @@ class Inference(Frozen):
 class Flops(Frozen):
     """Floating-point operations of one training step, dropout off, attention unfused; a multiply-add is two.
 
-    What gradient checkpointing computes again counts as backward; precision and compilation change nothing.
+    Recomputation by gradient checkpointing counts as backward; precision and compilation change nothing.
     """
 
     forward: int
@@ -98,7 +98,7 @@ class Flops(Frozen):
 
 
 class Size(Frozen):
-    """The value of a method's size knob: what a curve of one method runs along."""
+    """The value of a method's size option, the axis of the method's curve."""
 
     name: str
     value: float
@@ -115,16 +115,16 @@ class Trial(Frozen):
 
 
 class Record(Frozen):
-    """What one cell left behind."""
+    """The results of one cell, and the conditions under which they were measured."""
 
     schema_version: int = SCHEMA_VERSION
     cell: Cell
     outcome: Outcome
     reason: str = ""
-    log: tuple[str, ...] = Field((), description="last lines that the cell printed, when it did not end well")
+    log: tuple[str, ...] = Field((), description="last lines that the cell printed, if it failed")
     started: str = Field("", description="UTC, ISO 8601")
     main_metric: str = ""
-    metrics: dict[str, float] = Field({}, description="on test, after the one test evaluation")
+    metrics: dict[str, float] = Field({}, description="on the test split, from its one evaluation")
     validation: dict[str, float] = {}
     chosen_lr: float | None = None
     trials: tuple[Trial, ...] = ()
@@ -133,16 +133,17 @@ class Record(Frozen):
     timing: Timing | None = None
     inference: Inference | None = None
     flops: Flops | None = None
-    step_joules: float | None = Field(None, description="energy of one training step; where NVML gives it")
-    size: Size | None = Field(None, description="of the method; none where it has no size knob")
+    step_joules: float | None = Field(None, description="energy of one training step, where NVML reports it")
+    size: Size | None = Field(None, description="of the method; none if it has no size option")
     samples: str | None = Field(None, description="per-sample test scores: JSON file name, beside the record")
     fingerprints: dict[str, str] = Field(
-        {}, description="of the code (method, task, metric, backbone, source, training), of the data and of the weights"
+        {},
+        description="digests of the code (method, task, metric, backbone, source, training), the data and the weights",
     )
-    notes: tuple[str, ...] = Field((), description="what a reader of the row must know, such as skipped images")
+    notes: tuple[str, ...] = Field((), description="caveats for readers of the row, such as skipped images")
     environment: dict[str, Any] = {}
 
     @property
     def older(self) -> bool:
-        """Of an earlier schema version: shown, but nothing in it can be checked against what is asked for today."""
+        """Whether the schema version is an earlier one: such a record is shown but cannot be checked."""
         return self.schema_version < SCHEMA_VERSION

@@ -1,4 +1,4 @@
-"""Tables on disk that can be made again at any time: kept whole or not at all, and no error when they cannot be."""
+"""Cache tables on disk. A table is kept whole or not at all; a failed write is no error, as tables can be remade."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# Checksums cover pages but not statistics.
+# Write no statistics, because checksums cover pages only.
 SOUND: dict[str, Any] = {"write_page_checksum": True, "write_statistics": False}
 
 
 def read_table(path: Path) -> pa.Table | None:
-    """The table, or None when it is missing, truncated or damaged (pages carry checksums)."""
+    """Return the table, or None if it is missing, truncated or damaged (its pages have checksums)."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -26,7 +26,7 @@ def read_table(path: Path) -> pa.Table | None:
 
 
 def write_table(table: pa.Table, path: Path, **options: Any) -> None:
-    """Keep a table; processes that race write the same content. `options` of pyarrow's `write_table`."""
+    """Write a table; processes that race write the same content. `options` go to pyarrow's `write_table`."""
     import pyarrow.parquet as pq
 
     partial: Path | None = None
@@ -38,6 +38,6 @@ def write_table(table: pa.Table, path: Path, **options: Any) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError:  # the cache is a convenience: read-only or full disks must not stop a run
+    except OSError:  # the cache only saves time: a read-only or full disk must not stop a run
         if partial:
             partial.unlink(missing_ok=True)

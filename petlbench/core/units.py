@@ -1,4 +1,4 @@
-"""Numbers as people read them, in tables and on axes."""
+"""Format numbers for tables and axes, and read sizes in bytes."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10
 
 
 def parse_bytes(value: Any) -> Any:
-    """`4 GiB`, `800MB` or `1024` as a number of bytes; what is no text is passed on. ValueError for other text."""
+    """Return the number of bytes in `4 GiB`, `800MB` or `1024`; a value that is not a string passes through.
+
+    Raises ValueError for other text.
+    """
     if not isinstance(value, str):
         return value
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
-    if not found or found[2].upper() not in BYTE_UNITS:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+    if not match or match[2].upper() not in BYTE_UNITS:
         raise ValueError(f"a size such as 4 GiB or 800 MB is needed, not '{value}'")
-    return int(float(found[1]) * BYTE_UNITS[found[2].upper()])
+    return int(float(match[1]) * BYTE_UNITS[match[2].upper()])
 
 
 def human_count(number: float) -> str:
-    """12345 as `12.3k`."""
+    """Return 12345 as `12.3k`."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(number) >= size * 0.9995:
             return f"{number / size:.3g}{unit}"
@@ -27,7 +30,7 @@ def human_count(number: float) -> str:
 
 
 def human_bytes(number: float) -> str:
-    """Bytes in binary units, such as `12.3 MiB`."""
+    """Return bytes in binary units, such as `12.3 MiB`."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if abs(number) >= size * 0.9995:
             return f"{number / size:.3g} {unit}"
@@ -35,7 +38,7 @@ def human_bytes(number: float) -> str:
 
 
 def human_seconds(number: float) -> str:
-    """Seconds as `3.2 ms`, `12.3 s`, `4 min 05 s` or `2 h 05 min`."""
+    """Return seconds as `3.2 ms`, `12.3 s`, `4 min 05 s` or `2 h 05 min`."""
     if number < 0.9995:
         return f"{number * 1000:.3g} ms"
     if number < 99.95:
@@ -45,5 +48,5 @@ def human_seconds(number: float) -> str:
 
 
 def score_text(value: float) -> str:
-    """A score with as many decimals as its scale (0 to 1, or percent) deserves."""
+    """Return a score with three decimals (scale 0 to 1), or two from 10 on (percent)."""
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"

@@ -1,4 +1,4 @@
-"""Validated models, with errors of one line that name the key."""
+"""Validate data against models; an error is one line that names the key."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def validated(model: type[M], data: Mapping[str, Any], where: str) -> M:
-    """`model` from `data`; UserError with `where`, the first offending key's path and what is wrong, in one line."""
+    """Return `model` built from `data`.
+
+    Raises UserError, in one line, with `where`, the path of the first wrong key and what is wrong with it.
+    """
     try:
         return model.model_validate(data)
     except ValidationError as error:
         first, *others = error.errors(include_url=False)
     keys = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
-        known = _fields_at(model, keys[:-1])
-        what = "unknown key" + (did_you_mean(keys[-1], known) or f": known keys are {', '.join(known) or '(none)'}")
+        fields = _fields_at(model, keys[:-1])
+        what = "unknown key" + (did_you_mean(keys[-1], fields) or f": known keys are {', '.join(fields) or '(none)'}")
     else:
         what = " ".join(first["msg"].split())
         if isinstance(first["input"], str | int | float):
@@ -32,7 +35,7 @@ def validated(model: type[M], data: Mapping[str, Any], where: str) -> M:
 
 
 def _fields_at(model: type[BaseModel], path: Iterable[str]) -> list[str]:
-    """The keys of the model that `path` leads to, through sequences and optional fields."""
+    """Return the keys of the model at `path`, through sequences and optional fields."""
     for part in path:
         if part in model.model_fields:
             model = _model_in(model.model_fields[part].annotation) or model
@@ -42,4 +45,4 @@ def _fields_at(model: type[BaseModel], path: Iterable[str]) -> list[str]:
 def _model_in(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for argument in get_args(annotation) if (found := _model_in(argument))), None)
+    return next((model for argument in get_args(annotation) if (model := _model_in(argument))), None)

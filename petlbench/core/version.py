@@ -1,3 +1,3 @@
-"""The version, in one place: setup.cfg, the command line and records read it here."""
+"""The version. Setup.cfg, the command line and records read it from here."""
 
 __version__ = "0.1.0"

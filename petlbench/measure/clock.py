@@ -1,4 +1,4 @@
-"""Where a cell's seconds go: exclusive phases beside an independent total, and the medians of a training step."""
+"""Time a cell: exclusive phases, an independent total, and the medians of a training step."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class PhaseClock:
         self._birth = self._mark = now()
 
     def _charge(self) -> None:
-        """Bring the books up to now."""
+        """Charge the time up to now to the open phase."""
         synchronize(self._device)
         self._add(self._open[-1])
         if self._device.type == "cuda":
@@ -103,7 +103,7 @@ class PhaseClock:
             self._open.pop()
 
     def warm_up(self, steps: int = WARMUP) -> None:
-        """The next `steps` stay out of the medians: call it where a trial begins, and after a resume."""
+        """Leave the next `steps` out of the medians; call it at the start of a trial and after a resume."""
         self._cold = steps
 
     @contextmanager
@@ -149,7 +149,7 @@ class PhaseClock:
         return self._carried + self._mark - self._birth
 
     def state(self) -> dict[str, Any]:
-        """All there is up to now, as JSON values."""
+        """Return all measurements up to now, as JSON values."""
         self._charge()
         return {
             "phases": dict(self._seconds),
@@ -160,7 +160,7 @@ class PhaseClock:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue the clock that `state` is of: what this one has charged so far is added to it."""
+        """Continue the clock that saved `state`; time charged so far is added to it."""
         for name, seconds in state["phases"].items():
             self._seconds[name] = self._seconds.get(name, 0.0) + seconds
         for name, values in state["steps"].items():

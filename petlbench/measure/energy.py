@@ -1,4 +1,4 @@
-"""Joules, where the machine counts them."""
+"""Read the GPU's energy counter, if there is one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a result was measured on and with. No paths, no host names."""
+"""Describe the machine and software of a result, without paths or host names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from petlbench.core.version import __version__
 
-PACKAGES = (  # distributions that can change a number; torch's version is asked of itself
+PACKAGES = (  # distributions that can change a number; torch reports its own version
     "torchvision",
     "transformers",
     "tokenizers",
@@ -34,7 +34,7 @@ def cores() -> int:
 
 
 def _output(*command: str) -> str | None:
-    """What `command` prints, or None when it is absent, fails or hangs."""
+    """Return the output of `command`, or None if it is absent, fails or hangs."""
     # Variables such as GIT_DIR, set while git runs a hook, would point git at another repository.
     env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | {"GIT_OPTIONAL_LOCKS": "0"}
     try:
@@ -94,8 +94,8 @@ def _tf32(backend: Any) -> bool:
 def describe(device: str, threads: int) -> dict[str, Any]:
     """Versions, platform, CPU, device, source tree and torch's switches, as JSON values.
 
-    `device`: as torch names it. `threads`: what the cell was given; what torch really uses stands beside it. A package
-    that is not installed is null.
+    `device`: as torch names it. `threads`: the cell's setting; the number that torch really uses stands beside it. A
+    package that is not installed is null.
     """
     import torch
 
@@ -123,7 +123,7 @@ def describe(device: str, threads: int) -> dict[str, Any]:
 
 
 def switches() -> dict[str, Any]:
-    """What makes torch compute the same thing exactly, or faster and not quite, as this process has it set."""
+    """Return torch's switches in this process for reproducible results, or for faster and less exact ones."""
     import torch
 
     cudnn = torch.backends.cudnn

@@ -1,4 +1,4 @@
-"""How long one call takes, and how much it gets done."""
+"""Measure the time of one call, and the samples that it handles per second."""
 
 from __future__ import annotations
 

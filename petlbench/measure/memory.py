@@ -1,4 +1,4 @@
-"""Bytes: an exact accounting that holds on every device, and the peaks that the machine shows."""
+"""Measure memory in bytes: an exact accounting that is equal on every device, and the machine's peaks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Key = tuple[torch.device, int]
 
 
 def _key(storage: torch.UntypedStorage) -> Key:
-    """What tells one living storage from another; on the meta device nothing has an address."""
+    """Return a key that identifies a living storage; on the meta device storages have no address."""
     return storage.device, storage.data_ptr() or storage._cdata
 
 
@@ -85,7 +85,7 @@ class SavedTensors:
 
 @contextmanager
 def _undisturbed(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Puts back what a forward pass changes: random states, and buffers such as running statistics."""
+    """Restore what a forward pass changes: random states, and buffers such as running statistics."""
     tensors = list(_weights(modules))
     buffers = [(b, b.clone()) for m in modules for b in m.buffers()]
     devices = {t.device for t in tensors if t.device.type == "cuda"}
@@ -99,7 +99,7 @@ def _undisturbed(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def saved_bytes(loss: Callable[[], Tensor], *modules: nn.Module) -> int:
-    """What one forward pass `loss()` saves for backward, in bytes; the same on every machine, see `canonical`.
+    """Return the bytes that one forward pass `loss()` saves for backward; equal on every machine, see `canonical`.
 
     Parameters and buffers of `modules` do not count. Random states and buffers are afterwards as they were before.
     """
@@ -139,7 +139,7 @@ def account(
 
 
 def planned(modules: Iterable[nn.Module], saved_bytes: int = 0) -> Memory:
-    """What `account` finds after a step of AdamW, without running or allocating anything; on the meta device too.
+    """Return what `account` finds after a step of AdamW, without running or allocating; works on the meta device.
 
     Every trainable parameter is taken to receive a gradient. One that never does costs nothing when training really
     runs, so there `account` is lower: by its gradient, its two moments and its step counter.
@@ -167,7 +167,7 @@ def with_saved(memory: Memory, canonical: int | None) -> Memory:
 
 
 def with_peaks(memory: Memory, peaks: Mapping[str, Peak]) -> Memory:
-    """`memory` with the CUDA peaks by phase, and the highest of them; None where there are none."""
+    """Return `memory` with the CUDA peaks by phase and the highest of them, which is None without peaks."""
     highest = {
         f"peak_{name}": max((getattr(peak, name) for peak in peaks.values()), default=None)
         for name in Peak.model_fields
@@ -176,7 +176,7 @@ def with_peaks(memory: Memory, peaks: Mapping[str, Peak]) -> Memory:
 
 
 def peak_rss_bytes() -> int:
-    """Peak resident memory of this process so far; it can not be reset."""
+    """Peak resident memory of this process so far; it cannot be reset."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # kilobytes everywhere but on macOS
 

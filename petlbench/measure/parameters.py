@@ -1,4 +1,4 @@
-"""How many scalars train, whose they are, and which of them a loss can reach."""
+"""Count trainable scalars by owner, and those that a loss can reach."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def count(
 ) -> Parameters:
     """Trainable scalars of `backbone` and `head` by owner: head first, then host, then method.
 
-    A parameter under several names, or in both modules, counts once. `host_names` and `head_names` (of parts lent for
-    the task) are names in the adapted backbone. `stored_bytes` stays None until the adapter is saved. Raises
-    ValueError for a name that the backbone does not have, for its scalars would pass for the method's.
+    A parameter under several names, or in both modules, counts once. `host_names` and `head_names` (of supplied
+    parts) are names in the adapted backbone. `stored_bytes` stays None until the adapter is saved. Raises
+    ValueError for a name that the backbone does not have, because its scalars would count as the method's.
     """
     owner, unique = _owners(backbone, head, host_names, head_names)
     trainable = dict.fromkeys(("method", "head", "host"), 0)

@@ -12,7 +12,7 @@ from petlbench.metrics.rouge import rouge_l
 
 
 def _words(tokens: Sequence[str]) -> list[str]:
-    """BLEU and CIDEr-D split tokenised captions at any white space: a token with a no-break space is two words."""
+    """Split tokens at any white space, as BLEU and CIDEr-D do: a token with a no-break space is two words."""
     return " ".join(tokens).split()
 
 

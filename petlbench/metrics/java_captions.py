@@ -1,7 +1,7 @@
 """METEOR and SPICE as COCO's caption evaluation computes them, by its own Java programs.
 
-They come with the package pycocoevalcap, which is optional (`pip install petlbench[java]`), and need `java`. What the
-two programs are given is what that package gives them: captions tokenised as for the other metrics. METEOR 1.5
+They come with the package pycocoevalcap, which is optional (`pip install petlbench[java]`), and need `java`. As in
+that package, both programs get captions tokenised as for the other metrics. METEOR 1.5
 (Denkowski and Lavie, 2014) with `-l en -norm`; SPICE 1.0 (Anderson et al., 2016), mean of the F-scores.
 """
 
@@ -39,7 +39,7 @@ def _java(metric: str) -> str:
 
 
 def _folder(metric: str, name: str) -> Path:
-    """The folder `name` of pycocoevalcap."""
+    """Return the folder `name` of pycocoevalcap."""
     spec = find_spec("pycocoevalcap")
     for place in (spec.submodule_search_locations or ()) if spec else ():
         if (Path(place) / name).is_dir():
@@ -48,7 +48,7 @@ def _folder(metric: str, name: str) -> Path:
 
 
 def check_available(metrics: Sequence[str]) -> None:
-    """Raise a UserError that says what to install, unless each of `metrics` can be computed here."""
+    """Raise a UserError that says what to install, if one of `metrics` cannot be computed here."""
     for name in metrics:
         if name not in METRICS:
             raise UserError(f"unknown metric '{name}': the Java metrics are {', '.join(METRICS)}")
@@ -56,7 +56,7 @@ def check_available(metrics: Sequence[str]) -> None:
 
 
 def _command(metric: str) -> tuple[list[str], Path]:
-    """The command that starts the metric's program, and the folder to start it in."""
+    """Return the command that starts the metric's program, and the folder to start it in."""
     # Otherwise Java before version 18 reads accents by the locale.
     java = [_java(metric), "-Dfile.encoding=UTF-8", f"-Xmx{'2' if metric == 'meteor' else '8'}G", "-jar"]
     folder = _folder(metric, metric)
@@ -67,7 +67,7 @@ def _command(metric: str) -> tuple[list[str], Path]:
 
 
 class _Meteor:
-    """METEOR's program: a line in, a line out. It is killed on leaving, and when it stays silent."""
+    """METEOR's program, which answers each line with a line. Leaving the block kills it."""
 
     def __enter__(self) -> _Meteor:
         command, folder = _command("meteor")
@@ -170,8 +170,8 @@ def spice(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> Cid
             subprocess.run(arguments, cwd=folder, check=True, capture_output=True, timeout=SPICE_SECONDS)
             found = {item["image_id"]: item["scores"]["All"]["f"] for item in json.loads(answer.read_bytes())}
         except (subprocess.SubprocessError, OSError, ValueError, LookupError, TypeError) as error:
-            said = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"SPICE's Java program failed ({said}): it needs Java 8 and 8 GB of memory") from error
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"SPICE's Java program failed ({reason}): it needs Java 8 and 8 GB of memory") from error
     samples = [_score(found.get(index)) for index in range(len(asked))]
     return CiderScores(sum(samples) / len(samples), samples)
 

@@ -1,8 +1,8 @@
-"""Which characters the Penn Treebank lexer in `ptb.py` takes for letters and for digits.
+"""The characters that the Penn Treebank lexer in `ptb.py` treats as letters and as digits.
 
 As measured on Stanford CoreNLP 3.4.1, character by character: the letters and digits of Unicode 6 on the basic plane.
-A table, since Python's own classes follow a later Unicode, another one in each version of Python. Nothing beyond the
-basic plane is a letter.
+A table, because Python's own classes follow a later Unicode, which depends on the version of Python. Nothing beyond
+the basic plane is a letter.
 """
 
 from __future__ import annotations

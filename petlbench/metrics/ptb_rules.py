@@ -1,4 +1,4 @@
-r"""The rules of the Penn Treebank lexer in `ptb.py`: regular expressions, and what becomes of a token.
+r"""The rules of the Penn Treebank lexer in `ptb.py`: regular expressions, and how each token is rewritten.
 
 Group 1 of a pattern is the token; whatever it matches after group 1 is context, which counts for the longest match.
 On a tie the first rule wins. `<NAME>` stands for a fragment. As in JFlex, literals ignore the case of

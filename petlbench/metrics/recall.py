@@ -80,7 +80,7 @@ def recall(
 
 
 def summarise(image_ranks: Ints, caption_ranks: Ints) -> dict[str, float]:
-    """What `recall` gives, from the 0-based ranks that `ranks` gives."""
+    """Return the scores of `recall`, computed from the 0-based ranks of `ranks`."""
     directions = {"i2t": image_ranks, "t2i": caption_ranks}
     scores = {f"{name}_r{k}": float(np.mean(found < k)) for name, found in directions.items() for k in _KS}
     return {
@@ -94,7 +94,7 @@ def summarise(image_ranks: Ints, caption_ranks: Ints) -> dict[str, float]:
 def fold_recall(
     image_embeddings: np.ndarray, caption_embeddings: np.ndarray, image_of_caption: np.ndarray
 ) -> dict[str, float]:
-    """COCO's 1K protocol: what `recall` gives on each of five folds of 1,000 images, averaged; no median ranks.
+    """COCO's 1K protocol: the scores of `recall`, averaged over five folds of 1,000 images; no median ranks.
 
     The folds are the first five thousands of the images in their order, each with its own captions, so that 5,000
     images or more are needed; empty when there are fewer. Named `fold1k_i2t_r1`..., `fold1k_rsum`, `fold1k_mean_r1`.

@@ -63,7 +63,7 @@ def _strip_punctuation(answer: str) -> str:
 
 
 def normalise(answer: str) -> str:
-    """An answer in the form in which the official evaluation compares it.
+    """Return an answer in the form that the official evaluation compares.
 
     Lower case, number words as digits, articles and punctuation dropped, contractions with their apostrophe.
     """

@@ -227,5 +227,5 @@ class Careless(Backbone):
 
 def test_a_wrapper_that_does_not_hand_two_images_on_is_told_so_rather_than_given_two_first_ones() -> None:
     wrapper = supply(Careless(vl_bart()), frozenset({"fuse", "pair"}))
-    with pytest.raises(NotImplementedError, match="Careless does not tell two images apart"):
+    with pytest.raises(NotImplementedError, match="Careless cannot distinguish two images"):
         wrapper.embed_pair(wrapper.images(PICTURES))

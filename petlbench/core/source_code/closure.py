@@ -1,8 +1,8 @@
-"""Code fingerprints: a digest of all that a definition computes with, read off its source.
+"""Code fingerprints: a digest of all code that a definition uses, computed from source without importing it.
 
-From a class or a function, names lead to the definitions of the project that it uses, and so on. These are numbered in
-the order in which they are come by, so that neither files nor names of definitions count. Two names for attributes that
-start with an underscore are told apart by the order in which they occur, where only the project knows them.
+Starting from a class or function, the walk follows names to the project's definitions that it uses, and on to those
+that they use. Definitions are numbered in the order in which the walk meets them, so their files and names do not
+count. Private attributes (with an underscore) that only the project uses are numbered by their order too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DIGITS = 16
 
 @dataclass(frozen=True)
 class Closure:
-    """All that a definition computes with: the definitions, in the order in which they are come by; and its digest."""
+    """All code that a definition uses: its definitions, in the order in which the walk meets them, and their digest."""
 
     definitions: tuple[Definition, ...]
     digest: str
@@ -41,28 +41,28 @@ class Closure:
 
 
 def closure(start: str) -> Closure:
-    """What `module:Attr`, or all of `module`, computes with, within petlbench and its own top-level package.
+    """Return the code that `module:Attr`, or all of `module`, uses in petlbench and in its own top-level package.
 
-    Every file is read once per process. Raises UserError for a module without a file, and for one that cannot be read.
+    Each file is read once per process. Raises UserError if a module has no file, or its file cannot be read.
     """
     path, _, attribute = start.partition("[")[0].partition(":")
     module, name = path.strip(), attribute.strip().partition(".")[0]
     if module_of(module) is None:
-        raise UserError(f"module {module}, which an entry point names, has no file: mend or reinstall its distribution")
+        raise UserError(f"module {module}, which an entry point names, has no file: fix or reinstall its distribution")
     target = member(module, name) if name else Definition(module, WHOLE)
     return of(target if isinstance(target, Definition) else Definition(module, WHOLE))
 
 
-def closure_of(kind: type) -> Closure | None:
-    """What a class computes with; None for one whose code is in no file, as in a notebook or a script."""
-    if kind.__module__ == "__main__" or module_of(kind.__module__) is None:
+def closure_of(cls: type) -> Closure | None:
+    """Return the code that a class uses; None if its module has no file, as in a notebook, or is a script."""
+    if cls.__module__ == "__main__" or module_of(cls.__module__) is None:
         return None
-    return closure(f"{kind.__module__}:{kind.__qualname__}")
+    return closure(f"{cls.__module__}:{cls.__qualname__}")
 
 
 @cache
 def of(start: Definition) -> Closure:
-    """What a definition computes with."""
+    """Return the code that a definition uses."""
     walk = _Walk()
     walk.visit(start)
     while walk.waiting:
@@ -75,7 +75,7 @@ def digest_of(lines: Iterable[str]) -> str:
 
 
 class _Walk:
-    """From definition to definition, those that are named first first."""
+    """A breadth-first walk over definitions, in the order in which they are named."""
 
     def __init__(self) -> None:
         self.numbers: dict[Definition, int] = {}
@@ -90,15 +90,15 @@ class _Walk:
             self.enter([definition.module])
 
     def enter(self, modules: Iterable[str]) -> None:
-        """What a module, the packages above it and the modules that it imports do when they are imported counts."""
+        """Visit the effects of importing modules: their own, their parent packages' and those of their imports."""
         stack = list(modules)
         while stack:
             name = stack.pop()
             if name in self.entered:
                 continue
             self.entered.add(name)
-            if above := name.rpartition(".")[0]:
-                stack.append(above)
+            if parent := name.rpartition(".")[0]:
+                stack.append(parent)
             if module := module_of(name):
                 if acts_of(name):
                     self.visit(Definition(name, EFFECTS))
@@ -109,19 +109,19 @@ class _Walk:
         for token in text.tokens:
             if isinstance(token, Definition):
                 self.visit(token)
-        self.enter(one for one in text.imported if is_project(one, definition.module) and place_of(one))
+        self.enter(name for name in text.imported if is_project(name, definition.module) and place_of(name))
 
     def written(self) -> Iterator[str]:
-        """The text of each, with what is open filled in."""
+        """Yield the text of each definition, with numbers and names in place of open tokens."""
         texts = self.texts.values()
         words = set().union(*(text.words for text in texts))
         hidden = set().union(*(text.hidden for text in texts)) - words
         opened = set().union(*(text.open for text in texts))
-        begun = tuple(name for name in opened if name.endswith("_"))  # `getattr(self, f"_read_{part}")`
-        hidden = {name for name in hidden if name not in opened and not name.startswith(begun)}
+        prefixes = tuple(name for name in opened if name.endswith("_"))  # `getattr(self, f"_read_{part}")`
+        hidden = {name for name in hidden if name not in opened and not name.startswith(prefixes)}
         order: dict[str, int] = {}
 
-        def said(token: Token) -> str:
+        def resolved(token: Token) -> str:
             if isinstance(token, Definition):
                 return f"#{self.numbers[token]}"
             if isinstance(token, Parameter):
@@ -131,21 +131,21 @@ class _Walk:
             return token
 
         for number, text in enumerate(texts):
-            yield f"#{number}: " + "".join(map(said, text.tokens))
+            yield f"#{number}: " + "".join(map(resolved, text.tokens))
 
 
 @cache
 def _imported(name: str, modules: tuple[str, ...]) -> tuple[str, ...]:
-    """The project's modules that importing `name` imports: of `from a import b` both `a` and `a.b`, if it is one."""
+    """Return the project's modules that `name` imports; `from a import b` counts for `a`, and for `a.b` if a module."""
     module = module_of(name)
     assert module is not None
-    froms = [f"{one.module}.{one.name}" for ones in module.bound.origins.values() for one in ones if one.name]
-    return tuple(one for one in dict.fromkeys([*modules, *froms]) if is_project(one, name) and place_of(one))
+    froms = [f"{o.module}.{o.name}" for origins in module.bound.origins.values() for o in origins if o.name]
+    return tuple(path for path in dict.fromkeys([*modules, *froms]) if is_project(path, name) and place_of(path))
 
 
 @cache
 def text_of(definition: Definition) -> Text:
-    """Everything at the top of its module that a name is bound or changed by."""
+    """Return the text of all statements at the top of the module that bind or change the definition's name."""
     module = module_of(definition.module)
     text = Text()
     if module is None:
@@ -176,31 +176,34 @@ def _add(text: Text, parts: Iterable[Text]) -> None:
 
 @cache
 def acts_of(module: str) -> tuple[int, ...]:
-    """The statements of a module that do more than name things: also decorators and bases that may keep a class."""
-    found = module_of(module)
-    if found is None or found.compiled:
+    """Return the numbers of statements with effects beyond binding names.
+
+    A definition has such an effect if a decorator or a base may register it somewhere.
+    """
+    source = module_of(module)
+    if source is None or source.compiled:
         return ()
-    scope = Scope(found)
-    kept = (number for number, node in enumerate(found.statements) if _is_kept(node, scope))
-    return tuple(sorted({*found.acts, *kept}))
+    scope = Scope(source)
+    registered = (number for number, node in enumerate(source.statements) if _is_registered(node, scope))
+    return tuple(sorted({*source.acts, *registered}))
 
 
-def _is_kept(node: ast.stmt, scope: Scope) -> bool:
-    """Whether a definition is known elsewhere for having been defined."""
+def _is_registered(node: ast.stmt, scope: Scope) -> bool:
+    """Return whether defining this function or class may register it with other code."""
     if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return False
     if any(not is_known(decorator, scope) for decorator in node.decorator_list):
         return True
     if not isinstance(node, ast.ClassDef):
         return False
-    above = all_ancestors(node, scope) - {Definition(scope.module.name, node.name)}
-    return bool(node.keywords) or any(_watches(kind) for kind in above if isinstance(kind, Definition))
+    parents = all_ancestors(node, scope) - {Definition(scope.module.name, node.name)}
+    return bool(node.keywords) or any(_has_subclass_hook(cls) for cls in parents if isinstance(cls, Definition))
 
 
 @cache
-def _watches(kind: Definition) -> bool:
-    module = module_of(kind.module)
-    statements = [module.statements[n] for n in module.by_name.get(kind.name, [])] if module else []
+def _has_subclass_hook(cls: Definition) -> bool:
+    module = module_of(cls.module)
+    statements = [module.statements[n] for n in module.by_name.get(cls.name, [])] if module else []
     return any(
         getattr(part, "name", None) == "__init_subclass__" for statement in statements for part in ast.walk(statement)
     )
@@ -208,6 +211,6 @@ def _watches(kind: Definition) -> bool:
 
 @cache
 def _statement(module: str, number: int) -> Text:
-    found = module_of(module)
-    assert found is not None
-    return Writer(found).written(found.statements[number])
+    source = module_of(module)
+    assert source is not None
+    return Writer(source).written(source.statements[number])

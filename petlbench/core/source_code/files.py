@@ -1,4 +1,4 @@
-"""Files of source code: found as the import system finds them, and read; nothing is imported."""
+"""Find source files as the import system does, and read them without importing anything."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from petlbench.core.errors import UserError
 
 @dataclass(frozen=True)
 class ModulePlace:
-    """Where a module lies: its file (None: a package without `__init__`), and a package's folders."""
+    """The location of a module: its file (None: a package without `__init__`), and the folders of a package."""
 
     file: Path | None
     folders: tuple[str, ...] | None
@@ -22,12 +22,12 @@ class ModulePlace:
 
 @cache
 def place_of(name: str) -> ModulePlace | None:
-    """Where the import system would find `name`, without importing its parents as `find_spec` of importlib does."""
+    """Return where the import system would find `name`; unlike importlib's `find_spec`, import no parent package."""
     parent, _, tail = name.rpartition(".")
-    above = place_of(parent) if parent else None
-    if parent and (above is None or above.folders is None):
+    package = place_of(parent) if parent else None
+    if parent and (package is None or package.folders is None):
         return None
-    path = list(above.folders) if above and above.folders is not None else None
+    path = list(package.folders) if package and package.folders is not None else None
     for finder in sys.meta_path:
         try:
             spec = finder.find_spec(name, path)
@@ -42,9 +42,9 @@ def place_of(name: str) -> ModulePlace | None:
 
 @cache
 def read_module(name: str) -> ast.Module | bytes | None:
-    """The syntax tree of a module; the content of a file that is no source; None for what is no module with code.
+    """Return the syntax tree of a module, the bytes of a compiled one, or None if there is no module with code.
 
-    Raises UserError for a file that is missing or no valid Python.
+    Raises UserError if the file is missing or is not valid Python.
     """
     place = place_of(name)
     if place is None or place.file is None:
@@ -59,5 +59,5 @@ def read_module(name: str) -> ast.Module | bytes | None:
         return ast.parse(data)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = f" line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
-        said = error.msg if isinstance(error, SyntaxError) else str(error)
-        raise UserError(f"{place.file}{line} is not valid Python ({said}): mend or uninstall it") from error
+        reason = error.msg if isinstance(error, SyntaxError) else str(error)
+        raise UserError(f"{place.file}{line} is not valid Python ({reason}): fix or uninstall it") from error

@@ -1,4 +1,4 @@
-"""Modules as their source says: which names stand at the top of each, and where an imported name comes from."""
+"""Read modules from source: the names at the top of each, and the origin of each imported name."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ from typing import NamedTuple
 from petlbench.core.source_code.files import place_of, read_module
 
 CORE = "petlbench"
-WHOLE = "*"  # in the place of a name: a module itself, with all that it defines
-EFFECTS = "!"  # in the place of a name: what importing a module does beyond naming things
+WHOLE = "*"  # stands for a name: the whole module with all that it defines
+EFFECTS = "!"  # stands for a name: the effects of importing the module, beyond binding names
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 BRANCHES = (ast.If, ast.Try, ast.TryStar, ast.With, ast.For, ast.While, ast.Match)
 
 
 class Definition(NamedTuple):
-    """A name at the top of a project's module."""
+    """A name at the top of one of the project's modules."""
 
     module: str
     name: str
 
 
 class Origin(NamedTuple):
-    """What an import binds a name to: a module, or a name in one."""
+    """The target of an import: a module, or a name in a module."""
 
     module: str
     name: str | None
 
 
-Target = Definition | str  # a project's definition, or the path of a name elsewhere: `torch.nn.Linear`
+Target = Definition | str  # a definition of the project, or the path of an external name: `torch.nn.Linear`
 
 
 @dataclass
 class Bound:
-    """The names that some statements bind in their own scope, and how."""
+    """The names that some statements bind in their own scope, and the way in which they bind them."""
 
-    names: set[str] = field(default_factory=set)  # by other means than an import
+    names: set[str] = field(default_factory=set)  # bound by anything but an import
     origins: dict[str, set[Origin]] = field(default_factory=dict)
-    modules: list[str] = field(default_factory=list)  # that are imported, in their order
+    modules: list[str] = field(default_factory=list)  # imported modules, in their order
     stars: list[str] = field(default_factory=list)
     outer: set[str] = field(default_factory=set)  # declared nonlocal
     top: set[str] = field(default_factory=set)  # declared global
 
     def add(self, other: Bound) -> None:
-        """What other statements of the scope bind."""
+        """Add the names that other statements of the scope bind."""
         self.names |= other.names
         self.outer |= other.outer
         self.top |= other.top
@@ -59,33 +59,33 @@ class Bound:
             self.origins.setdefault(name, set()).update(origins)
 
     def origin(self, name: str) -> Origin | None:
-        """Where a name comes from that is bound by one import and nothing else."""
-        found = self.origins.get(name, set())
-        return next(iter(found)) if len(found) == 1 and name not in self.names | self.outer | self.top else None
+        """Return the origin of a name that one import binds and nothing else; else None."""
+        origins = self.origins.get(name, set())
+        return next(iter(origins)) if len(origins) == 1 and name not in self.names | self.outer | self.top else None
 
 
 @dataclass
 class Module:
-    """The statements at the top of a module by the names that they bind or change."""
+    """The statements at the top of a module, and their numbers by the names that they bind or change."""
 
     name: str
     package: str
     statements: list[ast.stmt] = field(default_factory=list)
     by_name: dict[str, list[int]] = field(default_factory=dict)
-    origins: dict[str, Origin] = field(default_factory=dict)  # of names that stand for one import
+    origins: dict[str, Origin] = field(default_factory=dict)  # of names that one import binds
     acts: list[int] = field(default_factory=list)  # statements that do more than bind names
     bound: Bound = field(default_factory=Bound)
-    compiled: str | None = None  # the digest of a file that is not Python's source
+    compiled: str | None = None  # the digest of a file that is not Python source
 
 
 def is_project(name: str, module: str) -> bool:
-    """Whether the module `name` counts as code where `module` imports it: petlbench's, or of its own package."""
+    """Return whether `name`, which `module` imports, is project code: in petlbench or in the package of `module`."""
     return name.partition(".")[0] in (CORE, module.partition(".")[0])
 
 
 @cache
 def module_of(name: str) -> Module | None:
-    """None for what is no module with code. Raises UserError for a file that is missing or no valid Python."""
+    """Return the module, or None if it has no code. Raises UserError if its file is missing or not valid Python."""
     code = read_module(name)
     if code is None:
         return None
@@ -117,7 +117,10 @@ def _sorted_out(module: Module, body: list[ast.stmt]) -> Module:
 
 
 def running(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements that run: without what only a type checker or a script sees, `pass` and texts (docstrings)."""
+    """Yield the statements that run on import.
+
+    Leave out code for type checkers or for scripts alone, `pass` and docstrings.
+    """
     for node in body:
         if (isinstance(node, ast.If) and _tail(node.test) == "TYPE_CHECKING") or (
             isinstance(node, ast.If) and _is_script(node.test)
@@ -147,7 +150,7 @@ def _root(node: ast.AST | None) -> str | None:
 
 
 def _flat(statement: ast.stmt) -> Iterator[ast.stmt]:
-    """A statement, and those in its branches."""
+    """Yield a statement and the statements in its branches."""
     stack: list[ast.AST] = [statement]
     while stack:
         node = stack.pop()
@@ -162,7 +165,7 @@ def _flat(statement: ast.stmt) -> Iterator[ast.stmt]:
 
 
 def _changed(statement: ast.stmt) -> Iterator[str]:
-    """The names whose values a statement changes in place: `X[...] = `, `X.append(...)`, `del X.a`, `X.a += `."""
+    """Yield names whose values a statement changes in place: `X[...] = `, `X.append(...)`, `del X.a`, `X.a += `."""
     for node in _flat(statement):
         for target in _targets(node):
             if not isinstance(target, ast.Name) and (name := _root(target)):
@@ -175,7 +178,7 @@ def _changed(statement: ast.stmt) -> Iterator[str]:
 
 
 def _targets(node: ast.stmt) -> Iterator[ast.expr]:
-    """What a statement assigns to or deletes, one by one."""
+    """Yield each target that a statement assigns to or deletes."""
     stack = list(getattr(node, "targets", [getattr(node, "target", None)]))
     while stack:
         target = stack.pop()
@@ -186,7 +189,7 @@ def _targets(node: ast.stmt) -> Iterator[ast.expr]:
 
 
 def _acts(statement: ast.stmt, changed: set[str], module: Module) -> bool:
-    """Whether a statement does more than bind names or change a value that this module made and named."""
+    """Return whether a statement does more than bind names or change a value that this module made and named."""
     for node in _flat(statement):
         if isinstance(node, (ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Assert, ast.Raise)):
             return True
@@ -207,7 +210,7 @@ def _acts(statement: ast.stmt, changed: set[str], module: Module) -> bool:
 
 
 def _is_alias(name: str | None, module: Module) -> bool:
-    """Whether a name may stand for a value that was made elsewhere."""
+    """Return whether a name may refer to a value that was made elsewhere."""
     for statement in module.statements:
         for node in _flat(statement):
             if not isinstance(node, ast.Assign) or not isinstance(node.value, (ast.Name, ast.Attribute, ast.Subscript)):
@@ -218,11 +221,11 @@ def _is_alias(name: str | None, module: Module) -> bool:
 
 
 def bound_in(body: Sequence[ast.AST], package: str) -> Bound:
-    """The names that `body` binds in its own scope: not those of functions, classes and comprehensions within."""
+    """Return the names that `body` binds in its own scope, without those inside functions, classes, comprehensions."""
     found = Bound()
     stack: list[tuple[ast.AST, bool]] = [(node, False) for node in reversed(body)]
     while stack:
-        node, inside = stack.pop()  # inside: a comprehension, whose targets are its own but for `:=`
+        node, inside = stack.pop()  # inside a comprehension: its targets are local, except for `:=`
         if isinstance(node, ast.NamedExpr):
             found.names.add(node.target.id)
             stack.append((node.value, inside))
@@ -264,7 +267,7 @@ def _bind(node: ast.AST, found: Bound, package: str) -> None:
 
 
 def imports(node: ast.Import | ast.ImportFrom, package: str) -> Iterator[tuple[str, Origin, str]]:
-    """The name that each alias binds, what to, and the module that is imported; nothing above the top package."""
+    """Yield for each alias the bound name, its origin and the imported module; none for imports that must fail."""
     if isinstance(node, ast.Import):
         for alias in node.names:
             top = alias.name.partition(".")[0]
@@ -272,14 +275,14 @@ def imports(node: ast.Import | ast.ImportFrom, package: str) -> Iterator[tuple[s
         return
     try:
         base = resolve_name("." * node.level + (node.module or ""), package)
-    except ImportError:  # importing it fails too
+    except ImportError:  # a relative import beyond the top package: it fails at run time too
         return
     for alias in node.names:
         yield alias.asname or alias.name, Origin(base, alias.name), base
 
 
 def followed(target: Target, attributes: Sequence[str]) -> tuple[Target, Sequence[str]]:
-    """What `target.a.b` leads to while it passes through modules, and the attributes that are left."""
+    """Follow `target.a.b` through modules; return the target reached and the attributes that are left."""
     left = list(attributes)
     while left:
         if isinstance(target, str):
@@ -291,7 +294,7 @@ def followed(target: Target, attributes: Sequence[str]) -> tuple[Target, Sequenc
 
 
 def origin_of(origin: Origin, module: str) -> Target:
-    """What `module` gets by an import."""
+    """Return the target that an import in `module` refers to."""
     path = origin.module if origin.name is None else f"{origin.module}.{origin.name}"
     if not is_project(origin.module, module):
         return path
@@ -302,34 +305,34 @@ def origin_of(origin: Origin, module: str) -> Target:
 
 
 def member(module: str, name: str) -> Target:
-    """What a project's module means by one of its names, through imports and packages to where it is defined.
+    """Return the target of a name in a project module; follow imports and packages to where it is defined.
 
-    A name that its code does not bind may be made when it runs: it stands for all that the module may do.
+    A name that the source does not bind may be made at run time: then it stands for the whole module.
     """
-    found = known(module, name)
-    if found is None and module_of(module) and not name.startswith("__"):
+    target = bound_target(module, name)
+    if target is None and module_of(module) and not name.startswith("__"):
         return Definition(module, name)
-    return found or f"?{name}"
+    return target or f"?{name}"
 
 
-def known(module: str, name: str, seen: frozenset[tuple[str, str]] = frozenset()) -> Target | None:
-    """What a name at the top of a module, or of one that it takes all names from, is bound to; None for no name."""
-    found = module_of(module)
-    if found and (found.compiled or name in found.by_name):
+def bound_target(module: str, name: str, seen: frozenset[tuple[str, str]] = frozenset()) -> Target | None:
+    """Return the target of a name that a module binds, directly or by a star import; None if it binds no such name."""
+    source = module_of(module)
+    if source and (source.compiled or name in source.by_name):
         return Definition(module, name)
     if (module, name) in seen:
         return None
     seen |= {(module, name)}
-    if found and name in found.origins:
-        origin = found.origins[name]
+    if source and name in source.origins:
+        origin = source.origins[name]
         if origin.name is None or not is_project(origin.module, module) or place_of(origin.module) is None:
             return origin_of(origin, module)
-        return known(origin.module, origin.name, seen) or member(origin.module, origin.name)
+        return bound_target(origin.module, origin.name, seen) or member(origin.module, origin.name)
     if place_of(f"{module}.{name}") is not None:
         return Definition(f"{module}.{name}", WHOLE)
-    for star in reversed(found.bound.stars if found else []):
+    for star in reversed(source.bound.stars if source else []):
         if not is_project(star, module):
             return f"{star}.*.{name}"
-        if target := known(star, name, seen):
+        if target := bound_target(star, name, seen):
             return target
     return None

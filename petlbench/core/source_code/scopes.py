@@ -1,4 +1,4 @@
-"""Names within a definition: which scope each belongs to, and what a class is derived from."""
+"""Resolve names inside a definition to their scopes, and find the base classes of a class."""
 
 from __future__ import annotations
 
@@ -8,9 +8,18 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Literal
 
-from petlbench.core.source_code.names import Bound, Definition, Module, Target, followed, known, module_of, origin_of
+from petlbench.core.source_code.names import (
+    Bound,
+    Definition,
+    Module,
+    Target,
+    bound_target,
+    followed,
+    module_of,
+    origin_of,
+)
 
-# Bases that call none of a subclass's private methods but for HOOKS.
+# Base classes that call no private method of a subclass, except HOOKS.
 PLAIN = frozenset(
     ["object", "abc.ABC", "typing.Protocol", "typing.Generic", "torch.nn.Module", "Exception", "ValueError"]
 )
@@ -32,7 +41,7 @@ HOOKS = frozenset(
         "_wrapped_call_impl",
     ]
 )
-DECORATORS = frozenset(  # that neither read annotations nor keep what they decorate somewhere
+DECORATORS = frozenset(  # decorators that neither read annotations nor register the definition
     [
         "property",
         "classmethod",
@@ -59,17 +68,17 @@ DECORATORS = frozenset(  # that neither read annotations nor keep what they deco
 
 @dataclass(eq=False)
 class Scope:
-    """Where a name is looked up: a module, a class or a function (a comprehension is one too)."""
+    """A scope for looking up names: a module, a class or a function (a comprehension counts as a function)."""
 
     module: Module
     kind: Literal["module", "class", "function"] = "module"
     parent: Scope | None = None
     bound: Bound = field(default_factory=Bound)
-    own: str | None = None  # the parameter that stands for the object, in a method of a class whose bases are known
+    own: str | None = None  # the name of `self`, in a method of a class whose bases are known
     silent: frozenset[str] = frozenset()  # names of texts that only errors quote
 
     def find(self, name: str) -> Scope | Target:
-        """The function or class that a name is local to; else what it stands for."""
+        """Return the function or class scope that a name is local to; else the target that it refers to."""
         here: Scope | None = self
         while here is not None and here.kind != "module":
             if name in here.bound.top:
@@ -83,7 +92,7 @@ class Scope:
         return at_top(name, self.module)
 
     def path(self, node: ast.AST) -> tuple[Scope | Target, Sequence[str]]:
-        """What a name with attributes stands for, and the attributes that are left; LookupError for anything else."""
+        """Return the target of a name with attributes, and the attributes left; LookupError for other expressions."""
         attributes: list[str] = []
         while isinstance(node, ast.Attribute):
             attributes.insert(0, node.attr)
@@ -96,7 +105,7 @@ class Scope:
         return followed(found, attributes)
 
     def outside(self, node: ast.AST) -> str:
-        """The path of a name that is no project's: `torch.nn.Linear`, `builtins.print`; empty for all else."""
+        """Return the path of an external name, such as `torch.nn.Linear` or `builtins.print`; empty for all else."""
         try:
             found, left = self.path(node)
         except LookupError:
@@ -105,16 +114,16 @@ class Scope:
 
 
 def at_top(name: str, module: Module) -> Target:
-    """What a name means at the top of a module: its own, or a builtin."""
+    """Return the target of a name at the top of a module: one that it binds, or a builtin."""
     if name in module.by_name:
         return Definition(module.name, name)
     if name in module.origins:
         return origin_of(module.origins[name], module.name)
-    return (known(module.name, name) if module.bound.stars else None) or f"builtins.{name}"
+    return (bound_target(module.name, name) if module.bound.stars else None) or f"builtins.{name}"
 
 
 def bases(node: ast.ClassDef, scope: Scope) -> Iterator[Target]:
-    """What a class is derived from; an empty text for what is no name."""
+    """Yield the base classes of a class; an empty text for a base that is not a known name."""
     for base in node.bases:
         plain = base.value if isinstance(base, ast.Subscript) else base
         try:
@@ -130,16 +139,16 @@ def bases(node: ast.ClassDef, scope: Scope) -> Iterator[Target]:
 
 @cache
 def ancestors(definition: Definition) -> frozenset[Target]:
-    """A class and all that it is derived from; an empty text stands for what is not known."""
+    """Return a class and all its ancestors; an empty text stands for an unknown one."""
     found: set[Target] = set()
     waiting: list[Target] = [definition]
     while waiting:
-        one = waiting.pop()
-        if one in found:
+        target = waiting.pop()
+        if target in found:
             continue
-        found.add(one)
-        if isinstance(one, Definition):
-            classes = classes_of(one)
+        found.add(target)
+        if isinstance(target, Definition):
+            classes = classes_of(target)
             waiting.extend([""] if not classes else [])
             for node, scope in classes:
                 waiting.extend(bases(node, scope))
@@ -147,7 +156,7 @@ def ancestors(definition: Definition) -> frozenset[Target]:
 
 
 def classes_of(definition: Definition) -> list[tuple[ast.ClassDef, Scope]]:
-    """The class statements of a name at the top of a module; none where it is bound in any other way."""
+    """Return the class statements that bind a name at the top of a module; empty if it is not a class."""
     module = module_of(definition.module)
     if module is None or definition.name not in module.by_name:
         return []
@@ -157,7 +166,7 @@ def classes_of(definition: Definition) -> list[tuple[ast.ClassDef, Scope]]:
 
 
 def all_ancestors(node: ast.ClassDef, scope: Scope) -> frozenset[Target]:
-    """As `ancestors`, of a class wherever its statement stands."""
+    """Return the ancestors of a class whose statement may stand in any scope; see `ancestors`."""
     found: set[Target] = set()
     if scope.kind == "module":
         found.add(Definition(scope.module.name, node.name))
@@ -167,7 +176,7 @@ def all_ancestors(node: ast.ClassDef, scope: Scope) -> frozenset[Target]:
 
 
 def is_plain(kinds: frozenset[Target]) -> bool:
-    """Whether no base of a class is one that may call private methods by names of its own."""
+    """Return whether no ancestor may call private methods of a subclass by names that the project does not know."""
     return all(isinstance(kind, Definition) or kind in PLAIN for kind in kinds)
 
 
@@ -179,7 +188,7 @@ def is_known(decorator: ast.expr, scope: Scope) -> bool:
 
 
 def parsed_annotation(node: ast.AnnAssign) -> ast.AnnAssign:
-    """The annotation `"Name"` of an option, as the name."""
+    """Return the statement with an annotation in quotes, such as `"Name"`, parsed to the name."""
     try:
         annotation = ast.parse(str(getattr(node.annotation, "value", "")), mode="eval").body
     except SyntaxError:
@@ -188,8 +197,8 @@ def parsed_annotation(node: ast.AnnAssign) -> ast.AnnAssign:
 
 
 def named_by(node: ast.stmt) -> list[str]:
-    """What a statement in the body of a class names."""
+    """Return the names that a statement in a class body binds."""
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-    return [one.id for one in targets if isinstance(one, ast.Name)]
+    return [target.id for target in targets if isinstance(target, ast.Name)]

@@ -1,4 +1,4 @@
-"""What does not count in the digest of code, as no number depends on it: what presents results, and what errors say."""
+"""Code that the digest leaves out because no number depends on it: presentation of results, and error texts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from petlbench.core.source_code.names import Definition, Target, module_of
 from petlbench.core.source_code.scopes import Scope, ancestors
 
-# What presents or identifies results and computes none: `module`, `module:name` or `module:Class.member`, the latter
-# of subclasses too. Whatever computes must not be named here, as records would stay fresh when it changes.
+# Code that presents or identifies results and computes none: `module`, `module:name` or `module:Class.member` (in
+# subclasses too). Never list code that computes: records would stay fresh when it changes.
 SILENT: Mapping[str, str] = {
     "petlbench.core.drawing": "draws for people",
     "petlbench.api.task:Task.picture": "draws for people",
@@ -17,21 +17,26 @@ SILENT: Mapping[str, str] = {
     "petlbench.core.units:human_count": "writes numbers for people",
     "petlbench.core.units:human_seconds": "writes numbers for people",
     "petlbench.core.units:score_text": "writes numbers for people",
-    "petlbench.core.messages:did_you_mean": "words an error",
-    "petlbench.core.messages:one_line": "words an error",
-    "petlbench.api.source:Source.origin": "tells people where files can be had",
-    "petlbench.api.method:Method.about": "tells people about a paper",
+    "petlbench.core.messages:did_you_mean": "writes an error's text",
+    "petlbench.core.messages:one_line": "writes an error's text",
+    "petlbench.api.source:Source.origin": "says where to get files",
+    "petlbench.api.method:Method.about": "describes a paper",
     "petlbench.pipeline.fingerprint": "says what a result depends on, and has no part in it",
     "petlbench.core.source_code.closure": "says what a result depends on, and has no part in it",
 }
-ERROR = "petlbench.core.errors:UserError"  # subclasses of it count by their bases and by what else they do than speak
+ERROR = "petlbench.core.errors:UserError"  # of a subclass, its bases count and its members other than SPEECH
 SPEECH = ("__init__", "__str__", "__repr__")
-SPOKEN = ("builtins.print", "warnings.warn", "logging.")  # calls whose arguments are for people
+SPOKEN = ("builtins.print", "warnings.warn", "logging.")  # calls whose arguments only people read
 TELLING = ("debug", "info", "warning", "error", "exception", "critical", "log")  # methods of loggers
-CARRIERS = ("StopIteration", "StopAsyncIteration", "SystemExit", "GeneratorExit")  # whose argument is a value
+CARRIERS = (
+    "StopIteration",
+    "StopAsyncIteration",
+    "SystemExit",
+    "GeneratorExit",
+)  # their argument is a value
 FIELD = ("pydantic.Field", "pydantic.fields.Field", "dataclasses.field")
 FIELD_TEXTS = ("description", "title", "examples")
-# Of text that only errors quote: what may be called in it, as none of these changes anything.
+# Calls that may stand in a text that only errors quote, because none of them changes anything.
 HARMLESS = frozenset(
     [
         "len",
@@ -72,27 +77,27 @@ HARMLESS = frozenset(
 
 
 def is_silent(target: Target) -> bool:
-    """Whether a definition presents and does not compute."""
+    """Return whether a definition only presents results."""
     return isinstance(target, Definition) and (target.module in SILENT or f"{target.module}:{target.name}" in SILENT)
 
 
 def silent_members(kinds: frozenset[Target]) -> frozenset[str]:
-    """The members of a class with these ancestors that present and do not compute."""
+    """Return the members that only present results, in a class with these ancestors."""
     paths = {f"{kind.module}:{kind.name}" for kind in kinds if isinstance(kind, Definition)}
     return frozenset(name.rpartition(".")[2] for name in SILENT if ":" in name and name.rpartition(".")[0] in paths)
 
 
 def is_error(kinds: frozenset[Target]) -> bool:
-    """Whether a class with these ancestors is an error for people."""
+    """Return whether a class with these ancestors is a UserError."""
     return Definition(*ERROR.split(":")) in kinds
 
 
 def unspoken(node: ast.AST, scope: Scope) -> list[ast.AST]:
-    """The parts of a node that are for people alone: what errors and prints say, what describes an option."""
+    """Return the parts of a node that only people read: texts of errors and prints, descriptions of options."""
     if isinstance(node, ast.Assert):
         return [node.msg] if node.msg else []
     if isinstance(node, ast.Raise):
-        return [*([node.cause] if node.cause else []), *_said(node.exc, scope)]
+        return [*([node.cause] if node.cause else []), *_spoken_arguments(node.exc, scope)]
     if not isinstance(node, ast.Call):
         return []
     called = scope.outside(node.func)
@@ -103,8 +108,11 @@ def unspoken(node: ast.AST, scope: Scope) -> list[ast.AST]:
     return [*node.args, *node.keywords] if _is_logger(node.func, scope) else []
 
 
-def _said(error: ast.expr | None, scope: Scope) -> list[ast.AST]:
-    """The arguments of an exception: but for errors of Python's and for people, only texts, as others may be values."""
+def _spoken_arguments(error: ast.expr | None, scope: Scope) -> list[ast.AST]:
+    """Return the arguments of an exception that only people read.
+
+    They are all arguments of builtin exceptions and UserError; of others only texts, because the rest may be values.
+    """
     if not isinstance(error, ast.Call):
         return []
     given: list[ast.AST] = [*error.args, *error.keywords]
@@ -121,7 +129,7 @@ def _said(error: ast.expr | None, scope: Scope) -> list[ast.AST]:
 
 
 def _is_logger(called: ast.AST, scope: Scope) -> bool:
-    """Whether a call is `log.warning`, with `log = logging.getLogger(...)` at the top of the module."""
+    """Return whether a call is `log.warning` or so, with `log = logging.getLogger(...)` at the top of the module."""
     if not (isinstance(called, ast.Attribute) and called.attr in TELLING and isinstance(called.value, ast.Name)):
         return False
     found = scope.find(called.value.id)
@@ -137,7 +145,7 @@ def _is_logger(called: ast.AST, scope: Scope) -> bool:
 
 
 def is_text(node: ast.AST | None) -> bool:
-    """Whether an expression is a text put together by nothing that changes anything."""
+    """Return whether an expression is a text that is built without side effects."""
     for part in ast.walk(node) if node else ():
         if isinstance(part, (ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom)):
             return False
@@ -155,7 +163,7 @@ def _makes_text(node: ast.AST | None) -> bool:
 
 
 def quoted_only(body: Sequence[ast.stmt], scope: Scope) -> frozenset[str]:
-    """The local names of a function that hold a text and are used by nothing but what errors and prints say."""
+    """Return the local names of a function that hold a text which only errors and prints use."""
     nodes = [node for statement in body for node in ast.walk(statement)]
     if not any(isinstance(node, ast.Raise) for node in nodes):
         return frozenset()
@@ -172,7 +180,7 @@ def quoted_only(body: Sequence[ast.stmt], scope: Scope) -> frozenset[str]:
 
 
 def text_name(node: ast.AST) -> str | None:
-    """The name that a statement gives a text, if it does that and nothing else."""
+    """Return the name if the statement assigns a text to one name and does nothing else; else None."""
     if isinstance(node, ast.Assign) and len(node.targets) == 1 and is_text(node.value):
         return getattr(node.targets[0], "id", None)
     return None

@@ -1,7 +1,7 @@
-"""A definition as text that says what it computes: the same wherever it stands and whatever its own names are.
+"""Write a definition as text that depends on what it computes, and not on its place or its local names.
 
-Names of the project's definitions are left open, to be numbered by who puts definitions together; so are parameters,
-whose names count where something passes them by name, and private attributes. Local names become ordinals.
+Local names become ordinals. Three kinds of names stay open for the closure to resolve: the project's definitions,
+private attributes, and parameters, whose names count only if something passes them by name.
 """
 
 from __future__ import annotations
@@ -46,22 +46,22 @@ from petlbench.core.source_code.silence import (
 )
 from petlbench.core.source_code.tokens import Given, Parameter, Private, Text, Token, silenced
 
-LOOKS_AROUND = ("globals", "locals", "eval", "exec")  # may reach any name of the module, and local ones by name
-OF_HERE = ("builtins.vars", "builtins.dir")  # the same where nothing is given to them
+LOOKS_AROUND = ("globals", "locals", "eval", "exec")  # these may use any name of the module, and local names
+OF_HERE = ("builtins.vars", "builtins.dir")  # the same, if called without arguments
 PRIVATE = re.compile(r"\b_[A-Za-z]\w*")
 SECRET = re.compile(r"_[A-Za-z](\w*[^_\W])?")
 IMPORTERS = ("importlib.import_module", "builtins.__import__")
 
 
 class Writer:
-    """Writes one statement. A stack, as long sums nest deeper than Python recurses."""
+    """Write one statement. It uses a stack, because long sums nest deeper than Python recurses."""
 
     def __init__(self, module: Module) -> None:
         self.module = module
         self.text = Text()
         self.numbers: dict[tuple[Scope, str], int] = {}
-        self.gone: set[int] = set()  # nodes that are left out, by identity
-        self.literal = False  # local names stay as they are
+        self.gone: set[int] = set()  # ids of nodes that are left out
+        self.literal = False  # keep local names
         self.kinds: dict[Scope, frozenset[Target]] = {}  # of class scopes: what the class is derived from
 
     def written(self, statement: ast.stmt) -> Text:
@@ -83,7 +83,7 @@ class Writer:
         return self.text
 
     def _parts(self, node: ast.AST, scope: Scope) -> list[Any]:
-        """What stands for a node: tokens, and nodes with the scope in which they are to be written."""
+        """Return the parts of a node: tokens, and nodes with the scope to write them in."""
         if isinstance(node, (ast.Name, ast.Attribute)):
             return self._name(node, scope)
         if isinstance(node, FUNCTIONS):
@@ -97,7 +97,7 @@ class Writer:
         if isinstance(node, ast.AnnAssign) and scope.kind != "class":
             return ["Assign(targets=[", (node.target, scope), ",]value=", *self._value(node.value, scope), ")"]
         if isinstance(node, ast.Constant):
-            self._said(node.value)
+            self._note_text(node.value)
         if isinstance(node, ast.keyword) and node.arg:
             self.text.words.add(node.arg)
         if isinstance(node, ast.AnnAssign) and isinstance(node.annotation, ast.Constant):
@@ -117,10 +117,10 @@ class Writer:
         return [Definition(name, WHOLE)] if name and is_project(name, self.module.name) and place_of(name) else []
 
     def _plain(self, node: ast.AST, scope: Scope) -> list[Any]:
-        """The kind of a node and its fields that are not empty.
+        """Return the type of a node and its fields that are not empty.
 
-        The same for every Python: `ast.dump` prints empty fields in some versions, and new versions add fields;
-        `ast.unparse` changes its quoting; tokens cut f-strings differently and keep formatting.
+        The result is equal in every Python version. `ast.dump` prints empty fields in some versions, and new versions
+        add fields; `ast.unparse` changes its quoting; the tokenizer splits f-strings differently and keeps formatting.
         """
         self.gone |= {id(part) for part in unspoken(node, scope)}
         parts: list[Any] = [f"{type(node).__name__}("]
@@ -147,14 +147,14 @@ class Writer:
             if kept and all(isinstance(one, ast.stmt) for one in kept):
                 return self._body(kept, scope)
             return ["[", *(part for one in kept for part in [*self._value(one, scope), ","]), "]"] if kept else []
-        return [ascii(value)]  # in ASCII, as what is printable grows with Unicode
+        return [ascii(value)]  # in ASCII, because new Unicode versions make more characters printable
 
     def _body(self, body: Iterable[ast.stmt], scope: Scope) -> list[Any]:
         kept = [(node, scope) for node in running(body) if not self._is_mute(node, scope)]
         return ["[", *kept, "]"] if kept else []
 
     def _is_mute(self, node: ast.stmt, scope: Scope) -> bool:
-        """Whether a statement does nothing by itself: declarations, and texts that only errors quote."""
+        """Return whether a statement has no effect: a declaration, or a text that only errors quote."""
         if isinstance(node, (ast.Global, ast.Nonlocal)):
             return True
         if isinstance(node, ast.AnnAssign) and node.value is None:
@@ -162,7 +162,7 @@ class Writer:
         return scope.kind == "function" and text_name(node) in scope.silent
 
     def _token(self, name: str, scope: Scope) -> Token:
-        """A name that stands alone."""
+        """Return the token of a name that is not part of an expression."""
         found = scope.find(name)
         if isinstance(found, Scope):
             return self._local(name, found)
@@ -181,7 +181,7 @@ class Writer:
         return Private(name) if SECRET.fullmatch(name) else f"{name} "
 
     def _name(self, node: ast.Name | ast.Attribute, scope: Scope) -> list[Any]:
-        """A name, or attributes of something: imports are passed through to what they stand for."""
+        """Return the parts of a name or an attribute; an imported name becomes its target."""
         try:
             found, left = scope.path(node)
         except LookupError:  # attributes of no name
@@ -204,7 +204,7 @@ class Writer:
     def _heads(self, node: ast.Name, found: Scope | Target, scope: Scope) -> list[Any]:
         if isinstance(found, Scope):
             here: list[Any] = [self._local(node.id, found), ";"]
-            if found.kind == "class" and isinstance(node.ctx, ast.Load):  # until the class has bound it, it is another
+            if found.kind == "class" and isinstance(node.ctx, ast.Load):  # unbound so far: outer
                 above = (found.parent or scope).find(node.id)
                 here += [above] if isinstance(above, Definition) else []
             return here
@@ -214,18 +214,18 @@ class Writer:
         return [silenced(found), ";"]
 
     def _define(self, node: ast.Attribute, owner: Scope) -> None:
-        """Note private attributes that a method gives its own object."""
+        """Note private attributes that a method sets on its own object."""
         own = isinstance(node.value, ast.Name) and owner.own == node.value.id
         if own and isinstance(node.ctx, ast.Store) and SECRET.fullmatch(node.attr):
             self.text.hidden.add(node.attr)
 
-    def _said(self, value: Any) -> None:
+    def _note_text(self, value: Any) -> None:
         if isinstance(value, str):
             self.text.open.update(PRIVATE.findall(value))
             self.text.words.update([value] if value.isidentifier() else [])
 
     def _import(self, node: ast.Import | ast.ImportFrom, scope: Scope) -> list[Any]:
-        """Nothing, where the names stand for what they import; else which name may stand for what."""
+        """Return nothing if each name always means its import; else which import each name may mean."""
         parts: list[Any] = []
         for name, origin, module in imports(node, self.module.package):
             if is_project(module, self.module.name):
@@ -239,7 +239,7 @@ class Writer:
         return parts
 
     def _comprehension(self, node: Any, scope: Scope) -> list[Any]:
-        """Its targets are its own; its first iterable is looked up outside."""
+        """Return the parts of a comprehension: its targets are local, its first iterable belongs to the outer scope."""
         names = Bound()
         for loop in node.generators:
             names.names |= bound_in([loop.target], self.module.package).names
@@ -267,7 +267,7 @@ class Writer:
         return ["class ", *decorators, self._token(node.name, scope), "(", *above, ")", *self._body(body, inner)]
 
     def _function(self, node: Any, scope: Scope) -> list[Any]:
-        """Decorators and defaults are looked up outside; parameters count by their order, and see `_parameters`."""
+        """Return the parts of a function; decorators and defaults belong to the outer scope. See `_parameters`."""
         lone = isinstance(node, ast.Lambda)
         body = [node.body] if lone else list(running(node.body))
         inner = Scope(self.module, "function", scope, bound_in(body, self.module.package))
@@ -291,8 +291,11 @@ class Writer:
         return [*parts, *([(node.body, inner)] if lone else self._body(body, inner))]
 
     def _parameters(self, node: Any, scope: Scope, inner: Scope) -> list[Any]:
-        """A name that can be passed to a method from anywhere counts, and one that can only be passed by name; other
-        names count where something in the closure passes an argument of that name. The object's own never does."""
+        """Return the parts of the parameters; the name of some counts.
+
+        Names of public methods' parameters and of keyword-only ones count; other names count if something in the
+        closure passes an argument of that name. The name of `self` never counts.
+        """
         given = node.args
         method = scope.kind == "class"
         static = any(scope.outside(one) == "builtins.staticmethod" for one in getattr(node, "decorator_list", []))

@@ -1,4 +1,4 @@
-"""What a definition's text is made of: plain tokens, and names that are left open."""
+"""The tokens of a definition's text: plain ones, and names that the whole closure resolves."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from petlbench.core.source_code.silence import is_silent
 
 
 class Parameter(NamedTuple):
-    """A parameter that may be passed by position, and its ordinal."""
+    """The name and ordinal of a parameter that callers may pass by position."""
 
     name: str
     ordinal: str
 
 
 class Private(NamedTuple):
-    """A name that starts with one underscore, of an attribute."""
+    """The name of a private attribute: it starts with one underscore."""
 
     name: str
 
@@ -27,13 +27,13 @@ Token = str | Definition | Parameter | Private
 
 @dataclass
 class Text:
-    """Statements as tokens, and what a whole closure has to know of them."""
+    """Statements as tokens, with the names that the whole closure needs to resolve them."""
 
     tokens: list[Token] = field(default_factory=list)
-    words: set[str] = field(default_factory=set)  # names that something is passed by, or that stand in a string
-    hidden: set[str] = field(default_factory=set)  # private attributes that a class of ours defines
-    open: set[str] = field(default_factory=set)  # those that somebody else may know by name
-    imported: list[str] = field(default_factory=list)  # modules of the project that it imports when it runs
+    words: set[str] = field(default_factory=set)  # names of keyword arguments, and names in strings
+    hidden: set[str] = field(default_factory=set)  # private attributes that the project's classes define
+    open: set[str] = field(default_factory=set)  # private attributes that other code may use by name
+    imported: list[str] = field(default_factory=list)  # the project's modules that the statements import when they run
 
 
 def silenced(target: Target) -> Token:
@@ -41,6 +41,6 @@ def silenced(target: Target) -> Token:
 
 
 class Given(NamedTuple):
-    """A token in the place of a field's value."""
+    """A finished token that replaces the value of a field."""
 
     token: Token
