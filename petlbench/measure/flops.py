@@ -18,7 +18,7 @@ aten = torch.ops.aten
 
 
 def _product(x_shape: Sequence[int], y_shape: Sequence[int], **rest: Any) -> int:
-    """(…, n, k) or (k,) times (…, k, m) or (k,)."""
+    """Return the operations of a product (…, n, k) or (k,) times (…, k, m) or (k,)."""
     return 2 * prod(x_shape) * (y_shape[-1] if len(y_shape) > 1 else 1)
 
 
