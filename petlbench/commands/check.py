@@ -1,4 +1,4 @@
-"""Conformance of methods."""
+"""`petlbench check`: test methods for conformance."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from petlbench.commands.output import json_object, print_table
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("method", nargs="+", help="a name, name:variant or wildcard, or module:Class")
     parser.add_argument("--backbone", default="tiny", metavar="NAME", help="default: %(default)s")
-    parser.add_argument("--tasks", type=names, metavar="A,B", help="default: all that the backbone can serve")
+    parser.add_argument("--tasks", type=names, metavar="A,B", help="default: all tasks that the backbone serves")
     parser.add_argument("--config", metavar="JSON", help="the method's options")
     parser.add_argument("--json", action="store_true", help="machine-readable")
 
 
 def command(args: argparse.Namespace) -> int:
-    """Conformance; 1 when the method fails a check."""
+    """Check methods; return 1 if one fails a check."""
     from petlbench.conformance import check_method
     from petlbench.conformance.report import check_table
 
     config = json_object(args.config, '{"rank": 4}')
     reports = check_method.check_all(_subjects(args.method), backbone=args.backbone, tasks=args.tasks, config=config)
     if args.json:
-        found = [report.as_json() for report in reports]
-        print(json.dumps(found if len(found) > 1 else found[0], indent=1))
+        objects = [report.as_json() for report in reports]
+        print(json.dumps(objects if len(objects) > 1 else objects[0], indent=1))
     else:
         for report in reports:
             print_table(check_table(report))
@@ -35,7 +35,10 @@ def command(args: argparse.Namespace) -> int:
 
 
 def _subjects(names: Sequence[str]) -> list[str]:
-    """The names, wildcards among them replaced by the methods and variants that they stand for."""
+    """Replace each wildcard by the methods and variants that it matches."""
     from petlbench.pipeline.plan.variants import is_wildcard, method_specs
 
-    return [one for name in names for one in ([s.label for s in method_specs([name])] if is_wildcard(name) else [name])]
+    subjects: list[str] = []
+    for name in names:
+        subjects += [spec.label for spec in method_specs([name])] if is_wildcard(name) else [name]
+    return subjects

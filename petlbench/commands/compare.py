@@ -1,4 +1,4 @@
-"""Two methods against each other, or all pairs."""
+"""`petlbench compare`: compare two methods, or all pairs."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from petlbench.core.errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("results", type=Path)
-    parser.add_argument("a", nargs="?", help="method, or method:variant; without any, all pairs")
+    parser.add_argument("a", nargs="?", help="method or method:variant; without it, all pairs are compared")
     parser.add_argument("b", nargs="?", help="method, or method:variant")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write it as CSV instead")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write CSV to FILE and print nothing")
 
 
 def command(args: argparse.Namespace) -> int:
-    """Two methods, or all pairs."""
+    """Print the comparison of two methods, or of all pairs."""
     from petlbench.pipeline.freshness import stale_parts
     from petlbench.results.leaderboard import write_csv
     from petlbench.results.store import Store

@@ -1,4 +1,4 @@
-"""Count what is there of data sets, and hold it against the published sizes."""
+"""`petlbench data check`: count the rows of data sets and compare the counts with the published sizes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from petlbench.commands.output import json_object, print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("names", nargs="+", metavar="TASK:DATASET", help="or a task alone, for its default data set")
+    parser.add_argument("names", nargs="+", metavar="TASK:DATASET", help="a task alone means its default data set")
     parser.add_argument(
         "--sample",
         type=whole_number,
         default=16,
         metavar="N",
-        help="images to open of each part (default: %(default)s)",
+        help="images opened of each part (default: %(default)s)",
     )
     parser.add_argument("--all", action="store_true", help="open every image")
     parser.add_argument("--json", action="store_true", help="machine-readable")
@@ -24,15 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command(args: argparse.Namespace) -> int:
-    """What of data sets is there; 1 when a part that is needed is missing, broken or of another size than published."""
+    """Check data sets; return 1 if a needed part is missing or broken, or differs from its published size."""
     from petlbench.describe import dataset, dataset_table
 
     config = json_object(args.config, '{"layout": "hub"}')
-    asked = [dataset.opened_source(name, config, args.data_root) for name in dict.fromkeys(args.names)]
-    found = [dataset.report_dataset(*subject, sample=None if args.all else args.sample) for subject in asked]
+    subjects = [dataset.opened_source(name, config, args.data_root) for name in dict.fromkeys(args.names)]
+    reports = [dataset.report_dataset(*subject, sample=None if args.all else args.sample) for subject in subjects]
     if args.json:
-        print(json.dumps([one.as_json() for one in found], indent=1))
+        print(json.dumps([report.as_json() for report in reports], indent=1))
     else:
-        for one in found:
-            print_table(dataset_table.dataset_table(one))
-    return int(not all(one.ok for one in found))
+        for report in reports:
+            print_table(dataset_table.dataset_table(report))
+    return int(not all(report.ok for report in reports))

@@ -1,4 +1,4 @@
-"""A contact sheet of samples of a data set."""
+"""`petlbench data show`: draw a contact sheet of samples of a data set."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from petlbench.commands.output import json_object
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="TASK:DATASET", help="or a task alone, for its default data set")
-    parser.add_argument("--split", default="train", metavar="NAME", help="or an official part (default: %(default)s)")
+    parser.add_argument("name", metavar="TASK:DATASET", help="a task alone means its default data set")
+    parser.add_argument(
+        "--split", default="train", metavar="NAME", help="split or official part (default: %(default)s)"
+    )
     parser.add_argument("--count", type=positive_number, default=16, metavar="N", help="samples (default: %(default)s)")
-    parser.add_argument("--seed", type=whole_number, default=0, metavar="N", help="draws them (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=whole_number, default=0, metavar="N", help="seed of the draw (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: pictures/<task>_<dataset>_<split>.png")
     add_data_options(parser)
 
 
 def command(args: argparse.Namespace) -> int:
-    """A contact sheet of samples."""
+    """Write the contact sheet and print its path."""
     from petlbench.describe import dataset, samples
 
     subject = dataset.opened_source(args.name, json_object(args.config, '{"layout": "hub"}'), args.data_root)

@@ -1,4 +1,4 @@
-"""The table of results folders."""
+"""`petlbench leaderboard`: print the table of one or several results folders."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from petlbench.commands.output import print_table
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("results", nargs="+", type=Path)
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write it as CSV")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the table as CSV")
 
 
 def command(args: argparse.Namespace) -> int:
-    """The table of results folders."""
+    """Print the leaderboard; write it as CSV if asked."""
     from petlbench.pipeline.freshness import stale_parts
     from petlbench.results import leaderboard
     from petlbench.results.leaderboard_table import leaderboard_table

@@ -1,4 +1,4 @@
-"""List what is installed, and what has been run."""
+"""`petlbench list`: list what is installed and what has been run."""
 
 from __future__ import annotations
 
@@ -18,11 +18,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("kind", choices=[*KINDS, "suites", "records"])
     parser.add_argument("pattern", nargs="?", default="*", help="shell wildcard; also 'family:size', 'method:variant'")
     parser.add_argument("--json", action="store_true", help="machine-readable")
-    parser.add_argument("--check", action="store_true", help="import each; exit with 1 if any fails")
-    parser.add_argument("--matrix", action="store_true", help="of `backbones`: which tasks each serves, and why not")
-    parser.add_argument("--markdown", action="store_true", help="of `methods`: the table in README.md")
+    parser.add_argument("--check", action="store_true", help="import each entry; exit with 1 if one fails")
     parser.add_argument(
-        "--results", type=Path, default=Path("runs/quick"), metavar="DIR", help="of `records` (default: %(default)s)"
+        "--matrix", action="store_true", help="with `backbones`: the tasks that each serves, and why not the others"
+    )
+    parser.add_argument("--markdown", action="store_true", help="with `methods`: the table in README.md")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path("runs/quick"),
+        metavar="DIR",
+        help="with `records`: the results folder (default: %(default)s)",
     )
 
 
@@ -35,15 +41,15 @@ KINDS: dict[str, Registry[Any]] = {
 
 
 def command(args: argparse.Namespace) -> int:
-    """What there is of a kind, by name."""
+    """List the entries of a kind by name; with --check return 1 if one fails."""
     if args.markdown and args.kind != "methods":
-        raise UserError("--markdown is of methods: `petlbench list methods --markdown`")
+        raise UserError("--markdown works with methods only: `petlbench list methods --markdown`")
     if args.markdown:
         return _table_of_methods(args)
     if args.kind == "backbones":
         return _list_backbones(args)
     if args.matrix:
-        raise UserError("--matrix is of backbones: `petlbench list backbones --matrix`")
+        raise UserError("--matrix works with backbones only: `petlbench list backbones --matrix`")
     if args.kind == "records":
         rows = _records(args.results, args.pattern)
     elif args.kind == "methods" and ":" in args.pattern:
@@ -65,38 +71,38 @@ def command(args: argparse.Namespace) -> int:
 
 
 def _table_of_methods(args: argparse.Namespace) -> int:
-    """What each method says of itself and is seen to do, as the table of README.md."""
+    """Print the table of README.md: what each method states about itself and what it does."""
     from petlbench.describe import methods
 
-    found = methods.rows(args.pattern)
+    rows = methods.rows(args.pattern)
     if args.json:
-        print(json.dumps([row.as_json() for row in found], indent=1))
+        print(json.dumps([row.as_json() for row in rows], indent=1))
     else:
-        print(methods.markdown(found), end="")
-    return int(args.check and any(row.error for row in found))
+        print(methods.markdown(rows), end="")
+    return int(args.check and any(row.error for row in rows))
 
 
 def _variants(pattern: str, *, plain: bool) -> list[dict[str, Any]]:
-    """The variants that `method:variant` names, those that cannot be with the reason; texts unless `plain`."""
+    """List the variants that `method:variant` matches, with the reason for one that fails; texts unless `plain`."""
     from petlbench.describe.variants import list_variants
 
-    return [one.as_json() if plain else one.as_row() for one in list_variants(pattern)]
+    return [item.as_json() if plain else item.as_row() for item in list_variants(pattern)]
 
 
 def _list_backbones(args: argparse.Namespace) -> int:
-    """Families of backbones with what can be said of them, or the tasks that each serves."""
+    """Print the families of backbones with their sizes, or with --matrix the tasks that each serves."""
     from petlbench.describe import backbones
 
-    found = backbones.matrix(args.pattern) if args.matrix else backbones.entries(args.pattern)
+    families = backbones.matrix(args.pattern) if args.matrix else backbones.entries(args.pattern)
     if args.json:
-        print(json.dumps([entry.as_json() for entry in found], indent=1))
+        print(json.dumps([entry.as_json() for entry in families], indent=1))
     else:
-        print_table(backbones.task_matrix(found) if args.matrix else backbones.family_table(found))
-    return int(args.check and any(entry.error for entry in found))
+        print_table(backbones.task_matrix(families) if args.matrix else backbones.family_table(families))
+    return int(args.check and any(entry.error for entry in families))
 
 
 def _records(results: Path, pattern: str) -> list[dict[str, Any]]:
-    """The records of a results folder, and whether the code that made them has changed since."""
+    """List the records of a results folder and whether the code that made them has changed since."""
     from petlbench.pipeline.freshness import stale_parts, state_of
     from petlbench.results.store import Store
 
@@ -125,7 +131,7 @@ def _entries(registry: Registry[Any], pattern: str) -> list[dict[str, Any]]:
 
 
 def _failure(kind: str, name: str) -> str | None:
-    """Why an entry cannot be used, or None."""
+    """Return why an entry cannot be used; None if it can."""
     try:
         if kind == "suites":
             from petlbench.pipeline.plan.suite import expand, load_suite

@@ -1,4 +1,4 @@
-"""The command line: find the verb, let its own module parse the rest, and end in one line whatever happens."""
+"""The command line: find the verb, let its module parse the rest, and report every user error in one line."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ from petlbench.core.messages import did_you_mean
 from petlbench.core.version import __version__
 
 INTERRUPTED = 130  # by SIGINT; 129 and 143 by SIGHUP and SIGTERM
-VERBS = {  # each has a module of its name, which is imported when it is asked for; a verb of two words, with _
-    "list": "what is installed, built-in or plugged in; what has been run",
-    "run": "run a suite; cells that are done are not run again",
-    "leaderboard": "the table of one or several results folders",
-    "plot": "plots of one or several results folders",
-    "show": "contact sheets of predictions: boxes, answers, captions",
-    "data check": "count what is there, open images, compare with the published sizes",
-    "data show": "a contact sheet of samples, as PNG",
-    "score": "METEOR and SPICE of kept captions, by their Java programs",
-    "compare": "methods against each other, sample by sample and seed by seed",
-    "profile": "what methods cost, without training",
-    "check": "hold a method to what every method must do, and to its own claims",
-    "verify": "published figures beside ours; exit with 1 if one differs",
-    "repair": "set aside what a results folder cannot hold; nothing is deleted",
+VERBS = {  # each has a module of its name (`data check`: data_check), which is imported on use
+    "list": "list what is installed, built-in or plugged in, and what has been run",
+    "run": "run a suite; finished cells are not run again",
+    "leaderboard": "print the table of one or several results folders",
+    "plot": "draw the plots of one or several results folders",
+    "show": "draw contact sheets of predictions: boxes, answers, captions",
+    "data check": "count rows, open images, compare with the published sizes",
+    "data show": "draw a contact sheet of samples, as PNG",
+    "score": "score kept captions with the Java programs METEOR and SPICE",
+    "compare": "compare methods sample by sample and seed by seed",
+    "profile": "measure what methods cost, without training them",
+    "check": "test a method against the rules for all methods and its own claims",
+    "verify": "compare published figures with ours; exit with 1 if one differs",
+    "repair": "set aside damaged or misplaced records of a results folder; none is deleted",
 }
-GROUPS = {"data": "data sets: what of them is there (`data check`), and what it looks like (`data show`)"}
+GROUPS = {"data": "data sets: check them (`data check`) or draw samples (`data show`)"}
 COMMANDS = tuple(dict.fromkeys(verb.split()[0] for verb in VERBS))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Exit status: 0 done, 1 something failed, 2 a mistake of the user's, 130 interrupted."""
+    """Run one command and return the exit status: 0 done, 1 something failed, 2 the user's mistake, 130 interrupted."""
     try:
         try:
             args = _parsed(_checked(sys.argv[1:] if argv is None else argv))
             status: int = args.command(args)
         finally:
-            sys.stdout.flush()  # so that a closed pipe shows here and not at exit
+            sys.stdout.flush()  # so that a closed pipe raises here and not at exit
     except UserError as error:
         print(f"petlbench: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        print("petlbench: interrupted; nothing is lost: the same command goes on from here", file=sys.stderr)
+        print("petlbench: interrupted; nothing is lost: run the same command to continue", file=sys.stderr)
         return getattr(error, "status", INTERRUPTED)
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return status
@@ -74,7 +74,7 @@ def _checked(argv: Sequence[str]) -> Sequence[str]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Complains in one line, and takes options by their whole names only."""
+    """A parser that reports errors in one line and accepts no abbreviated options."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
@@ -84,9 +84,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parsed(argv: Sequence[str]) -> argparse.Namespace:
-    """What is asked. A verb's own parser takes options also before positionals, which one with sub-parsers cannot."""
+    """Parse with the verb's own parser: it accepts options before positionals, which sub-parsers do not."""
     verb = next((" ".join(argv[:n]) for n in (1, 2) if " ".join(argv[:n]) in VERBS), None)
-    if verb is None:  # `--help`, `--version`, or a mistake, which that parser tells of
+    if verb is None:  # `--help`, `--version`, or a mistake, which this parser reports
         return _parser().parse_args(argv)
     parser = _Parser(prog=f"petlbench {verb}")
     _add_verb(parser, verb)
@@ -103,12 +103,12 @@ def _add_verb(parser: argparse.ArgumentParser, verb: str) -> None:
 
 
 def verb_module(verb: str) -> ModuleType:
-    """The module that parses and carries out a verb: `add_arguments(parser)` and `command(args) -> exit status`."""
+    """Import the module of a verb: it has `add_arguments(parser)` and `command(args) -> exit status`."""
     return import_module(f"{__package__}.{verb.replace(' ', '_')}")
 
 
 def _parser() -> argparse.ArgumentParser:
-    """The parser of everything: it knows what there is, and shows it."""
+    """Return the parser of all verbs, which prints the overview."""
     parser = _Parser(prog="petlbench", description="Parameter-efficient transfer learning, measured fairly.")
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(metavar="|".join(COMMANDS), required=True)

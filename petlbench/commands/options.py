@@ -1,4 +1,4 @@
-"""Values of options: checked, with the remedy."""
+"""Parse and check the values of options; each error says what is needed."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from petlbench.core.units import parse_bytes
 
 
 def names(text: str) -> list[str]:
-    found = [name.strip() for name in text.split(",") if name.strip()]
-    if not found:
+    values = [name.strip() for name in text.split(",") if name.strip()]
+    if not values:
         raise argparse.ArgumentTypeError("a comma-separated list of names is needed")
-    return found
+    return values
 
 
 def seeds(text: str) -> list[int]:
     try:
-        found = [int(part) for part in names(text)]
+        values = [int(part) for part in names(text)]
     except ValueError:
         raise argparse.ArgumentTypeError(f"comma-separated whole numbers are needed, not '{text}'") from None
-    if len(set(found)) < len(found):
+    if len(set(values)) < len(values):
         raise argparse.ArgumentTypeError(f"a seed is given more than once: {text}")
-    return found
+    return values
 
 
 def seconds_or_zero(text: str) -> float:
@@ -66,6 +66,6 @@ def positive_number(text: str) -> int:
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """Where data lies, and how it is read."""
-    parser.add_argument("--data-root", type=Path, metavar="DIR", help="where data lies (default: PETLBENCH_DATA)")
+    """Add --data-root and --config, which say where data is and how to read it."""
+    parser.add_argument("--data-root", type=Path, metavar="DIR", help="folder of data sets (default: PETLBENCH_DATA)")
     parser.add_argument("--config", metavar="JSON", help="the data set's options")

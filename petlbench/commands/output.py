@@ -1,4 +1,4 @@
-"""What several verbs print, and JSON that they take."""
+"""Print tables and read JSON options, for several verbs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from petlbench.core.errors import UserError
 
 
 def json_object(text: str | None, example: str) -> dict[str, Any]:
-    """What --config says, or nothing where it is not given."""
+    """Parse the value of --config; without one, return an empty dict."""
     try:
         config = json.loads(text) if text else {}
     except (ValueError, RecursionError) as error:
@@ -21,7 +21,7 @@ def json_object(text: str | None, example: str) -> dict[str, Any]:
 
 
 def print_table(table: Any) -> None:
-    """A rich table, at its full width where no terminal limits it."""
+    """Print a rich table; at its full width if the output is not a terminal."""
     from rich.console import Console
 
     width = None if sys.stdout.isatty() else Console(width=10_000).measure(table).maximum

@@ -1,4 +1,4 @@
-"""The plots of results folders."""
+"""`petlbench plot`: draw the plots of one or several results folders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command(args: argparse.Namespace) -> int:
-    """The plots of results folders."""
+    """Draw the plots and print the paths of their files."""
     from petlbench.describe.variants import declaring
     from petlbench.pipeline.freshness import stale_parts
     from petlbench.results import leaderboard

@@ -1,9 +1,9 @@
 """Pre-train the embedded backbone on scenes of shapes: `python -m petlbench.commands.pretrain`, resumable.
 
-Every step takes one batch of scenes through all four tasks' own losses; the image encoder runs once for the four. A
-fifth loss is text alone, as BART's own pre-training: captions are restored from noised ones, half of them about digits,
-so that the language half has met the target domain's words while the visual half has never seen a digit.
-Leaves `model.safetensors`, `tokenizer.json` and `recipe.json` (recipe, seed, data fingerprint, curves, hash).
+Every step computes the losses of all four tasks on one batch of scenes; the image encoder runs once for the four. A
+fifth loss uses text alone, as in BART's pre-training: it restores captions from noised ones. Half of the captions are
+about digits, so that the language half knows the target domain's words while the visual half has never seen a digit.
+Writes `model.safetensors`, `tokenizer.json` and `recipe.json` (recipe, seed, data fingerprint, curves, hash).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TASK_NAMES = ("rec", "vqa", "captioning", "retrieval")
 
 
 class PretrainRecipe(BaseModel):
-    """What made the packaged weights, and what `make pretrain` does again."""
+    """The recipe of the packaged weights, which `make pretrain` repeats."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -49,7 +49,7 @@ class PretrainRecipe(BaseModel):
     weight_decay: float = 0.01
     clip_norm: float = 1.0
     language_batch_size: int = 32
-    pointing_from: int = 500  # from this step on, grounding is also told which token to point at
+    pointing_from: int = 500  # from this step on, the loss of grounding also trains the pointing
     scenes: int = 24000
     validation_scenes: int = 256
     validate_every: int = 500
@@ -58,7 +58,7 @@ class PretrainRecipe(BaseModel):
 
 
 class SharedImages(Tiny):
-    """Encodes a batch's images once, however many tasks ask: `share` starts a new batch."""
+    """A Tiny that encodes a batch's images once for all tasks; `share` starts a new batch."""
 
     def share(self, images: Images) -> None:
         self._alone: Tokens | None = None
@@ -76,7 +76,7 @@ class SharedImages(Tiny):
 
 
 class SceneRows:
-    """Rows of all four tasks from scenes of shapes. Images are kept, texts are drawn anew at every visit."""
+    """Rows of all four tasks from scenes of shapes. Images are kept; texts are drawn anew at every visit."""
 
     def __init__(self, recipe: PretrainRecipe, split: str, count: int) -> None:
         self.recipe, self.split, self.count = recipe, split, count
@@ -89,7 +89,10 @@ class SceneRows:
 
     def row(self, index: int, rng: np.random.Generator) -> Row:
         scene = self.scene(index)
-        (expression, target), (question, answer, kind) = expressions(scene, rng, 1)[0], questions(scene, rng, 1)[0]
+        (expression, target), (question, answer, answer_type) = (
+            expressions(scene, rng, 1)[0],
+            questions(scene, rng, 1)[0],
+        )
         return {
             "sample_id": str(index),
             "image_id": str(index),
@@ -98,12 +101,12 @@ class SceneRows:
             "box": scene.objects[target].box,
             "question": question,
             "answers": [answer],
-            "answer_type": kind,
+            "answer_type": answer_type,
             "captions": captions(scene, rng),
         }
 
     def batch(self, step: int) -> list[Row]:
-        """The rows of one step: a pure function of seed and step, so that a resumed run sees the same."""
+        """Return the rows of one step: they depend on seed and step only, so that a resumed run sees the same."""
         size, seed = self.recipe.batch_size, self.recipe.seed
         epoch, place = divmod(step * size, self.count - self.count % size)
         order = np.random.default_rng([seed, 1, epoch]).permutation(self.count)
@@ -112,7 +115,7 @@ class SceneRows:
 
 
 def retold(caption: str, rng: np.random.Generator) -> str:
-    """Every other caption, about digits: each kind of shape becomes a random digit word."""
+    """Turn half of the captions into ones about digits: each kind of shape becomes a random digit word."""
     if rng.random() < 0.5:
         return caption
     names = dict(zip(SHAPES, rng.permutation(list(DIGITS)), strict=False))
@@ -120,12 +123,12 @@ def retold(caption: str, rng: np.random.Generator) -> str:
 
 
 def noise(text: str, rng: np.random.Generator) -> str:
-    """Words are hidden, each with probability 0.2."""
+    """Hide each word with probability 0.2."""
     return " ".join("<unk>" if rng.random() < 0.2 else word for word in text.split())
 
 
 def pretraining_rate(recipe: PretrainRecipe, step: int) -> float:
-    """Linear warm-up, then a cosine down to one per cent."""
+    """Return the factor of the rate: a linear warm-up, then a cosine down to 0.01."""
     if step < recipe.warmup_steps:
         return (step + 1) / recipe.warmup_steps
     progress = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
@@ -149,7 +152,9 @@ class Pretraining:
         self.rows = SceneRows(recipe, "train", recipe.scenes)
         self.step = 0
         self.curves: list[dict[str, Any]] = []
-        self.schedules: list[list[int]] = []  # [from step, steps of the cosine]: more than one if resumed with others
+        self.schedules: list[
+            list[int]
+        ] = []  # [first step, steps of the cosine]: a resumed run with other steps adds one
         self._resume()
         if not self.schedules or self.schedules[-1][1] != recipe.steps:
             self.schedules.append([self.step, recipe.steps])
@@ -196,7 +201,7 @@ class Pretraining:
         return token_losses(self.backbone, memory, target, "language").sum() / target.mask.sum()
 
     def advance(self) -> dict[str, float]:
-        """One optimizer step; the four losses as numbers."""
+        """Take one optimizer step and return the losses as numbers."""
         self.backbone.train()
         grounding: Any = self.tasks["rec"]
         grounding.pointing = float(self.step >= self.recipe.pointing_from)
@@ -213,28 +218,28 @@ class Pretraining:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Each task's metrics on validation scenes."""
+        """Return each task's main metric on validation scenes."""
         self.backbone.eval()
         source = SceneRows(self.recipe, "validation", self.recipe.validation_scenes)
         rng = np.random.default_rng([self.recipe.seed, 4])
         rows = [source.row(i, rng) for i in range(source.count)]
-        found: dict[str, list[Any]] = {name: [] for name in self.tasks}
+        predictions: dict[str, list[Any]] = {name: [] for name in self.tasks}
         for start in range(0, len(rows), 64):
             for name, task in self.tasks.items():
                 batch = task.collate(rows[start : start + 64], self.backbone, None).to(self.device)
                 self.backbone.share(batch.images)
-                found[name] += task.predict(self.backbone, self.heads[name], batch)
-        scores = {name: task.score(rows, found[name]).metrics for name, task in self.tasks.items()}
+                predictions[name] += task.predict(self.backbone, self.heads[name], batch)
+        scores = {name: task.score(rows, predictions[name]).metrics for name, task in self.tasks.items()}
         return {f"{name}.{task.main_metric}": scores[name][task.main_metric] for name, task in self.tasks.items()}
 
     def export(self) -> None:
-        """Weights and heads as safetensors, with the recipe beside them."""
+        """Write weights and heads as safetensors, with the recipe beside them."""
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.backbone.state_dict().items()}
         for name, t in self.heads.state_dict().items():
             tensors[f"head.{name}"] = t.detach().cpu().contiguous()
         partial = self.folder / "model.safetensors.partial"
         save_file(tensors, partial)
-        partial.chmod(0o644)  # the library makes it private
+        partial.chmod(0o644)  # safetensors makes the file private
         os.replace(partial, self.folder / "model.safetensors")
         digest = hashlib.sha256((self.folder / "model.safetensors").read_bytes()).hexdigest()
         summary = {
@@ -250,7 +255,7 @@ class Pretraining:
 
 
 def fingerprint(rows: SceneRows) -> str:
-    """SHA-256 over the first 64 scenes with their texts."""
+    """Return the SHA-256 of the first 64 scenes with their texts."""
     digest, rng = hashlib.sha256(), np.random.default_rng(0)
     for index in range(64):
         row = rows.row(index, rng)

@@ -1,4 +1,4 @@
-"""What methods cost, without training."""
+"""`petlbench profile`: measure what methods cost, without training them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", default="tiny", metavar="NAME", help="default: %(default)s")
     parser.add_argument("--task", default="vqa", metavar="TASK", help="task, or task:dataset (default: %(default)s)")
     parser.add_argument("--batch-size", type=positive_number, default=32, metavar="N", help="default: %(default)s")
-    parser.add_argument("--steps", type=positive_number, default=6, metavar="N", help="timed (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=positive_number, default=6, metavar="N", help="timed steps (default: %(default)s)"
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: %(default)s")
     parser.add_argument("--threads", type=positive_number, metavar="N", help="default: all cores")
-    parser.add_argument("--meta", action="store_true", help="only what needs no memory: counts and planned bytes")
+    parser.add_argument("--meta", action="store_true", help="only counts and planned bytes, which need no memory")
     parser.add_argument("--json", action="store_true", help="machine-readable")
-    parser.add_argument("--data-root", type=Path, metavar="DIR", help="where data sets lie (default: PETLBENCH_DATA)")
+    parser.add_argument("--data-root", type=Path, metavar="DIR", help="folder of data sets (default: PETLBENCH_DATA)")
 
 
 def command(args: argparse.Namespace) -> int:
-    """Costs without training."""
+    """Print the costs of methods."""
     from petlbench.describe import profile
     from petlbench.describe.cost_table import cost_table
     from petlbench.describe.variants import declaring

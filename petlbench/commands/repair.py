@@ -1,4 +1,4 @@
-"""Set aside what a results folder cannot hold."""
+"""`petlbench repair`: set aside damaged or misplaced records of a results folder."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command(args: argparse.Namespace) -> int:
-    """Set aside what does not belong."""
+    """Repair a results folder and print each action."""
     from petlbench.pipeline.launch.claims import idle
     from petlbench.results.repair import repair
     from petlbench.results.store import Store
 
     store = Store.open(args.results, create=False)
     if not idle(store.claims):
-        raise UserError(f"a run is at work in {args.results}: repair it once that has ended")
+        raise UserError(f"a run is active in {args.results}: wait until it ends, then repair the folder")
     print("\n".join(repair(store)) or f"{args.results}: nothing to repair")
     return 0

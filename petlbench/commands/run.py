@@ -1,4 +1,4 @@
-"""Run a suite."""
+"""`petlbench run`: run a suite."""
 
 from __future__ import annotations
 
@@ -21,29 +21,32 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("suite", nargs="?", default="quick", help="packaged suite or YAML file (default: quick)")
-    parser.add_argument("--methods", type=names, metavar="A,B", help="only these: names, name:variant, wildcards")
-    parser.add_argument("--tasks", type=names, metavar="A,B", help="only these: names, task:dataset, wildcards")
-    parser.add_argument("--backbone", metavar="NAME", help="only this one, or one that the suite lacks")
-    parser.add_argument("--seeds", type=seeds, metavar="0,1", help="instead of the suite's")
+    parser.add_argument("--methods", type=names, metavar="A,B", help="names, name:variant, wildcards (default: all)")
+    parser.add_argument("--tasks", type=names, metavar="A,B", help="names, task:dataset, wildcards (default: all)")
+    parser.add_argument("--backbone", metavar="NAME", help="only this one; it need not be in the suite")
+    parser.add_argument("--seeds", type=seeds, metavar="0,1", help="replace the suite's seeds")
     parser.add_argument("--out", type=Path, metavar="DIR", help="results folder (default: runs/<suite>)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: %(default)s")
     parser.add_argument(
-        "--jobs", type=positive_number, default=1, metavar="N", help="cells at a time (default: %(default)s)"
+        "--jobs", type=positive_number, default=1, metavar="N", help="cells that run at a time (default: %(default)s)"
     )
     parser.add_argument("--threads", type=positive_number, metavar="N", help="threads of each cell")
     parser.add_argument(
         "--workers",
         type=whole_number,
         metavar="N",
-        help="threads that make batches meanwhile (default: 4 on CUDA, else 0)",
+        help="threads that prepare batches ahead (default: 4 on CUDA, else 0)",
     )
     parser.add_argument("--limit", type=positive_number, metavar="N", help="rows used of each split")
-    parser.add_argument("--data-root", type=Path, metavar="DIR", help="where data sets lie (default: PETLBENCH_DATA)")
+    parser.add_argument("--data-root", type=Path, metavar="DIR", help="folder of data sets (default: PETLBENCH_DATA)")
     parser.add_argument(
-        "--timeout", type=seconds, metavar="SECONDS", help="for each cell (default: the suite's, or none)"
+        "--timeout", type=seconds, metavar="SECONDS", help="time limit of each cell (default: the suite's, or none)"
     )
     parser.add_argument(
-        "--memory-limit", type=byte_count, metavar="SIZE", help="resident memory of each cell, such as 4GiB"
+        "--memory-limit",
+        type=byte_count,
+        metavar="SIZE",
+        help="limit on the resident memory of each cell, such as 4GiB",
     )
     parser.add_argument(
         "--checkpoint-seconds",
@@ -55,12 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-stale", action="store_true", help="do not rerun cells whose code, data or weights changed"
     )
-    parser.add_argument("--dry-run", action="store_true", help="say what would run")
-    parser.add_argument("--retry-failed", action="store_true", help="run cells again that did not end well")
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, and run nothing")
+    parser.add_argument("--retry-failed", action="store_true", help="also run cells that failed before")
 
 
 def command(args: argparse.Namespace) -> int:
-    """Run the cells of a suite that need it, then show the whole folder; 1 if a cell did not end well."""
+    """Run the cells of a suite that need it, then show the whole folder; return 1 if a cell failed."""
     from petlbench.pipeline.launch.process import server_beside
     from petlbench.pipeline.options import RunOptions
     from petlbench.pipeline.run import Selection, execute, plan_run
@@ -83,7 +86,7 @@ def command(args: argparse.Namespace) -> int:
             return _show_states(plan)
         records = execute(plan, options)
     _show_folder(plan.store)
-    return _tell_failures(records)
+    return _report_failures(records)
 
 
 def _show_states(plan: RunPlan) -> int:
@@ -94,7 +97,7 @@ def _show_states(plan: RunPlan) -> int:
 
 
 def _show_folder(store: Store) -> None:
-    """Table and plots of all that the folder holds."""
+    """Print the table of the whole results folder and draw its plots."""
     from petlbench.describe.variants import declaring
     from petlbench.pipeline.freshness import stale_parts
     from petlbench.results import leaderboard
@@ -108,7 +111,7 @@ def _show_folder(store: Store) -> None:
     print_table(leaderboard_table(table))
 
 
-def _tell_failures(records: Sequence[Record]) -> int:
+def _report_failures(records: Sequence[Record]) -> int:
     failed = [record for record in records if record.outcome != "ok"]
     for record in failed:
         print(f"{record.outcome}: {record.cell.label}: {record.reason}", file=sys.stderr)

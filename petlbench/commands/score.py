@@ -1,4 +1,4 @@
-"""METEOR and SPICE of kept captions."""
+"""`petlbench score`: score kept captions with METEOR and SPICE."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from petlbench.commands.output import print_table
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument(
-        "--metrics", type=names, default=["meteor"], metavar="A,B", help="of meteor, spice (default: meteor)"
+        "--metrics", type=names, default=["meteor"], metavar="A,B", help="meteor, spice or both (default: meteor)"
     )
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write it as CSV")
-    parser.add_argument("--data-root", type=Path, metavar="DIR", help="where data sets lie (default: PETLBENCH_DATA)")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the table as CSV")
+    parser.add_argument("--data-root", type=Path, metavar="DIR", help="folder of data sets (default: PETLBENCH_DATA)")
 
 
 def command(args: argparse.Namespace) -> int:
-    """METEOR and SPICE of kept captions."""
+    """Print the scores of kept captions; write them as CSV if asked."""
     from petlbench.describe import caption_scores
     from petlbench.results.leaderboard import write_csv
     from petlbench.results.store import Store

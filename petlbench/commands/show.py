@@ -1,4 +1,4 @@
-"""Contact sheets of predictions."""
+"""`petlbench show`: draw contact sheets of predictions."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("--out", type=Path, default=Path("pictures"), metavar="DIR", help="default: %(default)s")
     parser.add_argument(
-        "--count", type=positive_number, default=16, metavar="N", help="samples a sheet (default: %(default)s)"
+        "--count", type=positive_number, default=16, metavar="N", help="samples on a sheet (default: %(default)s)"
     )
-    parser.add_argument("--data-root", type=Path, metavar="DIR", help="where data sets lie (default: PETLBENCH_DATA)")
+    parser.add_argument("--data-root", type=Path, metavar="DIR", help="folder of data sets (default: PETLBENCH_DATA)")
 
 
 def command(args: argparse.Namespace) -> int:
-    """Contact sheets of predictions."""
+    """Draw a sheet for each record with predictions and print its path."""
     from petlbench.describe import predictions
     from petlbench.results.store import Store
 

@@ -1,6 +1,6 @@
-"""Backbones described: how large each family is, where methods can go into it, and which tasks it serves.
+"""Describe backbones: how large each family is, where methods can go into it, and which tasks it serves.
 
-What is said of a size is read from the model itself, built without memory, so third parties' families are described
+The figures of a size are read from the model itself, built without memory, so that plug-ins' families are described
 like the built-in ones.
 """
 
@@ -21,15 +21,19 @@ if TYPE_CHECKING:
 
     from petlbench.api.backbone import Backbone
 
-PARTS = {"fuse": "fusion", "decode": "decoder", "pair": "order"}  # what is lent to a backbone that lacks the ability
-SUPPLIED = "+fusion, +decoder, +order: with a part lent for the task, which trains and counts as the task's head"
+PARTS = {
+    "fuse": "fusion",
+    "decode": "decoder",
+    "pair": "order",
+}  # the part supplied for an ability that a backbone lacks
+SUPPLIED = "+fusion, +decoder, +order: a part supplied for the task; it trains and counts as the task's head"
 WILDCARDS = set("*?[")
-SHOWN = 6  # sizes of a family
+SHOWN = 6  # sizes of a family listed by name
 
 
 @dataclass(frozen=True)
 class Service:
-    """How a backbone serves a task: with which lent parts, or why it cannot."""
+    """How a backbone serves a task: with which supplied parts, or the reason why it cannot."""
 
     supplied: tuple[str, ...] = ()
     reason: str | None = None
@@ -42,15 +46,15 @@ class Service:
 
 @dataclass(frozen=True)
 class FamilyEntry:
-    """A family in its default size, or (`family:size`) in another; `error` says why it cannot be described."""
+    """A family in its default size, or in another (`family:size`); `error` says why it cannot be described."""
 
     name: str
     distribution: str
     target: str
     parameters: int | None = None
     stacks: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # by role: layers and width
-    sizes: tuple[str, ...] = ()  # of the family, that of its defaults first
-    default: str | None = None  # the size that the family's defaults are, if it has a name
+    sizes: tuple[str, ...] = ()  # of the family, the default first
+    default: str | None = None  # name of the size that equals the family's defaults, if it has one
     tasks: Mapping[str, Service] = field(default_factory=dict)
     error: str | None = None
 
@@ -59,10 +63,10 @@ class FamilyEntry:
 
 
 def entries(pattern: str = "*", *, build: bool = True) -> list[FamilyEntry]:
-    """Families that match a shell wildcard, or sizes that match one with a colon, such as `beit3:large-*`.
+    """Describe the families that match a shell wildcard, or the sizes that match `family:size` (`beit3:large-*`).
 
-    Without `build`, parameters and stacks are left out. One that cannot be imported or built disturbs no other. Raises
-    UserError where nothing matches.
+    Without `build`, parameters and stacks are left out. One that cannot be imported or built gets an entry with its
+    error. Raise UserError if nothing matches.
     """
     family_pattern, _, size_pattern = pattern.partition(":")
     families = BACKBONES.names(family_pattern)
@@ -70,10 +74,10 @@ def entries(pattern: str = "*", *, build: bool = True) -> list[FamilyEntry]:
         raise UserError(f"no backbone matches '{pattern}'{_hint(family_pattern)} `petlbench list backbones` shows all")
     if not size_pattern:
         return [_entry(family, build) for family in families]
-    found = [_entry(f"{family}:{size}", build) for family in families for size in _sizes_of(family, size_pattern)]
-    if not found:
+    sizes = [_entry(f"{family}:{size}", build) for family in families for size in _sizes_of(family, size_pattern)]
+    if not sizes:
         raise UserError(f"no size matches '{pattern}': `petlbench list backbones {family_pattern}` shows some")
-    return found
+    return sizes
 
 
 def _hint(family: str) -> str:
@@ -81,81 +85,81 @@ def _hint(family: str) -> str:
 
 
 def _sizes_of(family: str, pattern: str) -> list[str]:
-    """The named sizes that match; a family may know more, which are taken by their whole names."""
+    """Return the named sizes that match; a size that the family knows but does not list matches by its whole name."""
     try:
-        kind = BACKBONES.get(family)
-    except UserError:  # the family's own row says so
+        cls = BACKBONES.get(family)
+    except UserError:  # the family's own entry states the error
         return []
-    found = [size for size in kind.sizes if fnmatchcase(size, pattern)]
-    if not found and not WILDCARDS & set(pattern):
-        kind.options_of(pattern)
-        found = [pattern]
-    return found
+    sizes = [size for size in cls.sizes if fnmatchcase(size, pattern)]
+    if not sizes and not WILDCARDS & set(pattern):
+        cls.options_of(pattern)  # raises if there is no such size
+        sizes = [pattern]
+    return sizes
 
 
 def _broken(name: str, error: Exception) -> FamilyEntry:
-    said = str(error) if isinstance(error, UserError) else one_line(error)
-    return FamilyEntry(name, BACKBONES.origin(name), BACKBONES.target(name), error=" ".join(said.split()))
+    message = str(error) if isinstance(error, UserError) else one_line(error)
+    return FamilyEntry(name, BACKBONES.origin(name), BACKBONES.target(name), error=" ".join(message.split()))
 
 
 def _entry(name: str, build: bool) -> FamilyEntry:
     try:
-        kind = BACKBONES.get(name)
-        config = kind.configured(name, {})
-        default = _default_size(kind)
-        parameters, stacks = _built(kind, config) if build else (None, {})
+        cls = BACKBONES.get(name)
+        config = cls.configured(name, {})
+        default = _default_size(cls)
+        parameters, stacks = _built(cls, config) if build else (None, {})
         return FamilyEntry(
             name,
             BACKBONES.origin(name),
             BACKBONES.target(name),
             parameters,
             stacks,
-            tuple(sorted(kind.sizes, key=lambda size: size != default)),
+            tuple(sorted(cls.sizes, key=lambda size: size != default)),
             default,
-            {task: service(kind, config, task) for task in TASKS.names()},
+            {task: service(cls, config, task) for task in TASKS.names()},
         )
-    except Exception as error:  # somebody else's class may raise anything
+    except Exception as error:  # a plug-in's class may raise anything
         return _broken(name, error)
 
 
-def _default_size(kind: type[Backbone]) -> str | None:
-    """The size whose configuration is the family's default."""
-    default = kind.configured("", {})
-    return next((size for size in kind.sizes if kind.configured(f":{size}", {}) == default), None)
+def _default_size(cls: type[Backbone]) -> str | None:
+    """Return the size whose options equal the family's defaults."""
+    default = cls.configured("", {})
+    return next((size for size in cls.sizes if cls.configured(f":{size}", {}) == default), None)
 
 
-def _built(kind: Any, config: Any) -> tuple[int, dict[str, dict[str, int]]]:
-    """Parameters, and layers and width of each stack."""
+def _built(cls: Any, config: Any) -> tuple[int, dict[str, dict[str, int]]]:
+    """Return the number of parameters, and the layers and width of each stack."""
     import torch
 
     with torch.device("meta"):
-        backbone: Backbone = kind(config)
+        backbone: Backbone = cls(config)
     stacks = {role: backbone.stack(role) for role in backbone.roles()}
     sized = {role: {"layers": len(stack.layers), "width": stack.width} for role, stack in stacks.items()}
     return sum(p.numel() for p in backbone.parameters()), sized
 
 
-def service(kind: type[Backbone], config: Any, task: str) -> Service:
-    """How a backbone of this configuration serves a task."""
-    asked = TASKS.get(task)()
-    reason = asked.refuses(kind, config)
+def service(cls: type[Backbone], config: Any, task: str) -> Service:
+    """Return how a backbone with these options serves a task."""
+    instance = TASKS.get(task)()
+    reason = instance.refuses(cls, config)
     if reason:
         return Service(reason=reason)
-    lacking = asked.needs - kind.abilities_of(config)
+    lacking = instance.needs - cls.abilities_of(config)
     return Service(tuple(part for ability, part in PARTS.items() if ability in lacking))
 
 
 def matrix(pattern: str = "*") -> list[FamilyEntry]:
-    """Families and the tasks that each serves; sizes too, where they serve other tasks than their family's default."""
-    found: list[FamilyEntry] = []
+    """Describe families and the tasks they serve; a size that serves other tasks than the default has its own entry."""
+    result: list[FamilyEntry] = []
     for family in entries(pattern, build=False):
         sizes = [] if ":" in family.name else [_entry(f"{family.name}:{size}", False) for size in family.sizes]
-        found += [family, *(size for size in sizes if size.tasks != family.tasks)]
-    return found
+        result += [family, *(size for size in sizes if size.tasks != family.tasks)]
+    return result
 
 
-def family_table(found: Sequence[FamilyEntry]) -> Table:
-    """Parameters, stacks, sizes and tasks."""
+def family_table(families: Sequence[FamilyEntry]) -> Table:
+    """Return a table of parameters, stacks, sizes and tasks."""
     from rich.text import Text
 
     rows = [
@@ -167,10 +171,10 @@ def family_table(found: Sequence[FamilyEntry]) -> Table:
             _sizes(entry),
             ", ".join(_task(task, service) for task, service in entry.tasks.items() if service.reason is None),
         ]
-        for entry in found
+        for entry in families
     ]
-    table = _table(["backbone", "distribution", "parameters", "stacks", "sizes", "tasks"], rows, found)
-    if any(service.supplied for entry in found for service in entry.tasks.values()):
+    table = _table(["backbone", "distribution", "parameters", "stacks", "sizes", "tasks"], rows, families)
+    if any(service.supplied for entry in families for service in entry.tasks.values()):
         table.add_row(Text(SUPPLIED, style="dim"))
     table.add_row(Text("parameters and stacks of the default size; layers x width", style="dim"))
     return table
@@ -188,14 +192,14 @@ def _sizes(entry: FamilyEntry) -> str:
     return ", ".join(shown) + (f" and {more} more: '{entry.name}:*' lists them" if more > 0 else "")
 
 
-def task_matrix(found: Sequence[FamilyEntry]) -> Table:
-    """Backbones by tasks, and below the reasons."""
+def task_matrix(families: Sequence[FamilyEntry]) -> Table:
+    """Return a table of backbones by tasks, with the reasons for each `no` below."""
     from rich.text import Text
 
     tasks = TASKS.names()
-    rows = [[entry.name, *(str(entry.tasks[task]) if entry.tasks else "" for task in tasks)] for entry in found]
-    table = _table(["backbone", *tasks], rows, found)
-    for entry in found:
+    rows = [[entry.name, *(str(entry.tasks[task]) if entry.tasks else "" for task in tasks)] for entry in families]
+    table = _table(["backbone", *tasks], rows, families)
+    for entry in families:
         for task, service in entry.tasks.items():
             if service.reason is not None:
                 table.add_row(Text(f"{entry.name}, {task}: {service.reason}"))
@@ -203,8 +207,8 @@ def task_matrix(found: Sequence[FamilyEntry]) -> Table:
     return table
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], found: Sequence[FamilyEntry]) -> Table:
-    """A grid with the table in it, to which lines can be added; entries in error are named below."""
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], families: Sequence[FamilyEntry]) -> Table:
+    """Return a grid with the table, to which lines can be added; the errors of entries follow below."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -216,7 +220,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], found: Sequenc
         inner.add_row(*map(Text, row))
     grid = Table.grid()
     grid.add_row(inner)
-    for entry in found:
+    for entry in families:
         if entry.error:
             grid.add_row(Text(f"{entry.name} cannot be described: {entry.error}", style="red"))
     return grid

@@ -1,4 +1,4 @@
-"""METEOR and SPICE of captions that were kept: computed after a run, so that no result hangs on an installed Java."""
+"""Score kept captions with METEOR and SPICE: after a run, so that no run depends on an installed Java."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ CELL = ("method", "backbone", "dataset", "seed")  # columns
 
 
 def score(store: Store, metrics: Sequence[str], data_root: Path | None = None) -> pd.DataFrame:
-    """A row per record that kept captions, its task's predictions: its cell, main metric as recorded, then `metrics`.
+    """Return a row for each record that kept captions: its cell, its recorded main metric, then `metrics`.
 
-    These are of the corpus. Nothing is written to the store. Raises UserError when a metric is unknown or cannot be
-    computed here, when no record kept captions, or when the data is not what was tested on.
+    The metrics are of the whole corpus. Nothing is written to the store. Raise UserError if a metric is unknown or
+    cannot be computed here, if no record kept captions, or if the data differs from what was tested on.
     """
     java_captions.check_available(metrics)
     ended = [record for record in store.load() if record.outcome == "ok" and record.samples is not None]
@@ -39,8 +39,8 @@ def score(store: Store, metrics: Sequence[str], data_root: Path | None = None) -
         able = ", ".join(declaring(TASKS, TASKS.names(), "caption_references"))
         raise UserError(f"no record in {store.root} kept captions: run cells of a task that does first ({able})")
     rows = [_row(record, store, metrics, data_root) for record in records]
-    own = dict.fromkeys(attribute(TASKS, task, "main_metric") for task in tasks)
-    return pd.DataFrame(rows, columns=[*CELL, *own, *metrics])
+    main_metrics = dict.fromkeys(attribute(TASKS, task, "main_metric") for task in tasks)
+    return pd.DataFrame(rows, columns=[*CELL, *main_metrics, *metrics])
 
 
 def _row(record: Record, store: Store, metrics: Sequence[str], data_root: Path | None) -> dict[str, object]:
@@ -53,12 +53,12 @@ def _row(record: Record, store: Store, metrics: Sequence[str], data_root: Path |
     scores = {name: java_captions.METRICS[name](captions, references).corpus for name in metrics}
     method = MethodSpec(name=cell.method, variant=cell.variant).label
     named = dict(zip(CELL, (method, cell.backbone, cell.dataset, cell.seed), strict=True))
-    own = attribute(TASKS, cell.task, "main_metric")
-    return {**named, own: record.metrics.get(own, math.nan), **scores}
+    main_metric = attribute(TASKS, cell.task, "main_metric")
+    return {**named, main_metric: record.metrics.get(main_metric, math.nan), **scores}
 
 
 def score_table(frame: pd.DataFrame) -> Table:
-    """For a terminal; a task's own metric in its unit, as in a record."""
+    """Return the scores as a table; a task's own metric has the unit that it has in a record."""
     from rich import box
     from rich.table import Table
     from rich.text import Text

@@ -1,4 +1,4 @@
-"""The costs of methods, measured without training them, side by side. Imports no torch."""
+"""Show the costs of methods side by side. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ COLUMNS = 5  # methods side by side, the baseline among them
 
 
 class Costs(Frozen):
-    """Costs of one cell. What was not measured is None; without a run that is all but parameters and planned bytes.
+    """Costs of one cell; None where not measured. Without a run only parameters and planned bytes are known.
 
-    `parameters.stored_bytes` counts the tensors of an adapter file without its header. Seconds are medians of real
-    training steps, with the recipe's optimizer and rate.
+    `parameters.stored_bytes` counts the tensors of an adapter file, not its header. Seconds are medians of real
+    training steps with the recipe's optimizer and rate.
     """
 
     cell: Cell
@@ -37,14 +37,14 @@ class Costs(Frozen):
     backward_seconds: float | None = None
     optimizer_seconds: float | None = None
     step_joules: float | None = None
-    environment: dict[str, Any] = Field({}, description="what it was measured on; empty where nothing was run")
+    environment: dict[str, Any] = Field({}, description="what it was measured on; empty if nothing was run")
 
 
 def _joules(number: float) -> str:
     return f"{number:.3g} J"
 
 
-# What a table shows: title, attribute of Costs, and how a person reads the value.
+# The lines of a table: title, attribute of Costs, and the function that formats the value.
 LINES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("trainable parameters", "parameters.trainable", human_count),
     ("  of the method", "parameters.method", human_count),
@@ -77,17 +77,17 @@ LINES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 
 def value(costs: Costs, path: str) -> float | None:
-    """What `path`, one of LINES, leads to; None where it was not measured."""
+    """Return the value at `path`, a path of LINES; None if it was not measured."""
     if path == "memory.saved_bytes" and costs.flops is None:
-        return None  # nothing ran, so nothing was saved: unknown, not zero
-    found: Any = costs
+        return None  # nothing ran, so the bytes are unknown, not zero
+    result: Any = costs
     for name in path.split("."):
-        found = getattr(found, name, None)
-    return found
+        result = getattr(result, name, None)
+    return result
 
 
 def cost_table(costs: Sequence[Costs], baselines: Collection[str] = ()) -> Table:
-    """Methods side by side, a table per setting; with percentages of the first of `baselines` among the methods."""
+    """Return one table per setting, methods side by side, in percent of the first method that is in `baselines`."""
     from rich.table import Table
     from rich.text import Text
 
@@ -119,7 +119,7 @@ def _heading(first: Costs, setting: str, base: Costs | None) -> str:
 
 
 def _blocks(members: list[Costs], base: Costs | None) -> Iterator[list[Costs]]:
-    """As many methods as fit beside each other, the baseline first in every block."""
+    """Yield blocks of as many methods as fit side by side; the baseline comes first in each."""
     first, others = ([base], [c for c in members if c is not base]) if base else ([], members)
     size = COLUMNS - len(first)
     for start in range(0, max(1, len(others)), size):

@@ -1,4 +1,4 @@
-"""An inventory of a data set, for a terminal."""
+"""Show the report on a data set in a terminal."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from petlbench.describe.dataset import DatasetPart, DatasetReport
 if TYPE_CHECKING:
     from rich.console import Group
 
-SHOWN = 5  # of the images of a part that cannot be used
+SHOWN = 5  # faulty images named for each part
 
 
-def dataset_table(inventory: DatasetReport) -> Group:
-    """A line for each part and split; below, what is wrong, and what was left out."""
+def dataset_table(report: DatasetReport) -> Group:
+    """Return a table with a line for each part and split; errors, faulty images and notes follow below."""
     from rich import box
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    entries = inventory.entries
+    entries = report.entries
     columns = list(dict.fromkeys(what for entry in entries for what in entry.counts))
     parted = any(entry.made_of for entry in entries)
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
@@ -34,8 +34,8 @@ def dataset_table(inventory: DatasetReport) -> Group:
         name = f"split {entry.name}" if entry.made_of else entry.name
         texts = [name, *([entry.made_of] if parted else []), *sizes, left_out, opened, verdict]
         table.add_row(*map(Text, texts), style="" if entry.ok else "bold red" if entry.needed else "dim")
-    heading = Text(f"{inventory.task}:{inventory.dataset}", style="italic")
-    return Group(heading, table, *(Text(line, overflow="fold") for line in _told(inventory)))
+    heading = Text(f"{report.task}:{report.dataset}", style="italic")
+    return Group(heading, table, *(Text(line, overflow="fold") for line in _messages(report)))
 
 
 def _size(entry: DatasetPart, what: str) -> str:
@@ -45,20 +45,20 @@ def _size(entry: DatasetPart, what: str) -> str:
     return f"{entry.counts[what]:,}{published}"
 
 
-def _told(inventory: DatasetReport) -> Iterator[str]:
-    """What is wrong, each thing once, with the parts that it concerns; then what a reader of results must know."""
+def _messages(report: DatasetReport) -> Iterator[str]:
+    """Yield each error once, with its parts; then faulty images, the data set's notes and its origin."""
     errors: dict[str, list[str]] = {}
-    for entry in inventory.entries:
+    for entry in report.entries:
         if entry.error:
             errors.setdefault(entry.error, []).append(entry.name)
     for error, names in errors.items():
         yield f"{', '.join(dict.fromkeys(names))}: {error}"
-    for entry in inventory.entries:
+    for entry in report.entries:
         for number, (image, reason) in enumerate(entry.faults.items()):
             if number == SHOWN:
                 yield f"{entry.name}: and {len(entry.faults) - SHOWN:,} more: --json lists all"
                 break
             yield f"{entry.name}: {reason if image in reason else f'{image}: {reason}'}"
-    yield from inventory.notes
-    if inventory.origin and any(entry.faults for entry in inventory.entries):
-        yield f"to be had: {inventory.origin}"
+    yield from report.notes
+    if report.origin and any(entry.faults for entry in report.entries):
+        yield f"to fix it: {report.origin}"

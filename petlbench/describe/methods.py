@@ -1,4 +1,4 @@
-"""The table of methods: what each says of itself, and what is seen of it on its home backbone, built without memory."""
+"""Describe methods: what each states about itself, and what it does on its home backbone, built without memory."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from petlbench.pipeline.assembly import build_backbone, build_setup
 from petlbench.training.context import RunContext
 from petlbench.training.step_costs import counted
 
-HOME, TASK = "tiny", "vqa"  # of a method that does not say its own
-SHOWN = 12  # variants
+HOME, TASK = "tiny", "vqa"  # of a method that names none itself
+SHOWN = 12  # variants listed by name
 SELECTION = "none: it selects"
 COLUMNS = ("method", "paper", "sites used", "trains", "variants", "parameters on the home backbone", "verified against")
 LEGEND = (
@@ -38,7 +38,7 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class Row:
-    """A method in its default variant; what is unknown is empty, and `error` says why it cannot be described."""
+    """A method in its default variant; unknown fields are empty, and `error` says why it cannot be described."""
 
     name: str
     distribution: str
@@ -59,30 +59,30 @@ class Row:
 
 
 def rows(pattern: str = "*") -> list[Row]:
-    """The methods that match a shell wildcard. One that cannot be imported or applied disturbs no other."""
+    """Describe the methods that match a shell wildcard. One that fails to import or apply gets a row with its error."""
     return [_row(name) for name in METHODS.names(pattern)]
 
 
 def _row(name: str) -> Row:
     where: dict[str, Any] = {"distribution": METHODS.origin(name), "target": METHODS.target(name)}
     try:
-        return Row(name, **where, **_described(name))
-    except Exception as error:  # somebody else's class may raise anything
-        said = str(error) if isinstance(error, UserError) else one_line(error)
-        return Row(name, **where, error=" ".join(said.split()))
+        return Row(name, **where, **_describe(name))
+    except Exception as error:  # a plug-in's class may raise anything
+        message = str(error) if isinstance(error, UserError) else one_line(error)
+        return Row(name, **where, error=" ".join(message.split()))
 
 
-def _described(name: str) -> dict[str, Any]:
-    kind = METHODS.get(name)
-    about = kind.about
+def _describe(name: str) -> dict[str, Any]:
+    cls = METHODS.get(name)
+    about = cls.about
     home, task = (about.home, about.task) if about else (HOME, TASK)
-    seen = {"home": home, "task": task, "variants": tuple(declared(name).variants)}
+    fields = {"home": home, "task": task, "variants": tuple(declared(name).variants)}
     if about:
-        seen |= {"paper": about.paper, "trains": about.trains, "verified": about.verified}
-    return seen | _observed(name, make_method(kind, {}, [task]), home, task)
+        fields |= {"paper": about.paper, "trains": about.trains, "verified": about.verified}
+    return fields | _observe(name, make_method(cls, {}, [task]), home, task)
 
 
-def _observed(name: str, method: Method, home: str, task: str) -> dict[str, Any]:
+def _observe(name: str, method: Method, home: str, task: str) -> dict[str, Any]:
     options = method.host_options(home.partition(":")[0])
     cell = Cell(method=name, task=task, dataset=TASKS.get(task).default_dataset, backbone=home, backbone_config=options)
     device = torch.device("meta")
@@ -102,56 +102,55 @@ def _observed(name: str, method: Method, home: str, task: str) -> dict[str, Any]
 
 @cache
 def _backbone(name: str, options: str) -> Backbone:
-    """Without memory; `options` as JSON. Each is built once for all methods whose home it is."""
+    """Build a backbone without memory, once for all methods that have it as home; `options` are JSON."""
     cell = Cell(method="", task=TASK, dataset="", backbone=name, backbone_config=json.loads(options))
     return build_backbone(cell, torch.device("meta"))
 
 
 def sites(before: set[nn.Module], adapted: Backbone) -> str:
-    """Where in `adapted` modules stand that were not there `before`: in words, by kind of place."""
-    places: dict[str, dict[str, dict[str, None]]] = {}  # kind: sub-layer: roles of stacks, each in order
+    """Describe where `adapted` holds modules that are not in `before`, in words, by kind of place."""
+    places: dict[str, dict[str, dict[str, None]]] = {}  # kind to sub-layer to roles of stacks, each in order
     for kind, sublayer, role in _places(before, adapted):
         places.setdefault(kind, {}).setdefault(sublayer, {})[role] = None
     return "; ".join(_phrase(kind, sublayers) for kind, sublayers in places.items()) or SELECTION
 
 
-def _phrase(kind: str, found: dict[str, dict[str, None]]) -> str:
-    """`kind` of the sub-layers, grouped by the stacks that they are in."""
+def _phrase(kind: str, roles_by_sublayer: dict[str, dict[str, None]]) -> str:
+    """Describe the places of one kind, with the sub-layers grouped by their stacks."""
     by_roles: dict[str, list[str]] = {}
-    for sublayer, roles in found.items():
-        by_roles.setdefault(", ".join(filter(None, roles)), []).append(sublayer)
-    said = []
-    for shown, sublayers in by_roles.items():
-        of = " and ".join(filter(None, sublayers))
-        said.append((f"{kind} of {of}" if of else kind) + (f" ({shown})" if shown else ""))
-    return "; ".join(said)
+    for sublayer, names in roles_by_sublayer.items():
+        by_roles.setdefault(", ".join(filter(None, names)), []).append(sublayer)
+    phrases = []
+    for roles, sublayers in by_roles.items():
+        owners = " and ".join(filter(None, sublayers))
+        phrases.append((f"{kind} of {owners}" if owners else kind) + (f" ({roles})" if roles else ""))
+    return "; ".join(phrases)
 
 
 def _places(before: set[nn.Module], adapted: Backbone) -> Iterator[tuple[str, str, str]]:
-    """(kind of place, sub-layer, role of the stack) of everything new; sub-layer and role are empty where it is
-    outside of them."""
-    known: set[nn.Module] = set()
+    """Yield (kind of place, sub-layer, role of the stack) for everything new; sub-layer and role may be empty."""
+    visited: set[nn.Module] = set()
     for role in adapted.roles():
         stack = adapted.stack(role)
         if stack not in before:
             yield "side network along the stack", "", role
         for layer in (module for module in stack.modules() if isinstance(module, Layer) and module in before):
             for name, sublayer in layer.items():
-                known.update(sublayer.modules())
+                visited.update(sublayer.modules())
                 for kind in _in_sublayer(before, sublayer):
                     yield kind, name, role
-            known.update(layer.modules())
+            visited.update(layer.modules())
             if any(module not in before for module in layer.tail):
                 yield "tail of layers", "", role
-        known.update(stack.modules())
+        visited.update(stack.modules())
     if adapted not in before:
         yield f"a wrapper of the backbone ({type(adapted).__name__})", "", ""
-    elif any(module not in before | known for module in adapted.modules()):
+    elif any(module not in before | visited for module in adapted.modules()):
         yield "modules beside the stacks", "", ""
 
 
 def _in_sublayer(before: set[nn.Module], sublayer: SubLayer) -> Iterator[str]:
-    """Kinds of places in a sub-layer of the untouched backbone: projections first, then the values."""
+    """Yield the kinds of places in a sub-layer of the original backbone: projections first, then values."""
     beside, replaced = [], []
     for role, projection in sublayer.projections.items():
         singles = [(single, getattr(single.owner, single.name)) for single in projection.singles()]
@@ -176,9 +175,9 @@ def _has_path(single: Projection, module: nn.Module) -> bool:
     return False
 
 
-def markdown(found: Sequence[Row]) -> str:
-    """The table as README.md holds it; methods in error have a row that says so."""
-    lines = [LEGEND, "", _line(COLUMNS), _line(["---"] * len(COLUMNS)), *map(_markdown_row, found)]
+def markdown(methods: Sequence[Row]) -> str:
+    """Return the table of README.md; the row of a method in error states the error."""
+    lines = [LEGEND, "", _line(COLUMNS), _line(["---"] * len(COLUMNS)), *map(_markdown_row, methods)]
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Predictions as pictures: a contact sheet of test samples for each record that kept its predictions."""
+"""Draw a contact sheet of test samples for each record that kept its predictions."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ COLUMNS = 4
 
 
 def show_predictions(store: Store, out_dir: Path, *, count: int = 16, data_root: Path | None = None) -> list[Path]:
-    """One PNG per record with predictions, of at most `count` samples spread evenly over the test split.
+    """Write one PNG per record with predictions: at most `count` samples, spread evenly over the test split.
 
-    Raises UserError when no record kept predictions, or when the data is not what was tested on.
+    Raise UserError if no record kept predictions, or if the data differs from what the record was tested on.
     """
     records = [
         record for record in store.load() if record.outcome == "ok" and TASKS.get(record.cell.task).keeps_predictions

@@ -1,4 +1,4 @@
-"""What a method costs, without training it: parameters, bytes, operations, and seconds of a few real steps."""
+"""Measure what a method costs without training it: parameters, bytes, FLOPs and seconds of a few real steps."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ from petlbench.training.step_costs import (
     training_flops,
 )
 
-TURNS = 2  # in which the timed steps of the methods alternate, so that a machine's drift hits them alike
-SECONDS_OF_ENERGY = 1.0  # a GPU's driver renews its counter about ten times a second: less time gives no figure
+TURNS = 2  # the methods take turns with their timed steps, so that a machine's drift affects all alike
+SECONDS_OF_ENERGY = 1.0  # a GPU's driver updates its counter about ten times a second: a shorter time gives no figure
 
 
 def profile_cells(
@@ -53,9 +53,9 @@ def profile_cells(
     batch_size: int = 32,
     data_root: Path | None = None,
 ) -> list[Cell]:
-    """One cell per method (names and wildcards, default configurations), with just the rows that a profile needs.
+    """Return one cell per method (names and wildcards, default options), limited to the rows that a profile needs.
 
-    `task` is a name or `task:dataset`. Raises UserError for a name that does not exist or a pair that cannot work.
+    `task` is a name or `task:dataset`. Raise UserError if a name does not exist or two of them do not fit.
     """
     suite = Suite.model_validate(
         {
@@ -78,16 +78,16 @@ def profile(
     meta: bool = False,
     data_root: Path | None = None,
 ) -> list[Costs]:
-    """The costs of each cell, in the cells' order; `steps` training steps are timed.
+    """Measure the costs of each cell, in the cells' order; `steps` training steps are timed.
 
-    With `meta` nothing is allocated or run: parameters and planned bytes only, of any size of backbone. `threads`:
-    torch's own number where None. Raises UserError for a method that does not fit the backbone.
+    With `meta` nothing is allocated or run: only parameters and planned bytes are known, for a backbone of any size.
+    `threads` None means torch's own number. Raise UserError if a method does not fit the backbone.
     """
-    where = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device("meta" if meta else where if device == "auto" else device)
-    found: dict[str, Costs] = {}
+    automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = torch.device("meta" if meta else automatic if device == "auto" else device)
+    costs: dict[str, Costs] = {}  # by cell id
     with _threads(threads), warnings.catch_warnings():
-        # Weights that are read into a backbone without memory go nowhere, as they should.
+        # Weights that are read into a backbone without memory are dropped, which is intended.
         warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
         environment = {} if meta else describe(str(chosen), torch.get_num_threads())
         for _, group in groupby(sorted(cells, key=_shared), key=_shared):
@@ -97,8 +97,8 @@ def profile(
                     subject.plan()
             else:
                 _measure(subjects, load_source(subjects[0].cell, data_root), steps)
-            found |= {subject.cell.id: subject.costs(environment) for subject in subjects}
-    return [found[cell.id] for cell in cells]
+            costs |= {subject.cell.id: subject.costs(environment) for subject in subjects}
+    return [costs[cell.id] for cell in cells]
 
 
 def _measure(subjects: Sequence[_ProfiledCell], source: Source, steps: int) -> None:
@@ -112,12 +112,12 @@ def _measure(subjects: Sequence[_ProfiledCell], source: Source, steps: int) -> N
     for turn in range(turns):
         for subject in subjects:
             subject.train(steps // turns + (turn < steps % turns))
-    for subject in subjects:  # last, when nobody's is the first call of anything
+    for subject in subjects:  # last, so that every cell's calls are warmed up
         subject.predict()
 
 
 def _shared(cell: Cell) -> str:
-    """Equal for cells that differ in nothing but method and recipe: they are measured on one backbone."""
+    """Return a key of everything but method and recipe; cells with equal keys are measured on one backbone."""
     return cell.model_dump_json(exclude={"method", "variant", "method_config", "recipe"})
 
 
@@ -137,18 +137,18 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 class _ProfiledCell:
-    """One cell while it is measured, on a backbone that it borrows."""
+    """One cell under measurement, on a backbone that it shares with others."""
 
     def __init__(self, cell: Cell, backbone: Backbone, task: Task, device: torch.device) -> None:
         self.cell, self.backbone, self.task, self.device = cell, backbone, task, device
         self.untouched = sum(p.numel() for p in backbone.parameters())
         self.context = RunContext.on(device)
-        self.known: dict[str, Any] = {"cell": cell, "method": MethodSpec(name=cell.method, variant=cell.variant).label}
-        self.joules: list[tuple[float, int]] = []  # by turn: of so many steps
+        self.fields: dict[str, Any] = {"cell": cell, "method": MethodSpec(name=cell.method, variant=cell.variant).label}
+        self.joules: list[tuple[float, int]] = []  # by turn: joules, number of steps
 
     @contextmanager
     def _adapted(self) -> Iterator[TrainingSetup]:
-        """The cell's setting; afterwards the backbone is as it was."""
+        """Yield the cell's training setup; restore the backbone afterwards."""
         cell = self.cell
         try:
             setup, handle = build_setup(cell, self.backbone, self.task, self.context)
@@ -160,40 +160,40 @@ class _ProfiledCell:
             handle.restore()
 
     def plan(self) -> None:
-        """What is known without running anything."""
+        """Count what is known without running anything."""
         with self._adapted() as setup:
             self.memory = planned(setup.modules().values())
-            self.known["parameters"] = _counted(setup)
+            self.fields["parameters"] = _counted(setup)
             if setup.method is not None and setup.method.mergeable:
                 setup.method.merge()
             self._count_extra(setup)
 
     def measure(self, rows: Dataset) -> None:
-        """What is the same on every machine, for batches of `rows`."""
+        """Measure what is the same on every machine, for the first batch of `rows`."""
         self.rows = rows
         with self._adapted() as setup:
             batch = first_batch(self.rows, setup)
             reached = effective_parameters(setup, batch)
-            self.known["parameters"] = _counted(setup).model_copy(update={"effective": reached})
+            self.fields["parameters"] = _counted(setup).model_copy(update={"effective": reached})
             self.saved = canonical_saved_bytes(setup, batch)
-            self.known["flops"] = training_flops(setup, batch)
+            self.fields["flops"] = training_flops(setup, batch)
 
     def predict(self) -> None:
         with self._adapted() as setup:
-            self.known["inference"] = inference(setup, self.rows, self.cell.recipe.eval_batch_size)
+            self.fields["inference"] = inference(setup, self.rows, self.cell.recipe.eval_batch_size)
             self._count_extra(setup)
 
     def _count_extra(self, merged: TrainingSetup) -> None:
         extra = extra_at_inference(merged, self.untouched)
-        self.known["parameters"] = self.known["parameters"].model_copy(update={"inference_extra": extra})
+        self.fields["parameters"] = self.fields["parameters"].model_copy(update={"inference_extra": extra})
 
     def train(self, steps: int) -> None:
-        """A turn of `steps` timed steps after the untimed ones; the first is where memory is accounted."""
+        """Train one turn: untimed steps, then `steps` timed ones; memory is accounted in the first step."""
         with self._adapted() as setup:
-            # The rate changes no cost, but a schedule shorter than the turn would fall below zero.
+            # The rate changes no cost; a schedule that is shorter than the turn would make it negative.
             setup.recipe = setup.recipe.model_copy(update={"schedule": "constant"})
             training = TrainingState(setup, self.rows, setup.recipe.lr)
-            untimed = 1 if self.joules else WARMUP  # by the second turn only the optimizer's state is new
+            untimed = 1 if self.joules else WARMUP  # in the second turn only the optimizer's state is new
             self.context.clock.warm_up(untimed)
             try:
                 for _ in range(untimed + steps):
@@ -208,12 +208,12 @@ class _ProfiledCell:
         timing = self.context.clock.timing()
         seconds = {f"{name}_seconds": getattr(timing, f"{name}_seconds") for name in ("step", *IN_STEP)}
         joules, steps = (sum(values) for values in zip(*self.joules, strict=True)) if self.joules else (0.0, 0)
-        telling = steps * (timing.step_seconds or 0.0) >= SECONDS_OF_ENERGY
-        energy = joules / steps if telling and joules else None
-        # Clocks share the device's peaks: only those of phases that end before another clock runs are this cell's.
+        long_enough = steps * (timing.step_seconds or 0.0) >= SECONDS_OF_ENERGY
+        energy = joules / steps if long_enough and joules else None
+        # All clocks read one peak of the device: only phases that end before another clock runs belong to this cell.
         peaks = {name: peak for name, peak in self.context.clock.peaks().items() if name in TRAINING}
         memory = with_peaks(self.memory, peaks)
-        return Costs(**self.known, **seconds, memory=memory, step_joules=energy, environment=environment)
+        return Costs(**self.fields, **seconds, memory=memory, step_joules=energy, environment=environment)
 
 
 def _counted(setup: TrainingSetup) -> Parameters:

@@ -1,6 +1,6 @@
-"""Published figures beside ours: parameters on the meta device, bytes saved for backward from a real forward pass.
+"""Compare published figures with ours: parameters on the meta device, bytes saved for backward in a forward pass.
 
-The figures stand in `published.csv`, each with its source; `petlbench verify published` compares them.
+The figures are in `published.csv`, each with its source; `petlbench verify published` compares them.
 """
 
 from __future__ import annotations
@@ -44,34 +44,34 @@ if TYPE_CHECKING:
 
 FIGURES = Path(__file__).with_suffix(".csv")
 MIB = 2**20
-IMAGE_SIDE = 640  # pixels of the sample that saved bytes are measured on
-WORDS = 100  # ids of the sample's text are drawn from the first so many
-TOLERANCE = 0.02  # of bytes
-DECIMALS = 2  # of percentages
-ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # as torch orders its arguments
+IMAGE_SIDE = 640  # pixels, of the sample on which saved bytes are measured
+WORDS = 100  # the ids of the sample's text are drawn from the first 100 of the vocabulary
+TOLERANCE = 0.02  # relative, for bytes
+DECIMALS = 2  # compared in percentages
+ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # in the order of torch's arguments
 SAVED = "saved_for_backward_mib_per_sample"
 EFFECTIVE = "effective_parameters"
 
 
 @dataclass(frozen=True)
 class Counted:
-    """Counts of one cell; `effective`: of the method's own, those that can receive a gradient (where asked for)."""
+    """Counts of one cell; `effective` counts the method's own that a gradient can reach (None if not asked for)."""
 
     parameters: Parameters
-    untouched: int  # parameters of the backbone before, its own heads included
+    untouched: int  # parameters of the backbone before the method, its own heads included
     effective: int | None = None
 
 
 COUNTED: Mapping[str, Callable[[Counted], float | None]] = {
-    "trainable_parameters": lambda found: found.parameters.trainable,
-    "total_parameters": lambda found: found.parameters.total,  # inserted ones and heads included
-    "host_parameters": lambda found: found.parameters.host,  # those that train with every method
-    "host_and_head_parameters": lambda found: found.parameters.host + found.parameters.head,
-    "method_parameters": lambda found: found.parameters.method,  # its own
-    EFFECTIVE: lambda found: found.effective,
-    "trainable_percent": lambda found: found.parameters.percent,  # of the total
-    "trainable_percent_of_untouched": lambda found: 100 * found.parameters.trainable / found.untouched,
-    "method_percent_of_untouched": lambda found: 100 * found.parameters.method / found.untouched,
+    "trainable_parameters": lambda counts: counts.parameters.trainable,
+    "total_parameters": lambda counts: counts.parameters.total,  # with inserted ones and heads
+    "host_parameters": lambda counts: counts.parameters.host,  # those that train with every method
+    "host_and_head_parameters": lambda counts: counts.parameters.host + counts.parameters.head,
+    "method_parameters": lambda counts: counts.parameters.method,  # its own
+    EFFECTIVE: lambda counts: counts.effective,
+    "trainable_percent": lambda counts: counts.parameters.percent,  # of the total
+    "trainable_percent_of_untouched": lambda counts: 100 * counts.parameters.trainable / counts.untouched,
+    "method_percent_of_untouched": lambda counts: 100 * counts.parameters.method / counts.untouched,
 }
 UNITS = {"parameters": 1, "million parameters": 1_000_000, "percent": 1, "MiB": 1, "GB": 1}
 
@@ -85,7 +85,7 @@ LEGEND = (
 
 
 class Figure(Frozen):
-    """One published figure: of a method on a backbone, for a task (which decides the head)."""
+    """One published figure of a method on a backbone, for a task, which decides the head."""
 
     method: str
     variant: str
@@ -95,7 +95,7 @@ class Figure(Frozen):
     task: str
     quantity: str
     kind: Literal["count", "percent", "bytes", "claim"]
-    value: str  # a number, or of a claim a range such as 2-3
+    value: str  # a number; a claim may give a range such as 2-3
     unit: Literal["parameters", "million parameters", "percent", "MiB", "GB"]
     source: str
 
@@ -105,16 +105,16 @@ class Figure(Frozen):
 
     @property
     def limits(self) -> tuple[float, float]:
-        """The published number twice, or both ends of a range."""
+        """Return both ends of a range; a single number is both."""
         low, _, high = self.value.partition("-")
         return float(low), float(high or low)
 
     @cached_property
     def cell(self) -> Cell:
-        """With the options that the method's variant stands for, and those of the backbone that the method needs."""
-        kind = METHODS.get(self.method)
-        options = overlaid(kind.variants.get(self.variant, {}), self.method_config)
-        needed = make_method(kind, options, [self.task]).host_options(self.backbone.partition(":")[0])
+        """Build the cell with the options of the method's variant and the backbone options that the method needs."""
+        cls = METHODS.get(self.method)
+        options = overlaid(cls.variants.get(self.variant, {}), self.method_config)
+        needed = make_method(cls, options, [self.task]).host_options(self.backbone.partition(":")[0])
         return Cell(
             method=self.method,
             variant=self.variant,
@@ -128,7 +128,7 @@ class Figure(Frozen):
 
 @dataclass(frozen=True)
 class FigureCheck:
-    """A figure with ours in the same unit (None: not measured); of bytes also the native ones with fused attention."""
+    """A figure and ours in the same unit (None: not measured); for bytes also the native ones with fused attention."""
 
     figure: Figure
     ours: float | None
@@ -136,7 +136,7 @@ class FigureCheck:
 
     @property
     def difference(self) -> float | None:
-        """Ours less the published one; None for a range and for what is not measured."""
+        """Return ours minus the published number; None for a range or if ours was not measured."""
         low, high = self.figure.limits
         return None if self.ours is None or low != high else self.ours - low
 
@@ -146,7 +146,7 @@ class FigureCheck:
         if kind == "claim":
             if self.ours is None:
                 return "not measured"
-            decimals = len(self.figure.value.partition("-")[0].partition(".")[2])  # as precise as the claim is
+            decimals = len(self.figure.value.partition("-")[0].partition(".")[2])  # the claim's own precision
             return "measured" if low <= round(self.ours, decimals) <= high else "contradicted"
         assert self.ours is not None
         if kind == "bytes":
@@ -154,34 +154,35 @@ class FigureCheck:
         return "equal" if (round(self.ours, DECIMALS) if kind == "percent" else self.ours) == low else "DIFFERS"
 
     def as_json(self) -> dict[str, Any]:
-        found = {"ours": self.ours, "difference": self.difference, "verdict": self.verdict, "native": self.native}
-        return self.figure.model_dump(mode="json") | found
+        ours = {"ours": self.ours, "difference": self.difference, "verdict": self.verdict, "native": self.native}
+        return self.figure.model_dump(mode="json") | ours
 
 
 def read_figures(path: Path = FIGURES) -> list[Figure]:
-    """The published figures, in the file's order."""
+    """Read the published figures in the file's order."""
     with path.open(encoding="utf-8", newline="") as file:
         return [Figure.model_validate(row) for row in csv.DictReader(file)]
 
 
 def verify(figures: Sequence[Figure], methods: Sequence[str] | None = None) -> list[FigureCheck]:
-    """Ours for each of the figures, or of those whose method (or method:variant) a pattern names.
+    """Compute ours for the figures whose method (or method:variant) matches a pattern; without patterns, for all.
 
-    Each backbone is built once. Raises UserError for a pattern that names none.
+    Each backbone is built once. Raise UserError if a pattern matches no figure.
     """
-    chosen = list(figures) if methods is None else _named(figures, methods)
-    found = [finding for _, group in groupby(sorted(chosen, key=_body), key=_body) for finding in _of(list(group))]
+    chosen = list(figures) if methods is None else _select(figures, methods)
+    groups = groupby(sorted(chosen, key=_backbone_key), key=_backbone_key)
+    checks = [check for _, group in groups for check in _check_group(list(group))]
     order = {id(figure): i for i, figure in enumerate(chosen)}
-    return sorted(found, key=lambda finding: order[id(finding.figure)])
+    return sorted(checks, key=lambda check: order[id(check.figure)])
 
 
-def _named(figures: Sequence[Figure], patterns: Sequence[str]) -> list[Figure]:
+def _select(figures: Sequence[Figure], patterns: Sequence[str]) -> list[Figure]:
     for pattern in patterns:
         if not any(_matches(figure, pattern) for figure in figures):
             if not METHODS.names(pattern):
-                METHODS.origin(pattern.partition(":")[0])  # says so when there is no such method
-            there = ", ".join(dict.fromkeys(figure.label for figure in figures))
-            raise UserError(f"there is no published figure for '{pattern}': there are some for {there}")
+                METHODS.origin(pattern.partition(":")[0])  # raises if there is no such method
+            labels = ", ".join(dict.fromkeys(figure.label for figure in figures))
+            raise UserError(f"there is no published figure for '{pattern}': choose from {labels}")
     return [figure for figure in figures if any(_matches(figure, pattern) for pattern in patterns)]
 
 
@@ -189,32 +190,32 @@ def _matches(figure: Figure, pattern: str) -> bool:
     return fnmatchcase(figure.method, pattern) or fnmatchcase(figure.label, pattern)
 
 
-def _body(figure: Figure) -> str:
+def _backbone_key(figure: Figure) -> str:
     return json.dumps([figure.backbone, figure.cell.backbone_config], sort_keys=True)
 
 
-def _of(figures: list[Figure]) -> list[FigureCheck]:
-    """Those of figures that share a backbone."""
+def _check_group(figures: list[Figure]) -> list[FigureCheck]:
+    """Check figures that share a backbone."""
     device = torch.device("meta")
     backbone = build_backbone(figures[0].cell, device)
     effective = {figure.cell.id for figure in figures if figure.quantity == EFFECTIVE}
-    known: dict[str, Counted] = {}
-    found = []
+    counts: dict[str, Counted] = {}  # by cell id
+    checks = []
     for figure in figures:
         if figure.quantity == SAVED:
             canonical, native = saved_mib(figure.cell)
-            found.append(FigureCheck(figure, canonical, native))
+            checks.append(FigureCheck(figure, canonical, native))
             continue
         measure, cell = COUNTED.get(figure.quantity), figure.cell
-        if measure is not None and cell.id not in known:
-            known[cell.id] = _counted(cell, backbone, device, effective=cell.id in effective)
-        ours = None if measure is None else measure(known[cell.id])
-        found.append(FigureCheck(figure, None if ours is None else ours / UNITS[figure.unit]))
-    return found
+        if measure is not None and cell.id not in counts:
+            counts[cell.id] = _count(cell, backbone, device, effective=cell.id in effective)
+        ours = None if measure is None else measure(counts[cell.id])
+        checks.append(FigureCheck(figure, None if ours is None else ours / UNITS[figure.unit]))
+    return checks
 
 
-def _counted(cell: Cell, backbone: Backbone, device: torch.device, *, effective: bool) -> Counted:
-    """Counts of a cell on a backbone that is left as it was."""
+def _count(cell: Cell, backbone: Backbone, device: torch.device, *, effective: bool) -> Counted:
+    """Count the parameters of a cell and leave the backbone as it was."""
     untouched = sum(p.numel() for p in backbone.parameters())
     setup, handle = build_setup(cell, backbone, TASKS.get(cell.task)(), RunContext.on(device))
     try:
@@ -224,18 +225,18 @@ def _counted(cell: Cell, backbone: Backbone, device: torch.device, *, effective:
 
 
 def _effective(cell: Cell) -> int:
-    """Scalars of the method's own that the loss of one sample can send a gradient to."""
+    """Count the method's own scalars that a gradient of one sample's loss can reach."""
     with torch.random.fork_rng():
-        setup, batch = _real(cell)
+        setup, batch = _setup_and_batch(cell)
         loss = setup.task.loss(setup.backbone, setup.head, batch)
         trainable = setup.trainable()
         return parameters.effective(loss, [trainable[name] for name in sorted(setup.method_parameters())])
 
 
 def saved_mib(cell: Cell) -> tuple[float, float]:
-    """MiB that a training step saves for backward on one sample, on the CPU: canonical, and native but fused."""
+    """Return the MiB that a step saves for backward for one sample, on the CPU: canonical, and native but fused."""
     with torch.random.fork_rng():
-        setup, batch = _real(cell)
+        setup, batch = _setup_and_batch(cell)
         canonical = canonical_saved_bytes(setup, batch)
         modules = setup.modules().train()
         with _Fused(), SavedTensors(*modules.values()) as native:
@@ -243,9 +244,11 @@ def saved_mib(cell: Cell) -> tuple[float, float]:
     return canonical / MIB, native.saved_bytes / MIB
 
 
-def _real(cell: Cell) -> tuple[TrainingSetup, Batch]:
-    """The cell on the CPU with one sample: noise of 640 x 640 pixels, and a text as long as the backbone takes. Values
-    decide nothing, so the weights are random."""
+def _setup_and_batch(cell: Cell) -> tuple[TrainingSetup, Batch]:
+    """Build the cell on the CPU with one sample: noise of 640 x 640 pixels and a text of the backbone's maximal length.
+
+    Values do not change what is counted, so the weights are random.
+    """
     cell = cell.model_copy(update={"backbone_config": {**cell.backbone_config, "weights": "none"}})
     device = torch.device("cpu")
     setup, _ = build_setup(cell, build_backbone(cell, device), TASKS.get(cell.task)(), RunContext.on(device))
@@ -253,7 +256,7 @@ def _real(cell: Cell) -> tuple[TrainingSetup, Batch]:
 
 
 def _sample(backbone: Backbone) -> Batch:
-    """One row of a referring expression without padding. Ids are drawn, for a tokenizer may not be at hand."""
+    """Make one row of a referring expression without padding. Ids are random, as there may be no tokenizer."""
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (IMAGE_SIDE, IMAGE_SIDE, 3), dtype=np.uint8))
     ids = torch.from_numpy(rng.integers(1, WORDS, (1, backbone.max_text)))
@@ -262,7 +265,7 @@ def _sample(backbone: Backbone) -> Batch:
 
 
 class _Fused(TorchFunctionMode):
-    """Attention without its dropout: with it a CPU has no fused kernel, and where there is one it keeps no mask."""
+    """Run attention without its dropout, as a CPU has no fused kernel with it; a fused kernel keeps no mask anyway."""
 
     def __torch_function__(
         self,
@@ -278,18 +281,18 @@ class _Fused(TorchFunctionMode):
         return func(*args, **options)
 
 
-def failed(findings: Iterable[FigureCheck]) -> bool:
-    """Whether any count, percentage or number of bytes differs."""
-    return any(finding.verdict == "DIFFERS" for finding in findings)
+def failed(checks: Iterable[FigureCheck]) -> bool:
+    """Return whether any count, percentage or number of bytes differs."""
+    return any(check.verdict == "DIFFERS" for check in checks)
 
 
-def figure_table(findings: Sequence[FigureCheck]) -> Table:
-    """A table per backbone."""
+def figure_table(checks: Sequence[FigureCheck]) -> Table:
+    """Return a grid with one table per backbone."""
     from rich.table import Table
     from rich.text import Text
 
     result = Table.grid()
-    for _, group in groupby(findings, key=lambda finding: _body(finding.figure)):
+    for _, group in groupby(checks, key=lambda check: _backbone_key(check.figure)):
         rows = list(group)
         result.add_row(Text(" ".join([rows[0].figure.backbone, *_options(rows[0].figure)]), style="italic"))
         result.add_row(_section(rows))
@@ -335,5 +338,5 @@ def _signed(difference: float, places: int) -> str:
 
 
 def _places(figure: Figure) -> int:
-    """Decimals that show whether a figure is met."""
+    """Return the number of decimals that shows whether a figure is met."""
     return 0 if figure.unit == "parameters" else 2 if figure.unit == "percent" else 1

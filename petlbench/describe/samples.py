@@ -1,4 +1,4 @@
-"""Samples of a data set as one picture: boxes, questions and captions with their images; for `petlbench data show`."""
+"""Draw samples of a data set as one picture: images with boxes, questions and captions (`petlbench data show`)."""
 
 from __future__ import annotations
 
@@ -22,23 +22,31 @@ if TYPE_CHECKING:
     from petlbench.api.source import Source
 
 COLUMNS = 4
-MOST = 400  # samples of a sheet: its pixels must fit into memory
-SIDE = 320  # pixels that an image may be wide or high
-LETTERS = 800  # of a sample's text
-SHOWN = ("sample_id", "expression", "question", "answers", "captions", "box")  # in a way of their own
-SILENT = ("image_id", "answer_type", "subset")
+LARGEST = 400  # of one sheet: its pixels must fit into memory
+SIDE = 320  # largest width and height of an image, in pixels
+MAX_CHARACTERS = 800  # of a sample's text
+# `text` and `picture` format these columns; any other becomes a line `name: value`.
+FORMATTED = (
+    "sample_id",
+    "expression",
+    "question",
+    "answers",
+    "captions",
+    "box",
+)
+HIDDEN = ("image_id", "answer_type", "subset")
 
 
 def show_samples(
     task: str, dataset: str, source: Source, *, split: str, count: int, seed: int, out: Path | None = None
 ) -> Path:
-    """Write the sheet of `count` rows that `seed` draws; its path. Raises UserError when there is nothing to show."""
+    """Draw `count` rows with `seed`, write their sheet and return its path. Raise UserError if there are no rows."""
     out = out or Path("pictures") / f"{task}_{dataset}_{split}.png"
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: a contact sheet is a PNG file: let its name end in .png")
-    if count > MOST:
-        raise UserError(f"--count {count}: a sheet holds {MOST} samples at most: draw others with another --seed")
-    rows = source.load(task, _known(source, task, split))
+    if count > LARGEST:
+        raise UserError(f"--count {count}: a sheet holds {LARGEST} samples at most: draw others with another --seed")
+    rows = source.load(task, _checked_split(source, task, split))
     if not len(rows):
         raise UserError(f"{dataset} has no rows for {task}, {split}")
     drawn = np.sort(np.random.default_rng(seed).permutation(len(rows))[:count])
@@ -50,8 +58,8 @@ def show_samples(
     return out
 
 
-def _known(source: Source, task: str, split: str) -> str:
-    """`split`, if the source has it. Raises UserError with the closest and all that there are."""
+def _checked_split(source: Source, task: str, split: str) -> str:
+    """Return `split`. Raise UserError, with the closest name and all names, if the source does not have it."""
     names = list(dict.fromkeys([*SPLITS, *source.parts(task)]))
     if split not in names:
         hint = did_you_mean(split, names) or ":"
@@ -64,13 +72,13 @@ def _sample(rows: Any, number: int) -> tuple[Image, str]:
         row = rows[number]
     except UserError:
         raise
-    except Exception as error:  # decoders raise whatever a damaged stream makes them stumble over
+    except Exception as error:  # on a damaged stream a decoder may raise any exception
         raise UserError(f"row {number} cannot be opened ({one_line(error)}): get its image again") from None
     return picture(row), text(row)
 
 
 def picture(row: Mapping[str, Any]) -> Image:
-    """The row's images side by side, each at a size for a sheet, the box on the first."""
+    """Return the row's images side by side, scaled to fit a sheet; the box is drawn on the first."""
     images = [fitted(value, SIDE) for value in row.values() if _is_image(value)]
     if "box" in row:
         image, (across, down) = images[0]
@@ -81,15 +89,15 @@ def picture(row: Mapping[str, Any]) -> Image:
 
 
 def text(row: Mapping[str, Any]) -> str:
-    """What the row says of its images: a first line that names it, and what its task is about."""
+    """Return the row's text: a first line with its name, then its expression, question, answers and captions."""
     lines = [row["sample_id"]]
     lines += [row[name] for name in ("expression", "question") if name in row]
     if "answers" in row:
-        lines.append("→ " + (_counted(row["answers"]) or "(its answers are not public)"))
+        lines.append("→ " + (_answer_counts(row["answers"]) or "(its answers are not public)"))
     lines += [f"• {caption}" for caption in row.get("captions", ())]
-    lines += [f"{name}: {value}" for name, value in row.items() if not (name in SHOWN + SILENT or _is_image(value))]
-    said = "\n".join(" ".join(str(line).split()) for line in lines)
-    return said if len(said) <= LETTERS else f"{said[:LETTERS]}…"
+    lines += [f"{name}: {value}" for name, value in row.items() if not (name in FORMATTED + HIDDEN or _is_image(value))]
+    full = "\n".join(" ".join(str(line).split()) for line in lines)
+    return full if len(full) <= MAX_CHARACTERS else f"{full[:MAX_CHARACTERS]}…"
 
 
 def _is_image(value: Any) -> bool:
@@ -98,6 +106,6 @@ def _is_image(value: Any) -> bool:
     return isinstance(value, Image)
 
 
-def _counted(answers: list[str]) -> str:
-    """Each answer once, the most frequent first."""
+def _answer_counts(answers: list[str]) -> str:
+    """List each answer once with its count, the most frequent first."""
     return ", ".join(f"{answer} ×{n}" if n > 1 else answer for answer, n in Counter(answers).most_common())

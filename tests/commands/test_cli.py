@@ -152,7 +152,7 @@ def test_a_mistyped_method_exits_with_2_and_writes_nothing(tmp_path: Path) -> No
         (["profile", "--methods", "lora", "--backbone", "clip:tniy"], "open_clip has no model 'tniy': did you mean"),
         (["verify", "pubished"], "argument figures: invalid choice: 'pubished'"),
         (["verify", "published", "--methods", "lroa"], "unknown method 'lroa': did you mean 'lora'?"),
-        (["list", "tasks", "--matrix"], "--matrix is of backbones: `petlbench list backbones --matrix`"),
+        (["list", "tasks", "--matrix"], "--matrix works with backbones only: `petlbench list backbones --matrix`"),
         (["list", "backbones", "clipp"], "no backbone matches 'clipp': did you mean 'clip'?"),
         (["list", "methds"], "argument kind: invalid choice: 'methds'"),
         ([], "the following arguments are required"),
@@ -337,7 +337,7 @@ def test_a_folder_in_which_a_run_is_at_work_is_not_repaired(
     store = Store.open("out", create=True)
     claim = claim_cell(store.claims / "cell.lock")
     assert claim and main.main(["repair", "out"]) == 2
-    assert "a run is at work in out" in capsys.readouterr().err
+    assert "a run is active in out" in capsys.readouterr().err
     claim.release()
     assert main.main(["repair", "out"]) == 0
 

@@ -78,7 +78,7 @@ def test_sizes_are_described_by_name_or_wildcard() -> None:
     assert other.parameters == 427_616_513
 
 
-def test_the_matrix_says_what_is_lent_and_why_a_task_is_refused() -> None:
+def test_the_matrix_says_what_is_supplied_and_why_a_task_is_refused() -> None:
     found = {entry.name: entry.tasks for entry in matrix()}
     assert found["clip"]["vqa"] == Service(("fusion", "decoder"))
     assert found["clip"]["retrieval"] == Service()
@@ -122,7 +122,7 @@ def test_the_listing_as_people_and_programs_read_it(capsys: pytest.CaptureFixtur
     (transvg,) = [line for line in shown if line.startswith("transvg ")]
     assert "150M vision 6 x 256, text 12 x 768, fusion 6 x 256 r50 (default)," in transvg
     assert transvg.endswith("captioning (+decoder), rec, vqa (+decoder)")
-    assert any(line.startswith("+fusion, +decoder, +order: with a part lent") for line in shown)
+    assert any(line.startswith("+fusion, +decoder, +order: a part supplied") for line in shown)
     assert main.main(["list", "backbones", "t*", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows["tiny"]["target"] == "petlbench.backbones.tiny:Tiny"

@@ -158,7 +158,7 @@ def test_missing_images_are_counted_and_the_annotations_still_are(
     assert f"val: {root.absolute()}/pictures/val/00.png: missing" in out
     assert "val: and 1 more: --json lists all" in out
     assert "05.png" not in out
-    assert "to be had: get it from the moon" in out
+    assert "to fix it: get it from the moon" in out
 
 
 def test_a_folder_of_images_that_is_not_there_leaves_the_counts(root: Path) -> None:

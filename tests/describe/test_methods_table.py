@@ -145,7 +145,7 @@ def test_the_command_shows_table_and_variants(capsys: pytest.CaptureFixture[str]
     assert main.main(["list", "methods", "vl_pet:middle*", "--json"]) == 0
     assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["vl_pet:middleX", "vl_pet:middleY"]
     assert main.main(["list", "tasks", "--markdown"]) == 2
-    assert "--markdown is of methods" in capsys.readouterr().err
+    assert "--markdown works with methods only" in capsys.readouterr().err
 
 
 def test_the_readme_holds_the_table_of_methods() -> None:
