@@ -22,18 +22,11 @@ if TYPE_CHECKING:
     from petlbench.api.source import Source
 
 COLUMNS = 4
-LARGEST = 400  # of one sheet: its pixels must fit into memory
+MAX_SAMPLES = 400  # of one sheet: its pixels must fit into memory
 SIDE = 320  # largest width and height of an image, in pixels
 MAX_CHARACTERS = 800  # of a sample's text
 # `text` and `picture` format these columns; any other becomes a line `name: value`.
-FORMATTED = (
-    "sample_id",
-    "expression",
-    "question",
-    "answers",
-    "captions",
-    "box",
-)
+FORMATTED = ("sample_id", "expression", "question", "answers", "captions", "box")
 HIDDEN = ("image_id", "answer_type", "subset")
 
 
@@ -44,8 +37,10 @@ def show_samples(
     out = out or Path("pictures") / f"{task}_{dataset}_{split}.png"
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: a contact sheet is a PNG file: let its name end in .png")
-    if count > LARGEST:
-        raise UserError(f"--count {count}: a sheet holds {LARGEST} samples at most: draw others with another --seed")
+    if count > MAX_SAMPLES:
+        raise UserError(
+            f"--count {count}: a sheet holds at most {MAX_SAMPLES} samples: draw others with another --seed"
+        )
     rows = source.load(task, _checked_split(source, task, split))
     if not len(rows):
         raise UserError(f"{dataset} has no rows for {task}, {split}")

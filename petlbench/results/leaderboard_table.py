@@ -1,4 +1,4 @@
-"""The leaderboard for a terminal. Imports no torch."""
+"""Show the leaderboard in a terminal. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from petlbench.results.rows import SETTING, label
 if TYPE_CHECKING:
     from rich.table import Table
 
-OPTIONAL = ("95 %", "rank", "effective")  # columns
+OPTIONAL = ("95 %", "rank", "effective")  # columns that are left out if empty
 SCORE = "score: mean ± sample standard deviation over seeds"
 INTERVAL = "95 %: bootstrap interval over seeds and test samples (samples alone for one seed)"
 RANK = "rank: 1 + methods that are significantly better (5 % over all pairs, Holm), =: shared"
@@ -25,10 +25,9 @@ CONTENDED = "*: timed while other cells ran"
 
 
 def leaderboard_table(frame: pd.DataFrame) -> Table:
-    """A table per setting: the best fresh score bold, failures and stale rows dim, contended timings marked `*`.
+    """Return a table per setting: the best fresh score bold, failures and stale rows dim, contended times marked `*`.
 
-    Columns that are empty throughout (interval and rank, for bare records; effective parameters that are all) are left
-    out.
+    Empty columns are left out: interval and rank without per-sample scores, and effective parameters if all are.
     """
     from rich.table import Table
     from rich.text import Text
@@ -73,7 +72,7 @@ def _section(rows: pd.DataFrame, attrs: Mapping[Any, Any]) -> Table:
     for row, row_texts in zip(rows.itertuples(), texts, strict=True):
         dim = row.stale or row.outcome != "ok"
         style = "bold" if row.score_mean == best and not row.stale else "dim" if dim else ""
-        # Text, not markup: a variant is free text and may hold brackets.
+        # Text, not markup: a variant is free text and may contain brackets.
         section.add_row(*(Text(row_texts[name]) for name in shown), style=style)
     return section
 

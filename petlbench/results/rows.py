@@ -1,4 +1,4 @@
-"""Records to rows: what is averaged over seeds, what is kept apart, and what may be compared. Imports no torch."""
+"""Group records into rows: one row averages over seeds; rows of one pool may be compared. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Fingerprints = tuple[tuple[str, str], ...]
 
 
 def label(row: Any) -> str:
-    """How a row's method is named: `method` or `method:variant`."""
+    """Return the name of a row's method: `method` or `method:variant`."""
     return f"{row.method}:{row.variant}" if row.variant else str(row.method)
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """The records of one row, by seed: the same cell but for the seed, the same code, the same data."""
+    """The records of one row, by seed: they share the code, the data and all of the cell but the seed."""
 
     setting: tuple[str, str, str]
     method: str
@@ -38,7 +38,7 @@ class Group:
 
     @property
     def older(self) -> bool:
-        """Of an earlier schema version: shown as stale, and compared with nothing."""
+        """Return whether the records are of an earlier schema version: shown as stale, never compared."""
         return self.stale == (OLDER,)
 
     @property
@@ -47,79 +47,79 @@ class Group:
 
     @property
     def scores(self) -> list[float]:
-        """The reported scores of the seeds that ended ok."""
+        """Return the reported scores of the seeds that ended ok."""
         return [record.metrics[record.main_metric] for record in self.ok if record.main_metric in record.metrics]
 
     @property
     def pool(self) -> tuple[Hashable, ...]:
-        """Equal for rows that can be compared: only the method differs, and stale is not set beside fresh."""
+        """Return a key that is equal for rows that can be compared: only the method differs; all are stale or none."""
         shared = tuple((name, value) for name, value in self.fingerprints if name != "method")
         return (self.setting, bool(self.stale), self.metric, shared)
 
 
 def fresh(record: Record) -> Sequence[str]:
-    """For results whose code and data nobody looks at: nothing has changed."""
+    """Return no changed parts: for results whose code and data are not checked."""
     return ()
 
 
 def groups(records: Iterable[Record], stale: Stale = fresh) -> list[Group]:
-    """One group per row of the leaderboard, in its order: by setting, fresh before stale, best score first.
+    """Return one group per row of the leaderboard, in its order: by setting, fresh before stale, best score first.
 
     Of two records of one cell the one that started later counts. Groups of one setting that share method and variant
-    get distinct names: a `#` and a digest behind the variant, except for the only fresh one. `stale` names the parts
-    of the code and data that have changed since a record was made; it is not asked of records of an earlier schema
-    version, which are stale as OLDER, whatever has changed.
+    get distinct names: a `#` and a digest after the variant, except for the only fresh one. `stale` returns the parts
+    of code and data that have changed since a record was made; it is not called for records of an earlier schema
+    version, which are always stale as OLDER.
     """
-    found: dict[tuple[Any, ...], dict[int, Record]] = {}
+    members: dict[tuple[Any, ...], dict[int, Record]] = {}
     for (cell_key, seed), (record, digest) in _newest(records).items():
         fingerprints = tuple(sorted(record.fingerprints.items()))
         parts = (OLDER,) if record.older else tuple(stale(record))
-        found.setdefault((cell_key, digest, parts, fingerprints), {})[seed] = record
+        members.setdefault((cell_key, digest, parts, fingerprints), {})[seed] = record
     named: dict[tuple[Any, ...], list[Group]] = defaultdict(list)
-    for (_, digest, parts, fingerprints), by_seed in found.items():
-        members = tuple(record for _, record in sorted(by_seed.items()))
-        cell = members[0].cell
+    for (_, digest, parts, fingerprints), by_seed in members.items():
+        in_order = tuple(record for _, record in sorted(by_seed.items()))
+        cell = in_order[0].cell
         setting = (cell.task, cell.dataset, cell.backbone)
-        group = Group(setting, cell.method, cell.variant, digest, parts, fingerprints, members)
+        group = Group(setting, cell.method, cell.variant, digest, parts, fingerprints, in_order)
         named[*setting, cell.method, cell.variant].append(group)
-    return sorted((group for rivals in named.values() for group in _told_apart(rivals)), key=_order)
+    return sorted((group for rivals in named.values() for group in _distinct_names(rivals)), key=_order)
 
 
 def pools(rows: Sequence[Group]) -> list[list[int]]:
-    """Indices of the rows that can be compared with each other, pool by pool; older rows are in none."""
-    found: dict[tuple[Hashable, ...], list[int]] = defaultdict(list)
+    """Return the indices of the rows that can be compared with each other, by pool; older rows are in none."""
+    indices: dict[tuple[Hashable, ...], list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
         if not row.older:
-            found[row.pool].append(index)
-    return list(found.values())
+            indices[row.pool].append(index)
+    return list(indices.values())
 
 
 def older_notes(rows: Iterable[Group]) -> dict[tuple[str, str, str], str]:
-    """By setting, a note on the rows of an earlier schema version, which are shown and take no part in statistics."""
-    found: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    """Return by setting a note on the rows of an earlier schema version, which are shown but not in the statistics."""
+    older: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for row in rows:
         if row.older:
-            found[row.setting].append(label(row))
-    return {setting: f"{OLDER}, so not ranked: {', '.join(sorted(names))}" for setting, names in found.items()}
+            older[row.setting].append(label(row))
+    return {setting: f"{OLDER}, so not ranked: {', '.join(sorted(names))}" for setting, names in older.items()}
 
 
 def _newest(records: Iterable[Record]) -> dict[tuple[str, int], tuple[Record, str]]:
-    found: dict[tuple[str, int], tuple[Record, str]] = {}
+    newest: dict[tuple[str, int], tuple[Record, str]] = {}
     digests: dict[str, str] = {}
     for record in records:
         cell = record.cell
-        # Not Cell.digest for every record: this text takes a tenth of its time, and seeds share it.
+        # This text takes a tenth of the time of Cell.digest, and all seeds share it, so the digest is computed once.
         text = cell.model_dump_json(exclude={"seed"})
         if text not in digests:
             digests[text] = cell.model_copy(update={"seed": 0}).digest
         readable = "\n".join((cell.task, cell.dataset, cell.backbone, cell.method, cell.variant, digests[text]))
-        known = found.get((readable, cell.seed))
-        if known is None or record.started > known[0].started:
-            found[readable, cell.seed] = (record, digests[text])
-    return found
+        earlier = newest.get((readable, cell.seed))
+        if earlier is None or record.started > earlier[0].started:
+            newest[readable, cell.seed] = (record, digests[text])
+    return newest
 
 
-def _told_apart(rivals: Sequence[Group]) -> list[Group]:
+def _distinct_names(rivals: Sequence[Group]) -> list[Group]:
     plain = [group for group in rivals if not group.stale] if len(rivals) > 1 else list(rivals)
     digests = [group.digest for group in rivals]
     named = []

@@ -1,4 +1,4 @@
-"""The store of results: one JSON per cell, written atomically; folders can be merged. Imports no torch."""
+"""Store results: one JSON file per cell, written atomically; several folders can be merged. Imports no torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Rank = tuple[str, bool]
 
 
 class Damaged(UserError):
-    """A file that a results folder cannot hold. `reason` follows the file's name: "is truncated"."""
+    """An unusable file in a results folder. `reason` continues the file's name, such as "is truncated"."""
 
     def __init__(self, path: Path, reason: str, remedy: str) -> None:
         super().__init__(f"{path} {reason}; {remedy}")
@@ -36,7 +36,7 @@ class Store:
     """A results folder: `records/ID.json`, `samples/ID.json` and `adapters/ID.safetensors`, ID being `Cell.id`.
 
     Files keep the names that they got by earlier rules for ids. Of two records of one cell the later one counts.
-    Beside them, what only running cells need: `checkpoints`, `logs` and `claims`; and `cache`, which can be rebuilt.
+    The folders `checkpoints`, `logs` and `claims` serve running cells only; `cache` can be rebuilt.
     """
 
     def __init__(self, root: Path) -> None:
@@ -46,7 +46,7 @@ class Store:
 
     @classmethod
     def open(cls, root: Path | str, create: bool) -> Store:
-        """The store at `root`. Raises UserError when it is no results folder, or, with `create`, cannot be written."""
+        """Open the store at `root`. Raise UserError if it is no results folder or, with `create`, cannot be written."""
         root = Path(root)
         if root.exists() and not root.is_dir():
             raise UserError(f"{root} is a file, not a results folder; name a folder")
@@ -61,11 +61,11 @@ class Store:
         return store
 
     def save(self, record: Record, samples: dict[str, Any] | None = None) -> Record:
-        """Keep `record`, replacing an earlier one of the same cell, and return it as saved.
+        """Save `record`, replace an earlier one of the same cell, and return it as saved.
 
         `samples` is {"metric": name, "sample_ids": [n], "scores": {metric: [n floats]}, "predictions": [n]}; it is
-        written first, so that a record never points to a file that is not there. What lies under an earlier id of the
-        cell goes last: a process that is killed before leaves both, and loses none. Raises UserError on a full disk.
+        written first, so that a record never points to a missing file. Files under an earlier id of the cell are
+        removed last: a process that is killed before leaves both and loses none. Raise UserError on a full disk.
         """
         name = f"{record.cell.id}.json"
         if samples is not None:
@@ -76,10 +76,10 @@ class Store:
         return saved
 
     def _remove_superseded(self, record: Record) -> None:
-        """Remove what an earlier id of the cell names, unless it is of another cell, or newer, or cannot be read.
+        """Remove the files under earlier ids of the cell, unless they are another cell's, newer, or unreadable.
 
-        A file that cannot be removed does no harm beside the later record. No other process of this petlbench writes
-        under an earlier id, and one that has just removed the same files has done what is wanted.
+        A file that cannot be removed does no harm beside the later record. No process of this petlbench writes under
+        an earlier id, and if another one removes the same files first, the result is the same.
         """
         for key in former_ids(record.cell):
             path = self.records / f"{key}.json"
@@ -87,19 +87,19 @@ class Store:
                 former = read_record(path)
                 if former.cell.differences(record.cell) or former.started > record.started:
                     continue
-                path.unlink()  # first, that a record never lacks its samples
+                path.unlink()  # first, so that a record never lacks its samples
                 for folder, suffix in ((self.sample_scores, "json"), (self.adapters, "safetensors")):
                     (folder / f"{key}.{suffix}").unlink(missing_ok=True)
                 (self.checkpoints / f"{key}.safetensors").unlink(missing_ok=True)
 
     def paths(self) -> list[Path]:
-        """The files of all records, by name."""
-        # Names with a leading dot are not ours: editors and file systems leave them behind.
+        """Return the files of all records, by name."""
+        # Files with a leading dot come from editors and file systems, not from petlbench.
         return sorted(path for path in self.records.glob("*.json") if not path.name.startswith("."))
 
     def by_cell(self) -> dict[str, Record]:
-        """By cell id, in the order of file names, the record of each cell. Raises Damaged as `load` does."""
-        found: dict[str, tuple[Rank, Record]] = {}
+        """Return the record of each cell by cell id, in the order of file names. Raise Damaged as `load` does."""
+        best: dict[str, tuple[Rank, Record]] = {}
         seen: set[Path] = set()
         while new := [path for path in self.paths() if path not in seen]:
             seen.update(new)
@@ -109,28 +109,28 @@ class Store:
                 except Damaged:
                     if os.path.lexists(path):
                         raise
-                    continue  # superseded meanwhile: the later record is there, and is read in the next round
+                    continue  # superseded meanwhile: the next round reads the later record
                 rank = rank_of(record, key, path)
-                if key not in found or rank > found[key][0]:
-                    found[key] = (rank, record)
-        return {key: record for key, (_, record) in found.items()}
+                if key not in best or rank > best[key][0]:
+                    best[key] = (rank, record)
+        return {key: record for key, (_, record) in best.items()}
 
     def load(self) -> list[Record]:
-        """The record of each cell, by file name; those of earlier schema versions are `older`.
+        """Return the record of each cell, by file name; records of earlier schema versions are `older`.
 
-        Raises Damaged, a UserError, naming the file that is truncated, no record, of a newer schema version, or not
-        called what its cell is, and the remedy.
+        Raise Damaged, a UserError with the file and the remedy, if a file is truncated, is not a record, has a newer
+        schema version, or does not have its cell's name.
         """
         with collector_paused():
             return list(self.by_cell().values())
 
     def get(self, cell: Cell) -> Record | None:
-        """The record of `cell`, or None when it has not been run. Raises Damaged as `load` does.
+        """Return the record of `cell`, or None if it has not been run. Raise Damaged as `load` does.
 
-        Where no file holds it, and a default has changed since, the one that has its id now: a record of another cell.
+        If no file holds it but a file has its id, because a default has changed since, return that other cell's record.
         """
-        found: list[tuple[Rank, Record]] = []
-        named = None
+        matches: list[tuple[Rank, Record]] = []
+        same_id = None
         for key in (*former_ids(cell), cell.id):  # in this order, as `save` writes the new file and removes the old
             path = self.records / f"{key}.json"
             if not path.exists():
@@ -142,29 +142,29 @@ class Store:
                     raise
                 continue  # superseded meanwhile
             if not cell.differences(record.cell):
-                found.append((rank_of(record, cell.id, path), record))
+                matches.append((rank_of(record, cell.id, path), record))
             elif key == cell.id:
-                named = record
-        return max(found, key=lambda one: one[0])[1] if found else named
+                same_id = record
+        return max(matches, key=lambda match: match[0])[1] if matches else same_id
 
     def _read(self, path: Path) -> tuple[str, Record]:
-        """The id of a record's cell, and the record, whose file must have a name that the cell has or had."""
+        """Return the cell id and the record of a file, whose name must be one that the cell has or had."""
         record = read_record(path)
         key = record.cell.id
         if path.stem == key or may_name(path.stem, record.cell):
             return key, record
         wanted = path.with_name(f"{key}.json")
         if wanted.exists():
-            said = f"is a second record of the cell of {wanted.name}", "keeps the later one and sets the other aside"
+            fault = f"is a second record of the cell of {wanted.name}", "keeps the later one and sets the other aside"
         else:
-            said = f"holds the record that belongs into {wanted.name}", "renames it"
-        raise Damaged(path, said[0], f"`petlbench repair {self.root}` {said[1]}")
+            fault = f"holds the record that belongs into {wanted.name}", "renames it"
+        raise Damaged(path, fault[0], f"`petlbench repair {self.root}` {fault[1]}")
 
     def samples(self, record: Record) -> dict[str, Any] | None:
-        """What was saved beside `record`; None when nothing was. Raises Damaged for a missing or damaged file."""
+        """Return the samples saved with `record`, or None. Raise Damaged if their file is missing or damaged."""
         if record.samples is None:
             return None
-        # Only the name counts: a record from elsewhere must not point outside its folder.
+        # Use the file name only, so that no record points outside its folder.
         path = self.sample_scores / Path(record.samples).name
         remedy = f"`petlbench repair {self.root}` sets its record aside, then rerun the cell {record.cell.label}"
         if record.older:  # never set aside
@@ -180,7 +180,7 @@ class Store:
 
 
 class Merged:
-    """Several stores read as one; of two records of the same cell the one that started later counts."""
+    """Several stores that are read as one; of two records of a cell the one that started later counts."""
 
     def __init__(self, stores: Iterable[Store]) -> None:
         self.stores = list(stores)
@@ -188,27 +188,27 @@ class Merged:
         with collector_paused():
             for store in self.stores:
                 for key, record in store.by_cell().items():
-                    known = self._homes.get(key)
-                    if known is None or record.started > known[0].started:
+                    earlier = self._homes.get(key)
+                    if earlier is None or record.started > earlier[0].started:
                         self._homes[key] = (record, store)
 
     def load(self) -> list[Record]:
-        """One record per cell, by cell id."""
+        """Return one record per cell, by cell id."""
         return [self._homes[key][0] for key in sorted(self._homes)]
 
     def get(self, cell: Cell) -> Record | None:
-        """The record of `cell`, or None when no store holds it."""
+        """Return the record of `cell`, or None if no store holds it."""
         home = self._homes.get(cell.id)
         return home[0] if home else None
 
     def samples(self, record: Record) -> dict[str, Any] | None:
-        """As Store.samples, from the store that holds `record`."""
+        """Return the samples from the store that holds `record`, as Store.samples does."""
         home = self._homes.get(record.cell.id)
         return home[1].samples(record) if home else None
 
 
 def find(roots: Sequence[Path | str]) -> Merged:
-    """The results folders at `roots`, merged. Raises UserError for a root that is not one."""
+    """Open and merge the results folders at `roots`. Raise UserError if one is not a results folder."""
     return Merged([Store.open(root, create=False) for root in roots])
 
 
@@ -217,7 +217,7 @@ def _to_json(value: Any) -> bytes:
 
 
 def _strict(value: Any) -> Any:
-    """NaN and infinities as the strings that pydantic and numpy read back: JSON has no literal for them."""
+    """Replace NaN and infinities by strings that pydantic and numpy read back, as JSON has no literal for them."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, dict):
@@ -242,25 +242,25 @@ def _read_bytes(path: Path, remedy: str) -> bytes:
         return path.read_bytes()
     except (FileNotFoundError, IsADirectoryError) as error:
         raise Damaged(path, "is missing" if isinstance(error, FileNotFoundError) else "is a folder", remedy) from error
-    except OSError as error:  # of the disk or of permissions, and no fault of the file's
+    except OSError as error:  # the disk or permissions are at fault, not the file
         raise UserError(f"cannot read {path}: {error.strerror or error}; check the disk and permissions") from error
 
 
 def rank_of(record: Record, key: str, path: Path) -> Rank:
-    """Of two records of the cell with id `key` the larger rank counts: the later; of equals the one of that name."""
+    """Return the rank of a record of the cell `key`; the largest counts: the latest, of equals the one named `key`."""
     return record.started, path.stem == key
 
 
 def read_record(path: Path) -> Record:
-    """The record in a file of any name. Raises Damaged with the reason, in one line, why it holds none.
+    """Read the record in a file of any name. Raise Damaged, with the reason in one line, if it holds none.
 
-    One of an earlier schema version is brought to today's form, keeps its `schema_version`, and may have keys that
-    petlbench does not know any more; the file stays as it is.
+    A record of an earlier schema version is upgraded to today's form, keeps its `schema_version`, and may have keys
+    that petlbench no longer uses; the file stays as it is.
     """
     remedy = f"`petlbench repair {path.parents[1]}` sets it aside; then rerun its cell"
     data = _read_bytes(path, remedy)
     with suppress(ValidationError):
-        record = Record.model_validate_json(data)  # twice as fast as by way of json.loads
+        record = Record.model_validate_json(data)  # twice as fast as with json.loads
         if record.schema_version == SCHEMA_VERSION and "schema_version" in record.model_fields_set:
             return record
     content = _read_json(path, remedy)
@@ -274,14 +274,14 @@ def read_record(path: Path) -> Record:
 
 
 def _validated(content: dict[str, Any]) -> Record:
-    """The record in `content`, without the unknown keys of an older one. Raises ValidationError for all else."""
+    """Return the record in `content`, an older one without its unknown keys. Raise ValidationError otherwise."""
     if content["schema_version"] == SCHEMA_VERSION:
         return Record.model_validate(content)
     content = upgraded(content)
     try:
         return Record.model_validate(content)
     except ValidationError as error:
-        unknown = [one["loc"] for one in error.errors() if one["type"] == "extra_forbidden"]
+        unknown = [fault["loc"] for fault in error.errors() if fault["type"] == "extra_forbidden"]
         if not unknown:
             raise
     return Record.model_validate(without(content, unknown))

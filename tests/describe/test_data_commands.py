@@ -104,7 +104,7 @@ def test_every_caption_has_a_line_of_its_own_and_endless_texts_end() -> None:
     assert samples.text(captioned).splitlines() == ["sample-1", "• one line", "• two"]
     endless = samples.text({**captioned, "captions": ["x" * 1_000_000] * 5})
     assert endless.endswith("…")
-    assert len(endless) == samples.LETTERS + 1
+    assert len(endless) == samples.MAX_CHARACTERS + 1
 
 
 def test_letters_that_no_font_has_are_drawn_all_the_same(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,7 +209,7 @@ def test_json_says_all_that_the_table_says(root: Path, capsys: pytest.CaptureFix
         ),
         (["data", "show", "rec:nlvr"], "nlvr needs its files"),
         (["data", "show", "rec:toy", "--count", "0"], "argument --count: a positive whole number is needed, not '0'"),
-        (["data", "show", "rec:toy", "--count", "401"], "--count 401: a sheet holds 400 samples at most"),
+        (["data", "show", "rec:toy", "--count", "401"], "--count 401: a sheet holds at most 400 samples"),
         (["data", "show", "rec:toy", "--out", "sheet.jpg"], "--out sheet.jpg: a contact sheet is a PNG file"),
         (["data", "show", "rec:toy", "--out", "/dev/null/sheet.png"], "cannot write to folder /dev/null"),
         (["data", "show", "rec:toy", "--seed", "x"], "argument --seed: a whole number is needed, not 'x'"),

@@ -1,4 +1,4 @@
-"""Trade-off figures from the leaderboard: score against parameters, memory, time and compute. Imports no torch."""
+"""Draw trade-off figures of the leaderboard: score against parameters, memory, time and compute. Imports no torch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from petlbench.results.rows import SETTING, label
 
 DPI = 150
 WIDTH = 16.0  # inches
-NOTE_CHARACTERS = 280  # of a footnote's line
+NOTE_CHARACTERS = 280  # in a line of a footnote
 STYLE: dict[Any, Any] = {
     "axes.formatter.useoffset": False,
     "font.size": 8.5,
@@ -47,17 +47,17 @@ STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.6,
     "text.color": INK,
     "text.parse_math": False,
-    "svg.hashsalt": "petlbench",  # ids of SVG elements are random without it
+    "svg.hashsalt": "petlbench",  # without it the ids of SVG elements are random
 }
 
 
 def draw_plots(results: Iterable[Record] | pd.DataFrame, out_dir: Path, floors: Collection[str] = ()) -> list[Path]:
-    """Write a PNG and an SVG per task, data set and backbone that has a score; the paths, in table order.
+    """Write a PNG and an SVG per task, data set and backbone that has a score; return the paths in table order.
 
-    Where a method was run at several sizes, `curves.csv` (see `curves.curve_table`) comes last. `results` is records
-    or the frame `leaderboard.table` made of them, `floors` the methods whose score counts as no gain. The same results
-    give the same bytes with the same matplotlib. Raises UserError when there is nothing to draw or the folder cannot be
-    written.
+    If a method was run at several sizes, `curves.csv` (see `curves.curve_table`) comes last. `results` are records
+    or the frame that `leaderboard.table` made of them; `floors` are the methods whose score counts as no gain. The same
+    results give the same bytes with the same matplotlib. Raise UserError if there is nothing to draw or the folder
+    cannot be written.
     """
     frame = results if isinstance(results, pd.DataFrame) else table(results)
     scored = frame[frame["score_mean"].notna()]
@@ -80,7 +80,7 @@ def draw_plots(results: Iterable[Record] | pd.DataFrame, out_dir: Path, floors: 
 def _files(frame: pd.DataFrame, setting: tuple[str, ...], floors: Collection[str]) -> dict[str, bytes]:
     contents = {}
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # whatever the user's matplotlibrc says, the same figure
+        matplotlib.rcdefaults()  # so that the user's matplotlibrc does not change the figure
         matplotlib.rcParams.update(STYLE)
         figure = tradeoff_figure(frame, setting, floors)
         for suffix, metadata in (("png", None), ("svg", {"Date": None})):
@@ -91,7 +91,7 @@ def _files(frame: pd.DataFrame, setting: tuple[str, ...], floors: Collection[str
 
 
 def tradeoff_figure(frame: pd.DataFrame, setting: tuple[str, ...], floors: Collection[str] = ()) -> Figure:
-    """The panels of one (task, dataset, backbone). A method looks the same in every setting of `frame`."""
+    """Draw the panels of one (task, dataset, backbone). A method looks the same in every setting of `frame`."""
     rows = frame[(frame[SETTING] == list(setting)).all(axis=1)]
     styles = {curve: style for style, curve in enumerate(sorted({curve_of(row) for row in frame.itertuples()}))}
     shown = current(rows)
@@ -123,7 +123,7 @@ def _scale_scores(axes: Axes, shown: pd.DataFrame) -> None:
 
 
 def _footnotes(rows: pd.DataFrame, shown: pd.DataFrame, attrs: Mapping[Any, Any], floors: Collection[str]) -> list[str]:
-    """What a reader of the figure must know: `rows` are the setting's, `shown` those that are drawn."""
+    """Return the notes that explain the figure; `rows` are the setting's, `shown` those that are drawn."""
     notes = [
         "Grey steps: Pareto front (no other point scores as well at as low a cost).",
         _about_hypervolume(shown, floors),
@@ -148,8 +148,8 @@ def _about_hypervolume(shown: pd.DataFrame, floors: Collection[str]) -> str:
     ok = shown[shown["outcome"] == "ok"]
     if not any(front_hypervolume(measured(ok, panel.column), panel.column) >= 0 for panel in PANELS):
         return ""
-    run = sorted(set(floors) & set(shown["method"]))
-    floor = f"the score of {' or '.join(run)}" if run else "the lowest score"
+    shown_floors = sorted(set(floors) & set(shown["method"]))
+    floor = f"the score of {' or '.join(shown_floors)}" if shown_floors else "the lowest score"
     return (
         f"Hypervolume: share of the box from the largest cost and {floor} to the smallest cost and the best score that "
         "the front dominates, costs in logarithm."
@@ -181,10 +181,10 @@ def _about_stale(rows: pd.DataFrame, shown: pd.DataFrame) -> str:
 
 
 def _about_missing(shown: pd.DataFrame, panel: Panel) -> list[str]:
-    known = shown[shown[panel.column].notna()]
+    with_cost = shown[shown[panel.column].notna()]
     missing = {
-        "timed while other cells ran": known.drop(index=measured(shown, panel.column).index),
-        "not measured": shown.drop(index=known.index),
+        "timed while other cells ran": with_cost.drop(index=measured(shown, panel.column).index),
+        "not measured": shown.drop(index=with_cost.index),
     }
     return [
         f"Not in the {panel.name} panel, {why}: {', '.join(label(row) for row in rows.itertuples())}."

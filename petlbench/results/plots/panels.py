@@ -1,4 +1,4 @@
-"""One panel of a trade-off figure: points, size curves, front and labels over one cost. Imports no torch."""
+"""Draw one panel of a trade-off figure: points, size curves, front and labels over one cost. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from petlbench.results.plots.curves import Curve, curves, front, front_hypervolu
 from petlbench.results.plots.labels import FAINT, INK, Labels
 from petlbench.results.rows import label
 
-# Okabe and Ito's colours, told apart with any colour vision; without their yellow, which is faint on white.
+# Okabe and Ito's colours, distinct with any colour vision; without their yellow, which is faint on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
 MARKERS = "os^DvPX*<>phd8H"
 FILLS = ("full", "hollow", "left", "top")
@@ -33,7 +33,7 @@ class Panel:
     title: str
     name: str
     unit: float = 1.0
-    count: bool = False  # of anything from one to billions: always on a logarithmic axis
+    count: bool = False  # from one to billions, so always on a logarithmic axis
 
 
 PANELS = (
@@ -47,9 +47,9 @@ PANELS = (
 def draw_panel(
     axes: Axes, panel: Panel, rows: pd.DataFrame, styles: Mapping[Curve, int], floors: Collection[str] = ()
 ) -> None:
-    """Draw `rows`, all of one setting with a score and this panel's cost; `styles` numbers the looks of the curves.
+    """Draw `rows` of one setting, all with a score and this panel's cost; `styles` gives each curve its look number.
 
-    `floors`: the methods whose score counts as no gain.
+    `floors` are the methods whose score counts as no gain.
     """
     axes.set_xlabel(panel.title)
     axes.tick_params(axis="y", length=3.0 if panel is PANELS[0] else 0.0)
@@ -78,17 +78,17 @@ def draw_panel(
 
 
 def error_ends(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Lower and upper ends [n] of the error bars: the 95 % interval, else ± one deviation, else the score itself."""
+    """Return lower and upper ends [n] of the error bars: the 95 % interval, else ± one deviation, else the score."""
     names = ("score_mean", "score_std", "score_low", "score_high")
     mean, std, low, high = (rows[name].to_numpy(float, na_value=np.nan) for name in names)
-    known = ~(np.isnan(low) | np.isnan(high))
+    interval = ~(np.isnan(low) | np.isnan(high))
     std = np.nan_to_num(std)
-    # A percentile interval need not hold the mean; a bar must.
-    return np.minimum(np.where(known, low, mean - std), mean), np.maximum(np.where(known, high, mean + std), mean)
+    # A percentile interval may miss the mean; a bar must contain it.
+    return np.minimum(np.where(interval, low, mean - std), mean), np.maximum(np.where(interval, high, mean + std), mean)
 
 
 def look(style: int) -> dict[str, Any]:
-    """Look number `style`: no two of the first sixty share shape and filling, so that colour is never needed."""
+    """Return look number `style`; the first sixty differ in shape or filling, so that nobody depends on colour."""
     shape, filling = MARKERS[style % len(MARKERS)], FILLS[style // len(MARKERS) % len(FILLS)]
     color = PALETTE[style % len(PALETTE)]
     if filling == "full":
@@ -109,7 +109,7 @@ def _scale_costs(axes: Axes, x: np.ndarray, panel: Panel) -> None:
         axes.set_xlim(low / pad, high * pad)
         decades = LogLocator(subs=(1.0,) if high > 300 * low else (1.0, 2.0, 5.0))
         axes.xaxis.set_major_locator(decades if high > 4 * low else MaxNLocator(4))
-    elif panel.count and high > 0:  # a method may train nothing at all
+    elif panel.count and high > 0:  # a method may train nothing, and zero has no logarithm
         smallest = float(x[x > 0].min())
         axes.set_xscale("symlog", linthresh=smallest, linscale=0.4)
         axes.set_xlim(-0.5 * smallest, 3 * high)
@@ -122,7 +122,7 @@ def _scale_costs(axes: Axes, x: np.ndarray, panel: Panel) -> None:
 
 
 def _draw_front(axes: Axes, points: np.ndarray) -> np.ndarray:
-    """Draw the steps of the Pareto front of `points` [n, 2]; their corners' upper left ends [k, 2]."""
+    """Draw the steps of the Pareto front of `points` [n, 2]; return their upper left corners [k, 2]."""
     chosen = front(*points.T)
     if not chosen:
         return np.empty((0, 2))
@@ -132,7 +132,7 @@ def _draw_front(axes: Axes, points: np.ndarray) -> np.ndarray:
 
 
 def _draw_bars(axes: Axes, points: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Draw the error bars that have a length; the bars of all points [n, 2], from end to end [n, 2, 2]."""
+    """Draw the error bars that have a length; return the ends [n, 2, 2] of the bars of all points [n, 2]."""
     some = high > low
     reach = np.stack([points[:, 1] - low, high - points[:, 1]])[:, some]
     style: dict[str, Any] = {"fmt": "none", "ecolor": BAR, "elinewidth": 0.9, "capsize": 2.0, "zorder": 2}
@@ -141,7 +141,7 @@ def _draw_bars(axes: Axes, points: np.ndarray, low: np.ndarray, high: np.ndarray
 
 
 def _lines(members: Iterable[list[int]], points: np.ndarray, bars: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """All lines [k, 2, 2] of a panel, from point to point: error bars, the front's treads and risers, curves."""
+    """Return all lines [k, 2, 2] of a panel, from point to point: error bars, steps of the front, curves."""
     knees = np.stack([steps[1:, 0], steps[:-1, 1]], axis=1)
     front_lines = [np.stack([steps[:-1], knees], axis=1), np.stack([knees, steps[1:]], axis=1)]
     return np.concatenate(

@@ -1,4 +1,4 @@
-"""Two methods, sample by sample. Imports no torch."""
+"""Compare two methods sample by sample. Imports no torch."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ Row = dict[str, str | float]
 
 
 def compare(store: Store | Merged, a: str, b: str, confidence: float = 0.95) -> pd.DataFrame:
-    """Two methods (`method` or `method:variant`) paired by seed and test sample, a row per task, data set, backbone.
+    """Compare two methods (`method` or `method:variant`), paired by seed and test sample, in a row per setting.
 
-    Columns: task, dataset, backbone, seeds (how many both ended ok on), metric, mean_a, mean_b, difference (a - b),
-    its interval low to high and p, both by Student's t, over seeds and test samples (over samples alone where there is
-    one seed; see bootstrap.covariances). p is for this one question: `pairs` corrects for many. Records of an earlier
-    schema version count only where a method has no others: such a row's means are those that were reported, its metric
-    is marked as OLDER, and it has neither interval nor p. Raises UserError for an unknown method, when no pair of `ok`
-    records exists, or when a pair differs in its samples, or in its code or data beyond the method's own.
+    Columns: task, dataset, backbone, seeds (number on which both ended ok), metric, mean_a, mean_b, difference (a - b),
+    its interval low to high, and p. Interval and p come from Student's t over seeds and test samples (over samples
+    alone if there is one seed; see bootstrap.covariances). p answers this one question; `pairs` corrects for many.
+    Records of an earlier schema version count only if a method has no others: such a row has the reported means, its
+    metric is marked as OLDER, and it has neither interval nor p. Raise UserError if a method is unknown, if no pair of
+    `ok` records exists, or if a pair differs in its samples, or in code or data other than the method's own.
     """
     import pandas as pd
 
@@ -54,10 +54,10 @@ def compare(store: Store | Merged, a: str, b: str, confidence: float = 0.95) -> 
 
 
 def _paired(store: Store | Merged, left: Sequence[Record], right: Sequence[Record], confidence: float) -> Row:
-    """What is said of two methods with the same seeds, from their scores sample by sample."""
+    """Compare two methods with the same seeds by their scores, sample by sample."""
     _check_fingerprints(left, right)
     seeds = [record.cell.seed for record in left]
-    # One matrix for both, so that their samples are checked against each other and brought into one order.
+    # One matrix for both, so that their samples are checked against each other and put in one order.
     _, scores = score_matrix(store, [*left, *right])
     halves = [scores[: len(seeds)], scores[len(seeds) :]]
     error, freedom = (values[0, 1] for values in covariances(halves, [seeds, seeds]).of_differences)
@@ -76,7 +76,7 @@ def _paired(store: Store | Merged, left: Sequence[Record], right: Sequence[Recor
 
 
 def _reported(left: Sequence[Record], right: Sequence[Record]) -> Row:
-    """The same columns where a record is older: its samples and code cannot be held against another's."""
+    """Return the same columns if a record is older: its samples and code cannot be compared with another's."""
     mean_a, mean_b = (
         float(np.mean([record.metrics.get(record.main_metric, np.nan) for record in side])) for side in (left, right)
     )
@@ -87,37 +87,38 @@ def _reported(left: Sequence[Record], right: Sequence[Record]) -> Row:
 
 def _by_setting(records: Sequence[Record], name: str) -> dict[tuple[str, str, str], BySeed]:
     labels = {record.cell.id: label(record.cell) for record in records}
-    # A bare method name stands for its variant as long as there is only one.
+    # A method name alone means its variant if there is only one.
     variants = {text for text in labels.values() if text.split(":")[0] == name}
     wanted = name if name in labels.values() or len(variants) != 1 else variants.pop()
     if wanted not in labels.values():
-        known = sorted(set(labels.values()))
-        close = difflib.get_close_matches(name, known, n=1)
+        recorded = sorted(set(labels.values()))
+        close = difflib.get_close_matches(name, recorded, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
-        raise UserError(f"no records of method {name}; {hint}recorded: {', '.join(known) or 'nothing'}")
-    found: dict[tuple[str, str, str], BySeed] = defaultdict(dict)
+        raise UserError(f"no records of method {name}; {hint}recorded: {', '.join(recorded) or 'nothing'}")
+    by_setting: dict[tuple[str, str, str], BySeed] = defaultdict(dict)
     recipes: dict[tuple[str, str, str], str] = {}
     for record in sorted(records, key=lambda record: record.older):
         cell = record.cell
         if label(record.cell) != wanted or record.outcome != "ok":
             continue
         key = (cell.task, cell.dataset, cell.backbone)
-        if record.older and not all(known.older for known in found[key].values()):
+        if record.older and not all(kept.older for kept in by_setting[key].values()):
             continue
         digest = cell.model_copy(update={"seed": 0}).digest
         if recipes.setdefault(key, digest) != digest:
             raise UserError(f"{cell.label} was run with several recipes or configurations; keep one per folder")
-        found[key][cell.seed] = record
-    return found
+        by_setting[key][cell.seed] = record
+    return by_setting
 
 
 def _check_fingerprints(left: Sequence[Record], right: Sequence[Record]) -> None:
-    """A method may differ from another in its own code only, and its seeds not even in that."""
-    for side, other, own in ((left, left, True), (right, right, True), (left, right, False)):
+    """Raise UserError if two methods differ in more than their own code, or the seeds of one method in anything."""
+    for side, other, same_method in ((left, left, True), (right, right, True), (left, right, False)):
         reference = side[0].fingerprints
         for record in other:
             names = sorted(reference.keys() | record.fingerprints.keys())
-            parts = [n for n in names if reference.get(n) != record.fingerprints.get(n) and (own or n != "method")]
+            changed = [name for name in names if reference.get(name) != record.fingerprints.get(name)]
+            parts = [name for name in changed if same_method or name != "method"]
             if parts:
                 raise UserError(
                     f"{side[0].cell.label} and {record.cell.label} were run with different code or data "

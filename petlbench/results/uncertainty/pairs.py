@@ -1,4 +1,4 @@
-"""Which differences are real? What the leaderboard and `petlbench compare` are made from. Imports no torch."""
+"""Test which differences between rows of the leaderboard are significant. Imports no torch."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ PAIR_COLUMNS = (*SETTING, "a", "b", "metric", "mean_a", "mean_b", "difference", 
 
 
 def mean_std(values: Iterable[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (ddof 1); NaN for what too few values leave unknown."""
+    """Return the mean and the sample standard deviation (ddof 1); NaN if there are too few values for it."""
     array = np.asarray(list(values), dtype=float)
     mean = float(array.mean()) if array.size else float("nan")
     return mean, float(array.std(ddof=1)) if array.size > 1 else float("nan")
 
 
 def pairs(results: Store | Merged, *, stale: Stale = fresh) -> pd.DataFrame:
-    """Every pair of comparable rows of the leaderboard, with exactly PAIR_COLUMNS; `a` stands higher in it than `b`.
+    """Compare every pair of comparable rows of the leaderboard, with exactly PAIR_COLUMNS; `a` ranks above `b` in it.
 
     `mean_a` and `mean_b` are over seeds and test samples; `low` and `high` are the ends of the 95 % interval of the
-    difference a - b, by Student's t as is `p` (degrees of freedom: bootstrap.Covariances); `p_holm` is `p` adjusted
-    over the pairs of the setting, and `significant` where it is below 0.05. `stale` is as in `leaderboard.table`.
-    `attrs["notes"]` says, by setting, which rows have no pairs, and why: those of an earlier schema version never do.
+    difference a - b. They and `p` come from Student's t (degrees of freedom: bootstrap.Covariances). `p_holm` is `p`
+    adjusted over the pairs of the setting, and `significant` says whether it is below 0.05. `stale` is as in
+    `leaderboard.table`. `attrs["notes"]` names, by setting, the rows without pairs and the reason; rows of an earlier
+    schema version never have any.
     """
     import pandas as pd
 
@@ -47,24 +48,25 @@ def pairs(results: Store | Merged, *, stale: Stale = fresh) -> pd.DataFrame:
     notes: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for setting, note in older_notes(rows).items():
         notes[setting].append(note)
-    for indices, found in analyse(results, rows):
+    for indices, statistics in analyse(results, rows):
         first = rows[indices[0]]
-        notes[first.setting] += found.notes
-        left, right = found.pairs
-        difference, margin = found.means[left] - found.means[right], found.margins[left, right]
+        notes[first.setting] += statistics.notes
+        left, right = statistics.pairs
+        means, margin = statistics.means, statistics.margins[left, right]
+        difference = means[left] - means[right]
         texts = dict(zip([*SETTING, "metric"], [*first.setting, first.metric], strict=True))
         values = {
             **{name: np.full(len(left), text, dtype=object) for name, text in texts.items()},
             "a": names[indices][left],
             "b": names[indices][right],
-            "mean_a": found.means[left],
-            "mean_b": found.means[right],
+            "mean_a": means[left],
+            "mean_b": means[right],
             "difference": difference,
             "low": difference - margin,
             "high": difference + margin,
-            "p": found.p,
-            "p_holm": found.adjusted,
-            "significant": found.adjusted < LEVEL,
+            "p": statistics.p,
+            "p_holm": statistics.adjusted,
+            "significant": statistics.adjusted < LEVEL,
         }
         for name in PAIR_COLUMNS:
             columns[name].append(values[name])

@@ -1,4 +1,4 @@
-"""Per-sample scores of records as matrices whose columns are the same samples. Imports no torch."""
+"""Read the per-sample scores of records as matrices whose columns are the same samples. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Ids = list[Any]
 
 
 def score_matrix(results: Store | Merged, records: Sequence[Record]) -> tuple[Ids, np.ndarray]:
-    """The sample ids and the main metric of `records`, [records, samples].
+    """Return the sample ids and the per-sample main metric of `records`, [records, samples].
 
-    Raises UserError when scores are missing, are no finite numbers, or are of other samples than the first record's.
+    Raise UserError if scores are missing, are not finite, or belong to other samples than the first record's.
     """
     ids, first = _scores(results, records[0])
     rows = [first]
@@ -38,7 +38,7 @@ def score_matrix(results: Store | Merged, records: Sequence[Record]) -> tuple[Id
 
 
 def aligned(ids: Ids, values: np.ndarray, wanted: Ids) -> np.ndarray:
-    """`values`, whose last axis is in the order of `ids`, in the order of `wanted`."""
+    """Reorder the last axis of `values` from the order of `ids` to the order of `wanted`."""
     if ids == wanted:
         return values
     position = {name: index for index, name in enumerate(ids)}
@@ -57,7 +57,7 @@ def _scores(results: Store | Merged, record: Record) -> tuple[Ids, np.ndarray]:
         array = np.asarray(values, dtype=float)
         distinct = len(set(ids))
     except (TypeError, ValueError) as error:
-        raise UserError(f"the per-sample scores of {where} are not numbers, or its ids no names; rerun it") from error
+        raise UserError(f"the per-sample scores of {where} are not numbers, or its ids not names; rerun it") from error
     if distinct != len(ids) or array.shape != (len(ids),) or not ids or not np.isfinite(array).all():
         raise UserError(f"{where} does not have one finite score for each of its distinct sample ids; rerun it")
     return ids, array

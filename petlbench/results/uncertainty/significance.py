@@ -1,4 +1,4 @@
-"""Student's t for differences and intervals, and the correction for many comparisons. Needs scipy where called."""
+"""Student's t for differences and intervals, and Holm's correction for many comparisons. The first needs scipy."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import numpy as np
 
 
 def p_values(differences: np.ndarray, errors: np.ndarray, freedom: np.ndarray) -> np.ndarray:
-    """Two-sided, of Student's t with `freedom` degrees of freedom; all of one shape.
+    """Return two-sided p values of Student's t with `freedom` degrees of freedom; all arrays have one shape.
 
-    Without any spread 1 for equal means and 0 for others; NaN stays NaN. Counting resamples beyond zero could not go
-    below 1/resamples, which no correction for many pairs would survive.
+    Without any spread p is 1 for equal means and 0 for others; NaN stays NaN. A count of resamples beyond zero could
+    not go below 1/resamples, which is too coarse for a correction for many pairs.
     """
     from scipy.special import stdtr  # scipy.stats.t gives the same and takes far longer to import
 
@@ -20,20 +20,20 @@ def p_values(differences: np.ndarray, errors: np.ndarray, freedom: np.ndarray) -
 
 
 def quantiles(freedom: np.ndarray, confidence: float) -> np.ndarray:
-    """How many standard errors a two-sided interval of Student's t reaches to each side; in (0, 1) the confidence."""
+    """Return half the width, in standard errors, of Student's two-sided interval; `confidence` is in (0, 1)."""
     from scipy.special import stdtrit
 
     return stdtrit(freedom, (1 + confidence) / 2)
 
 
 def holm(p: np.ndarray) -> np.ndarray:
-    """p values, [n], adjusted for n comparisons (Holm 1979, "A simple sequentially rejective multiple test procedure").
+    """Adjust p values [n] for n comparisons (Holm 1979, "A simple sequentially rejective multiple test procedure").
 
-    NaN is no comparison: it stays NaN and does not count.
+    NaN means no comparison: it stays NaN and does not count.
     """
     adjusted = np.full(p.shape, np.nan)
-    known = np.flatnonzero(~np.isnan(p))
-    order = known[np.argsort(p[known], kind="stable")]
+    compared = np.flatnonzero(~np.isnan(p))
+    order = compared[np.argsort(p[compared], kind="stable")]
     factors = np.arange(len(order), 0, -1)
     adjusted[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * factors))
     return adjusted
