@@ -1,4 +1,4 @@
-"""Leaderboards written by hand, for the tests of what is made from them."""
+"""Make leaderboards by hand, for the tests of the code that reads them."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ COUNTS = ("seeds", "trainable_params", "accounted_bytes", "step_flops")
 
 
 def row(**values: Any) -> dict[str, Any]:
-    """A row's values where they differ from ROW."""
+    """The values of a row that differ from ROW."""
     return values
 
 
 def make_frame(*rows: dict[str, Any]) -> pd.DataFrame:
-    """The columns of a leaderboard that figures and curves read; each row says only what differs from ROW."""
+    """Return the columns that figures and curves read; each row gives only what differs from ROW."""
     unknown = {name for values in rows for name in values} - set(ROW)
     assert not unknown, unknown
     frame = pd.DataFrame([{**ROW, **values} for values in rows], columns=list(ROW))
@@ -41,7 +41,7 @@ def make_frame(*rows: dict[str, Any]) -> pd.DataFrame:
 
 
 def sweep(method: str, name: str, sizes: dict[float, tuple[float, float]], **common: Any) -> list[dict[str, Any]]:
-    """Rows of one method at `sizes`: size to (trainable parameters, score)."""
+    """Return rows of one method; `sizes` maps a size to (trainable parameters, score)."""
     return [
         {
             "method": method,

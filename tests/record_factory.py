@@ -1,4 +1,4 @@
-"""Synthetic records for the tests of everything downstream of cells."""
+"""Make synthetic records for the tests of the code that reads records."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def make_record(
     inference: Inference | None = None,
     step_joules: float | None = None,
 ) -> Record:
-    """A plausible record; a failed one knows its parameters and nothing that comes after training."""
+    """Return a plausible record; a failed one has its parameters but no results of training."""
     cell = Cell(
         method=method,
         variant=variant,
@@ -109,6 +109,6 @@ def _parameters(trainable: int, stored: int | None) -> Parameters:
 
 
 def make_samples(metric: str, scores: list[float], ids: list[str] | None = None) -> dict[str, Any]:
-    """Per-sample scores as a runner saves them."""
+    """Return per-sample scores as a run saves them."""
     ids = ids or [f"image-{index}" for index in range(len(scores))]
     return {"metric": metric, "sample_ids": ids, "scores": {metric: scores}, "predictions": ["?"] * len(scores)}

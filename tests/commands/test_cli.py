@@ -1,4 +1,4 @@
-"""The command line: exit statuses, one-line errors, and which cells a run runs."""
+"""The command line: exit statuses, one-line errors, and the cells that a run executes."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def petlbench(*arguments: str, **options: Any) -> subprocess.CompletedProcess[st
 
 
 class Launcher:
-    """Takes the place of `run_cells`: saves a record of the outcome it is told to."""
+    """A stand-in for `run_cells` that saves records with a given outcome."""
 
     def __init__(self) -> None:
         self.outcomes: dict[str, Outcome] = {}
         self.ran: list[str] = []
-        self.changes: dict[str, str] = {}  # of the fingerprints, as if the code had been another
+        self.changes: dict[str, str] = {}  # to the fingerprints, as if the code differed
 
     def __call__(self, cells: list[Cell], store: Store, options: RunOptions, **more: Any) -> list[Record]:
         self.ran = [cell.method for cell in cells]
@@ -57,7 +57,7 @@ class Launcher:
 
 @pytest.fixture
 def launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launcher:
-    """Two cells without a model behind them, run in an empty folder."""
+    """Two cells without a model, run in an empty folder."""
     launcher = Launcher()
     monkeypatch.setattr("petlbench.pipeline.run.expand", lambda suite, **filters: CELLS)
     monkeypatch.setattr("petlbench.pipeline.run.run_cells", launcher)
@@ -272,7 +272,7 @@ def test_an_interrupted_run_exits_with_130_and_says_how_to_continue(
     monkeypatch.setattr("petlbench.pipeline.run.run_cells", interrupted)
     assert main.main(["run", "smoke"]) == 130
     error = capsys.readouterr().err
-    assert "the same command goes on" in error
+    assert "run the same command to continue" in error
     assert error.count("\n") == 1
 
 

@@ -1,4 +1,4 @@
-"""What a command line may look like: options before, between and after positionals; help; mistakes."""
+"""Parsing of command lines: options before, between and after positionals; help; mistakes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from petlbench.commands import main
 from petlbench.commands.main import verb_module
 
 # fmt: off
-LINES = {  # each with its verb, and the positionals that it must find among the options
+LINES = {  # command line to its verb and the positionals among the options
     "list records --results out l*": ("list", {"kind": "records", "pattern": "l*"}),
     "list --json methods peft:*": ("list", {"kind": "methods", "pattern": "peft:*"}),
     "list --results out records": ("list", {"kind": "records", "pattern": "*"}),
@@ -70,7 +70,7 @@ def test_both_orders_mean_the_same() -> None:
 
 
 @pytest.mark.parametrize("line", MISTAKES)
-def test_mistakes_are_told_as_the_main_parser_tells_them(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_reported_as_the_main_parser_reports_them(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(line.split()) == 2
     assert capsys.readouterr().err.startswith(f"petlbench: error: {MISTAKES[line]}")
 

@@ -1,4 +1,4 @@
-"""Backbones described: built-in or plugged in, in any size, and which tasks each serves."""
+"""Descriptions of backbones: built-in or plugged in, in any size, with the tasks that each serves."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Demanding(Stranger):
 
 @pytest.fixture
 def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A distribution with a plain family, one whose options have no defaults, and one that cannot be imported."""
+    """A plug-in with a plain family, one whose options have no defaults, and one that cannot be imported."""
     points = {
         "stranger": "cat_strangers:Stranger",
         "demanding": "cat_strangers:Demanding",
@@ -74,7 +74,7 @@ def test_sizes_are_described_by_name_or_wildcard() -> None:
     large, larger = entries("beit3:large-*")
     assert (large.name, large.parameters) == ("beit3:large-224", 674_799_617)
     assert larger.parameters == 675_188_737
-    (other,) = entries("clip:ViT-L-14")  # of the many that the family knows beside its named sizes
+    (other,) = entries("clip:ViT-L-14")  # a size that the family knows but does not list
     assert other.parameters == 427_616_513
 
 
@@ -87,7 +87,7 @@ def test_the_matrix_says_what_is_supplied_and_why_a_task_is_refused() -> None:
     assert found["vl_bart"].keys() == {"rec", "vqa", "pairs", "captioning", "retrieval"}
     refused = found["transvg"]["retrieval"]
     assert refused.reason and refused.reason.startswith("it cannot embed (") and str(refused) == "no"
-    assert found["clip:coca-tiny"]["captioning"] == Service()  # a size that serves other tasks has a row of its own
+    assert found["clip:coca-tiny"]["captioning"] == Service()  # a size that serves other tasks has its own row
     assert "clip:tiny" not in found
 
 

@@ -1,4 +1,4 @@
-"""`petlbench data check` and `petlbench data show` as they are typed: exit statuses, errors of one line, pictures."""
+"""`petlbench data check` and `petlbench data show` as typed: exit statuses, one-line errors, pictures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A data root that holds the toy data set, which is registered."""
+    """A data root with the toy data set, which is registered."""
     known = DATASETS.get
     monkeypatch.setattr(DATASETS, "get", lambda name: Toy if name == "toy" else known(name))
     make(tmp_path / "data")
@@ -45,7 +45,7 @@ def row(image: Image.Image, **columns: Any) -> dict[str, Any]:
 
 
 def extent(image: Image.Image) -> tuple[int, int, int, int]:
-    """x, y, width, height of the pixels that are lime."""
+    """Return x, y, width and height of the box around all lime pixels."""
     ys, xs = np.nonzero((np.asarray(image) == LIME).all(-1))
     return int(xs.min()), int(ys.min()), int(xs.max() - xs.min() + 1), int(ys.max() - ys.min() + 1)
 

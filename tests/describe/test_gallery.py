@@ -1,4 +1,4 @@
-"""Pictures of predictions, from real cells on real files."""
+"""Pictures of predictions, drawn from real cells on real files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_every_task_runs_on_the_real_files_and_shows_what_it_predicted(task: str
     record = run_cell(cell(task), tmp_path, RunOptions(device="cpu", data_root=NLVR))
     assert (record.outcome, record.reason) == ("ok", "")
     store = Store.open(tmp_path, create=False)
-    if task == "retrieval":  # embeddings are no picture
+    if task == "retrieval":  # embeddings cannot be drawn
         with pytest.raises(UserError, match="no record"):
             show_predictions(store, tmp_path / "pictures", data_root=NLVR)
         return

@@ -1,4 +1,4 @@
-"""What `petlbench data check` finds, on small data sets of files made here."""
+"""`petlbench data check` on small data sets, whose files the tests write."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A data root that holds all of the toy data set as it is published; `toy` is registered."""
+    """A data root with the whole toy data set as published; `toy` is registered."""
     known = DATASETS.get
     monkeypatch.setattr(DATASETS, "get", lambda name: Toy if name == "toy" else known(name))
     folder = tmp_path / "data"
@@ -40,24 +40,24 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def change(root: Path, part: str, edit: Callable[[list[Any]], Any]) -> None:
     path = root / f"{part}.json"
-    found = json.loads(path.read_text())
-    edit(found)
-    path.write_text(json.dumps(found))
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
 
 
 def inventory(root: Path | None, name: str = "rec:toy", sample: int | None = 16, **config: Any) -> DatasetReport:
     return report_dataset(*opened_source(name, config, root), sample=sample)
 
 
-def entries(found: DatasetReport) -> dict[str, DatasetPart]:
-    """By name; splits, which are made of parts, as `split NAME`."""
-    return {f"split {e.name}" if e.made_of else e.name: e for e in found.entries}
+def entries(report: DatasetReport) -> dict[str, DatasetPart]:
+    """Return the entries by name; a split that is made of parts is called `split NAME`."""
+    return {f"split {e.name}" if e.made_of else e.name: e for e in report.entries}
 
 
 def test_what_is_there_as_published_is_counted_and_found_sound(root: Path) -> None:
-    found = inventory(root)
-    assert found.ok
-    by_name = entries(found)
+    report = inventory(root)
+    assert report.ok
+    by_name = entries(report)
     assert {name: tuple(by_name[name].counts.values()) for name in SIZES} == SIZES
     assert {e.verdict for name, e in by_name.items() if name in SIZES} == {"as published"}
     assert [by_name[name].opened for name in SIZES] == [16, 6, 5, 3]
@@ -72,10 +72,10 @@ def test_what_is_there_as_published_is_counted_and_found_sound(root: Path) -> No
 
 def test_another_size_than_published_fails_and_is_said(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change(root, "val", lambda rows: rows.pop())
-    found = inventory(root)
-    assert not found.ok
-    assert entries(found)["val"].differing == {"images": 6, "expressions": 6}
-    assert entries(found)["split test"].differing == {"expressions": 11}
+    report = inventory(root)
+    assert not report.ok
+    assert entries(report)["val"].differing == {"images": 6, "expressions": 6}
+    assert entries(report)["split test"].differing == {"expressions": 11}
     assert main.main(["data", "check", "rec:toy", "--data-root", str(root)]) == 1
     out = capsys.readouterr().out
     assert "5 (published 6)" in out
@@ -85,27 +85,27 @@ def test_another_size_than_published_fails_and_is_said(root: Path, capsys: pytes
 
 def test_a_size_that_differs_where_nobody_needs_the_part_is_no_failure(root: Path) -> None:
     change(root, "extra", lambda rows: rows.pop())
-    found = inventory(root)
-    assert entries(found)["extra"].verdict == "sizes differ"
-    assert found.ok
+    report = inventory(root)
+    assert entries(report)["extra"].verdict == "sizes differ"
+    assert report.ok
 
 
-def test_rows_that_cannot_be_used_are_not_counted_and_told_with_their_reason(
+def test_rows_that_cannot_be_used_are_not_counted_and_listed_with_their_reason(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change(root, "testA", lambda rows: rows[1].__setitem__(2, [1.0, 2.0, 0.0, 4.0]))
-    found = inventory(root)
-    entry = entries(found)["testA"]
+    report = inventory(root)
+    entry = entries(report)["testA"]
     assert (entry.counts["expressions"], entry.left_out) == (4, {"box without area": 1})
-    assert not found.ok
+    assert not report.ok
     main.main(["data", "check", "rec:toy", "--data-root", str(root)])
     assert "toy testA: left out 1 (box without area), first testA/01.png" in capsys.readouterr().out
 
 
 def test_one_parts_fault_does_not_hide_the_others(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (root / "val.json").write_text("[[")
-    found = inventory(root)
-    by_name = entries(found)
+    report = inventory(root)
+    by_name = entries(report)
     assert (by_name["val"].error, by_name["val"].verdict) == (
         "val.json is truncated: get the file again",
         "cannot be used",
@@ -116,9 +116,7 @@ def test_one_parts_fault_does_not_hide_the_others(root: Path, capsys: pytest.Cap
     assert capsys.readouterr().out.count("truncated") == 1, "once for the part and the split"
 
 
-def test_a_part_that_is_not_there_is_named_with_where_it_can_be_had(
-    root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_part_is_named_with_its_origin(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (root / "val.json").unlink()
     (root / "extra.json").unlink()
     by_name = entries(inventory(root))
@@ -148,11 +146,11 @@ def test_missing_images_are_counted_and_the_annotations_still_are(
 ) -> None:
     for number in range(6):
         (root / "pictures" / "val" / f"{number:02}.png").unlink()
-    found = inventory(root)
-    entry = entries(found)["val"]
+    report = inventory(root)
+    entry = entries(report)["val"]
     assert (entry.counts["expressions"], len(entry.faults), entry.opened) == (6, 6, 0)
     assert entry.verdict == "missing or broken images: 6"
-    assert not found.ok
+    assert not report.ok
     main.main(["data", "check", "rec:toy", "--data-root", str(root)])
     out = capsys.readouterr().out
     assert f"val: {root.absolute()}/pictures/val/00.png: missing" in out
@@ -191,18 +189,18 @@ def test_what_skipping_broken_images_leaves_out_of_a_split_is_counted(root: Path
     (root / "pictures" / "val" / "03.png").unlink()
     broken = entries(inventory(root))["split test"]
     assert "1 images of toy, test, are missing" in broken.error
-    found = inventory(root, skip_broken=True)
-    test = entries(found)["split test"]
+    report = inventory(root, skip_broken=True)
+    test = entries(report)["split test"]
     assert (test.counts, test.left_out) == ({"images": 10, "expressions": 10}, {"image missing or broken": 1})
-    assert any("skipped: 1 images of toy, test" in note for note in found.notes)
+    assert any("skipped: 1 images of toy, test" in note for note in report.notes)
 
 
 def test_captions_are_counted_and_not_their_rows(root: Path) -> None:
     for part in SIZES:
         change(root, part, lambda rows: [row.__setitem__(2, ["a", "b", "c"]) for row in rows])
-    found = inventory(root, "captioning:toy")
-    assert entries(found)["val"].counts == {"images": 6, "captions": 18}
-    assert (entries(found)["val"].verdict, found.ok) == ("sound", True), "no size is published for this task"
+    report = inventory(root, "captioning:toy")
+    assert entries(report)["val"].counts == {"images": 6, "captions": 18}
+    assert (entries(report)["val"].verdict, report.ok) == ("sound", True), "no size is published for this task"
 
 
 def test_both_images_of_a_pair_are_looked_at(root: Path) -> None:
@@ -212,7 +210,7 @@ def test_both_images_of_a_pair_are_looked_at(root: Path) -> None:
 
 
 class Rows(Source):
-    """Known by its rows alone, which stand in another order than their table."""
+    """A source with rows only, in another order than their table."""
 
     Config = SourceConfig
     tasks = frozenset({"captioning"})
@@ -235,11 +233,11 @@ def test_a_source_that_is_known_by_its_rows_is_checked_on_them(tmp_path: Path) -
     for seed in range(4):
         picture(tmp_path / f"{seed}.png", (16, 12), seed)
     Rows.folder = tmp_path
-    found = report_dataset("captioning", "rows", Rows(SourceConfig()), sample=None)
-    by_name = {entry.name: entry for entry in found.entries}
+    report = report_dataset("captioning", "rows", Rows(SourceConfig()), sample=None)
+    by_name = {entry.name: entry for entry in report.entries}
     assert (by_name["test"].counts, by_name["test"].opened) == ({"images": 4, "captions": 6}, 4)
     assert (by_name["test"].verdict, by_name["train"].verdict) == ("as published", "sound")
-    assert (by_name["validation"].error, found.ok) == ("validation got lost", False)
+    assert (by_name["validation"].error, report.ok) == ("validation got lost", False)
     (tmp_path / "0.png").write_bytes(b"no image")
     (tmp_path / "2.png").unlink()
     (train, *_) = report_dataset("captioning", "rows", Rows(SourceConfig()), sample=None).entries
@@ -251,15 +249,15 @@ def test_a_source_that_is_known_by_its_rows_is_checked_on_them(tmp_path: Path) -
 def test_a_split_without_rows_is_no_sound_one(monkeypatch: pytest.MonkeyPatch) -> None:
     features = Features({"image_id": Value("string"), "image": Image(), "captions": List(Value("string"))})
     monkeypatch.setattr(Rows, "load", lambda *_: Dataset.from_dict({name: [] for name in features}, features))
-    found = report_dataset("captioning", "rows", Rows(SourceConfig()), sample=16)
-    assert {entry.error for entry in found.entries} == {"it has no rows"}
-    assert not found.ok
+    report = report_dataset("captioning", "rows", Rows(SourceConfig()), sample=16)
+    assert {entry.error for entry in report.entries} == {"it has no rows"}
+    assert not report.ok
 
 
 def test_files_that_a_source_of_rows_lacks_are_missing_and_no_mistake(tmp_path: Path) -> None:
-    found = inventory(tmp_path, "rec:nlvr")
-    assert not found.ok
-    assert {entry.verdict for entry in found.entries} == {"cannot be used"}
+    report = inventory(tmp_path, "rec:nlvr")
+    assert not report.ok
+    assert {entry.verdict for entry in report.entries} == {"cannot be used"}
     assert inventory(NLVR, "rec:nlvr").ok
 
 

@@ -1,4 +1,4 @@
-"""Methods and variants listed: read without an import, seen on the home backbone, and equal to the README's table."""
+"""Lists of methods and variants: variants are read without an import, and the README has the printed table."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Foreign(Below):
 
 @pytest.fixture
 def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A third party's methods: one plain, one that inherits, one that only an import tells, one that has no base."""
+    """Plug-in methods: one plain, one that inherits, one that only an import reveals, one that has no base."""
     points = {name: f"declared_plugin:{name.title()}" for name in ("base", "inherits", "computed", "foreign")}
     install(tmp_path, "declared-plugin", points, {"declared_plugin": PLUGIN}, "petlbench.methods")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -55,11 +55,11 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_what_is_read_is_what_the_class_has(name: str) -> None:
-    kind, found = METHODS.get(name), declared(name)
-    assert (dict(found.variants), dict(found.impossible)) == (dict(kind.variants), dict(kind.impossible))
+    cls, found = METHODS.get(name), declared(name)
+    assert (dict(found.variants), dict(found.impossible)) == (dict(cls.variants), dict(cls.impossible))
     assert not set(found.variants) & set(found.impossible)
     for options in found.variants.values():
-        kind.Config(**options)
+        cls.Config(**options)
 
 
 def test_listing_variants_imports_no_torch_and_no_method() -> None:
@@ -83,8 +83,8 @@ def test_variants_are_listed_with_their_options_or_the_reason(plugin: None) -> N
 
 def test_a_class_that_has_to_be_imported_and_cannot_be_is_an_entry_with_the_error(plugin: None) -> None:
     found = list_variants("*:a")
-    assert "declared_plugin:Computed" in str(found) and "base:a" in {one.name for one in found}
-    (broken,) = [one for one in found if one.name == "foreign"]
+    assert "declared_plugin:Computed" in str(found) and "base:a" in {variant.name for variant in found}
+    (broken,) = [variant for variant in found if variant.name == "foreign"]
     assert broken.error and "No module named 'somewhere'" in broken.error
 
 
@@ -102,9 +102,9 @@ def seen(name: str, home: str = "tiny", **options: object) -> str:
     cell = Cell(method=name, task="vqa", dataset="digits", backbone=home)
     backbone = build_backbone(cell, device)
     before = set(backbone.modules())
-    kind = METHODS.get(name)
+    cls = METHODS.get(name)
     with device:
-        adapted, _ = adapt(kind(kind.Config(**options)), backbone)
+        adapted, _ = adapt(cls(cls.Config(**options)), backbone)
     return sites(before, adapted)
 
 
@@ -133,8 +133,8 @@ def test_a_method_of_unknown_paper_has_a_row_of_what_is_known(monkeypatch: pytes
         def adapt(self, backbone: Backbone) -> Backbone:
             raise RuntimeError("no\nway")
 
-    for kind, expected in ((Bare, ("tiny", 0, None)), (Broken, ("", None, "RuntimeError: no way"))):
-        monkeypatch.setattr(METHODS, "get", lambda name, kind=kind: kind)
+    for cls, expected in ((Bare, ("tiny", 0, None)), (Broken, ("", None, "RuntimeError: no way"))):
+        monkeypatch.setattr(METHODS, "get", lambda name, cls=cls: cls)
         (row,) = rows("bitfit")
         assert (row.home, row.method_parameters, row.error) == expected
 
@@ -149,7 +149,7 @@ def test_the_command_shows_table_and_variants(capsys: pytest.CaptureFixture[str]
 
 
 def test_the_readme_holds_the_table_of_methods() -> None:
-    """Where this fails: put what `petlbench list methods --markdown` prints between the marks in README.md."""
+    """If this fails, put the output of `petlbench list methods --markdown` between the marks in README.md."""
     _, _, rest = README.read_text(encoding="utf-8").partition("<!-- methods -->\n")
     held, _, _ = rest.partition("<!-- /methods -->")
     assert held == markdown([row for row in rows() if row.name in SHIPPED])

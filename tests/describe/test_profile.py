@@ -1,4 +1,4 @@
-"""Costs without training: exact figures that repeat, real steps, and a table of methods side by side."""
+"""Profiles: exact figures that repeat, seconds of real steps, and a table of methods side by side."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def costs(cache: None) -> dict[str, Costs]:
 
 
 def exact(costs: Costs) -> Any:
-    """What must not depend on the machine, the threads or the company."""
+    """Return the costs that must not depend on the machine, the threads or the other methods."""
     memory = costs.memory
     return costs.parameters, costs.flops, memory.saved_bytes, memory.accounted_bytes, memory.optimizer_bytes
 
 
 def test_exact_figures_depend_neither_on_threads_nor_on_what_was_measured_before(costs: dict[str, Costs]) -> None:
     alone = measured("vl_adapter", threads=2, steps=1)[0]
-    assert list(costs) == ["lora", "full", "vl_adapter"]  # the order that was asked for
+    assert list(costs) == ["lora", "full", "vl_adapter"]  # in the requested order
     assert exact(alone) == exact(costs["vl_adapter"])
     assert alone.environment["threads"] == 2 and costs["vl_adapter"].environment["threads"] == 1
 
@@ -132,7 +132,7 @@ def test_the_timed_steps_of_the_methods_alternate_and_their_rate_stays_positive(
         steps.append((type(training.setup.method).__name__, training.optimizer.param_groups[0]["lr"]))
 
     monkeypatch.setattr(profiling, "train_step", spy)
-    recipe = Recipe(steps=2, batch_size=4)  # shorter than what is timed
+    recipe = Recipe(steps=2, batch_size=4)  # fewer steps than are timed
     profile([cell("bitfit", recipe=recipe), cell("head_only", recipe=recipe)], device="cpu", steps=3)
     turns = [name for i, (name, _) in enumerate(steps) if i == 0 or steps[i - 1][0] != name]
     assert turns == ["BitFit", "HeadOnly", "BitFit", "HeadOnly"]
@@ -140,7 +140,7 @@ def test_the_timed_steps_of_the_methods_alternate_and_their_rate_stays_positive(
     assert len(steps) == 2 * (3 + WARMUP + 1)
 
 
-def test_energy_is_told_only_where_it_was_measured_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_energy_is_reported_only_if_it_was_measured_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     readings = iter(range(0, 10**6, 5))
     monkeypatch.setattr(state, "energy_counter", lambda device: lambda: float(next(readings)))
     assert measured("bitfit", steps=1)[0].step_joules is None
@@ -157,7 +157,7 @@ def test_a_method_that_diverges_is_named_in_one_line(monkeypatch: pytest.MonkeyP
         measured("bitfit", steps=1)
 
 
-def test_a_method_that_does_not_fit_is_the_users_to_mend() -> None:
+def test_a_method_that_does_not_fit_is_a_user_error() -> None:
     with pytest.raises(UserError, match=r"'lora' does not fit backbone 'tiny'.*no stack 'fusion'"):
         profile([cell("lora", method_config={"stacks": ["fusion"]})], meta=True)
 
@@ -187,7 +187,7 @@ def test_the_table_gives_values_and_percentages_of_the_baseline(costs: dict[str,
     table = text([lora, full])
     share = f"{100 * lora.parameters.trainable / full.parameters.trainable:.3g}%"
     assert line(table, "trainable parameters")[-1] == share and table.count(share) >= 1
-    assert table.index("full") < table.index("lora")  # the baseline leads
+    assert table.index("full") < table.index("lora")  # the baseline comes first
     assert "%" not in text([lora]) and "CUDA peak" not in table and "energy" not in table
 
 

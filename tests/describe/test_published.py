@@ -1,4 +1,4 @@
-"""Published figures: what the package holds, how ours are judged, and that ours are the published ones."""
+"""Published figures: the file is sound, the verdicts are right, and ours equal the published ones."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ def tiny_parameters() -> int:
     ],
 )
 def test_each_kind_is_judged_by_its_own_measure(kind: str, value: str, ours: float | None, verdict: str) -> None:
-    finding = FigureCheck(figure(kind=kind, value=value), ours)
-    assert finding.verdict == verdict
-    assert failed([finding]) == (verdict == "DIFFERS")
+    check = FigureCheck(figure(kind=kind, value=value), ours)
+    assert check.verdict == verdict
+    assert failed([check]) == (verdict == "DIFFERS")
 
 
 def test_the_packaged_figures_name_what_there_is_each_once_and_with_a_source() -> None:
@@ -107,8 +107,8 @@ def test_counts_go_through_method_and_head_and_each_backbone_is_built_once(monke
         figure(value=str(whole + 1)),
     ]
     found = verify(figures)
-    assert [finding.verdict for finding in found] == [*["equal"] * 3, "not measured", "measured", "DIFFERS"]
-    assert [finding.figure for finding in found] == figures
+    assert [check.verdict for check in found] == [*["equal"] * 3, "not measured", "measured", "DIFFERS"]
+    assert [check.figure for check in found] == figures
     assert built == ["meta"]
 
 
@@ -126,18 +126,18 @@ def test_a_methods_own_effective_parameters_are_those_that_can_receive_a_gradien
     tasks = '{"tasks": ["rec", "vqa", "captioning", "retrieval"]}'
     several = {"method": "vl_adapter", "variant": "multiple", "method_config": tasks, "task": "rec"}
     figures += [figure(**several, backbone_config=options, quantity=q) for q in quantities]
-    found = [finding.ours for finding in verify(figures)]
+    found = [check.ours for check in verify(figures)]
     own, reached, trained, others, all_own, of_task, *_ = (int(one or 0) for one in found)
     assert trained == own + others
-    assert 0 < reached < own  # no word is decoded for a referring expression
+    assert 0 < reached < own  # a referring expression decodes no word
     assert of_task == reached and all_own > 3 * own - others
 
 
 def test_percentages_are_of_the_adapted_or_of_the_untouched_backbone() -> None:
     quantities = ("trainable_percent", "trainable_percent_of_untouched", "method_percent_of_untouched")
     of_all, of_untouched, own = (
-        finding.ours or 0.0
-        for finding in verify([figure(method="lora", quantity=q, kind="percent", unit="percent") for q in quantities])
+        check.ours or 0.0
+        for check in verify([figure(method="lora", quantity=q, kind="percent", unit="percent") for q in quantities])
     )
     whole = tiny_parameters()
     of_method = verify([figure(method="lora", quantity="method_parameters")])[0].ours or 0
@@ -146,19 +146,19 @@ def test_percentages_are_of_the_adapted_or_of_the_untouched_backbone() -> None:
     assert of_all < of_untouched
 
 
-def test_variants_are_told_apart_and_the_backbone_is_left_as_it_was() -> None:
+def test_variants_are_distinguished_and_the_backbone_is_left_as_it_was() -> None:
     figures = [
         figure(method="lora", variant=f"r{rank}", method_config=json.dumps({"rank": rank, "train_biases": False}))
         for rank in (2, 4)
     ]
-    small, large = (finding.ours for finding in verify(figures))
+    small, large = (check.ours for check in verify(figures))
     host = verify([figure(method="head_only")])[0].ours
     assert small and large and host
     assert 2 * (small - host) == large - host
 
 
 def test_saved_bytes_are_canonical_and_beside_them_native_and_fused() -> None:
-    """Attention maps grow with the square of the tokens: fused attention keeps none."""
+    """Attention maps grow with the square of the number of tokens; fused attention keeps none."""
     options = {"image_size": 96, "dropout": 0.1}
     cell = figure(method="full", task="rec", backbone_config=json.dumps(options)).cell
     threads = torch.get_num_threads()
@@ -167,14 +167,14 @@ def test_saved_bytes_are_canonical_and_beside_them_native_and_fused() -> None:
     assert 1 < native < canonical
     assert torch.equal(state, torch.get_rng_state()) and threads == torch.get_num_threads()
     row = figure(task="rec", backbone_config=json.dumps(options), quantity=SAVED, kind="bytes", unit="MiB", value="0.1")
-    (finding,) = verify([row])
-    assert (finding.ours, finding.native, finding.verdict) == (canonical, native, "DIFFERS")
+    (check,) = verify([row])
+    assert (check.ours, check.native, check.verdict) == (canonical, native, "DIFFERS")
 
 
 def test_patterns_choose_methods_and_variants() -> None:
     figures = [figure(method=name, variant=variant) for name, variant in (("full", ""), ("lora", "a"), ("lora", "b"))]
-    assert [finding.figure for finding in verify(figures, ["lora:b"])] == figures[2:]
-    assert [finding.figure for finding in verify(figures, ["f*", "lora:a"])] == figures[:2]
+    assert [check.figure for check in verify(figures, ["lora:b"])] == figures[2:]
+    assert [check.figure for check in verify(figures, ["f*", "lora:a"])] == figures[:2]
     with pytest.raises(UserError, match=r"^unknown method 'lroa': did you mean 'lora'\?"):
         verify(figures, ["lroa"])
     with pytest.raises(UserError, match=r"^there is no published figure for 'head_only': .* full, lora:a, lora:b$"):

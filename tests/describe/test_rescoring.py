@@ -1,4 +1,4 @@
-"""METEOR and SPICE of kept captions, computed beside the record."""
+"""METEOR and SPICE of kept captions are computed without a change to the record."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NLVR = Path(__file__).parents[1] / "fixtures" / "nlvr"
 
 
 def share_of_words(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> CiderScores:
-    """Stands for a Java metric: mean number of references."""
+    """A stand-in for a Java metric: it returns the mean number of references."""
     samples = [float(len(own)) for own in references]
     return CiderScores(sum(samples) / len(samples), samples)
 
@@ -63,8 +63,8 @@ def test_each_captioning_record_gets_a_row_and_stays_as_it_is(results: tuple[Sto
 def _references(record: Record) -> list[list[str]]:
     from petlbench.api.registries import DATASETS
 
-    kind = DATASETS.get("nlvr")
-    return list(kind(kind.Config(), NLVR).load("captioning", "test", record.cell.recipe.eval_limit)["captions"])
+    cls = DATASETS.get("nlvr")
+    return list(cls(cls.Config(), NLVR).load("captioning", "test", record.cell.recipe.eval_limit)["captions"])
 
 
 def test_other_data_than_was_tested_on_is_refused(results: tuple[Store, Record], tmp_path: Path) -> None:

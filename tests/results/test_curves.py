@@ -1,4 +1,4 @@
-"""Curves, fronts and hypervolumes, against values worked out by hand."""
+"""Curves, fronts and hypervolumes equal values computed by hand."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_hypervolume_is_the_area_under_the_staircase_over_that_of_the_box() 
     # Three decades wide. 0.2 over the last 3, then 0.3 more over the last 2, then 0.4 more over the last 1.
     costs, scores = [1, 10, 100, 1000], [0.2, 0.5, 0.9, 1.0]
     assert hypervolume(costs, scores, **BOX) == pytest.approx((0.2 * 3 + 0.3 * 2 + 0.4 * 1) / 3)
-    # The same with the score's side from 0.1 to 1.1, one wide.
+    # The same with scores from 0.1 to 1.1, so the side has length one.
     shifted = hypervolume(costs, scores, (1000.0, 0.1), (1.0, 1.1))
     assert shifted == pytest.approx((0.1 * 3 + 0.3 * 2 + 0.4 * 1) / 3)
 

@@ -1,4 +1,4 @@
-"""The leaderboard: what is averaged, what is kept apart, what stays empty."""
+"""The leaderboard: which records are averaged, which stay separate, and which columns stay empty."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def shown(frame: pd.DataFrame) -> str:
 
 
 def looks(frame: pd.DataFrame, names: str) -> dict[str, str]:
-    """The style that each row begins with."""
+    """Return the style at the start of each row."""
     codes = {"\x1b[1m": "bold", "\x1b[2m": "dim"}
     lines = lines_of(frame, color=True)
     return {
@@ -54,7 +54,7 @@ def looks(frame: pd.DataFrame, names: str) -> dict[str, str]:
 
 
 def stale_of(record: Record) -> tuple[str, ...]:
-    """The parts whose fingerprint is old."""
+    """Return the parts whose fingerprint is old."""
     return tuple(name for name, value in sorted(record.fingerprints.items()) if value == "old")
 
 
@@ -117,7 +117,7 @@ def test_what_inference_storage_energy_and_size_cost_has_columns(tmp_path: Path)
     records = [
         make_record(seed=0, inference=fast(0.2), step_joules=4.0, size=("rank", 8), flops=(1, 2)),
         make_record(seed=1, inference=fast(0.4), step_joules=8.0, size=("rank", 8), flops=(1, 2)),
-        # Timed while another cell ran: not averaged with the others.
+        # Timed while another cell ran, so not averaged with the others.
         make_record(seed=2, inference=fast(9.0), step_joules=99.0, size=("rank", 8), flops=(1, 2), jobs=2),
     ]
     row = table(records).iloc[0]
@@ -213,7 +213,7 @@ def test_stale_rows_stand_apart_from_the_fresh_ones() -> None:
     frame = table(records, stale=stale_of)
     names = frame["variant"].tolist()
     assert frame["method"].tolist() == ["full", "lora", "lora", "bitfit"]
-    # The fresh row keeps the plain name; neither is averaged with, nor beaten by, what is stale.
+    # The fresh row keeps the plain name; stale rows are not averaged with it and do not beat it.
     assert names[:2] == ["", ""] and names[2].startswith("#") and names[3] == ""
     assert frame["score_mean"].tolist() == [0.6, 0.5, 0.9, 0.7]
     assert list(rows_of(frame).values()) == [(False, True), (False, True), (True, True), (True, False)]

@@ -1,4 +1,4 @@
-"""The trade-off figures: every point named, nothing covered, the same bytes every time."""
+"""Trade-off figures: every point has a name, labels cover nothing, and the bytes are always the same."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MIB = 2**20
 
 
 def crowd(count: int = 5) -> pd.DataFrame:
-    """Methods whose scores and costs are nearly equal: every label wants the same place."""
+    """Methods with nearly equal scores and costs, so that all labels compete for one place."""
     rows = [
         row(
             method=f"method_{index}",
@@ -98,7 +98,7 @@ def names(axes: Axes) -> list[str]:
 
 
 def text_box(text: Text) -> Bbox:
-    # Annotation.get_window_extent would count the arrow in.
+    # Annotation.get_window_extent would include the arrow.
     return Text.get_window_extent(text)
 
 
@@ -153,7 +153,7 @@ def test_no_label_touches_another_a_marker_or_an_axis(frame: pd.DataFrame, count
 def test_a_text_keeps_clear_of_the_markers_of_other_points(
     write: Callable[[Labels, dict[int, str]], None], at: tuple[float, float]
 ) -> None:
-    """`at` is where the text would stand if nothing were there."""
+    """`at` is the place of the text if nothing is in its way."""
     for other, covered in ((0.9, 0.9), True), (at, False):
         figure = Figure(figsize=(2.0, 2.0), dpi=150)
         FigureCanvasAgg(figure)

@@ -1,4 +1,4 @@
-"""The store of results: nothing half-written, nothing read silently wrong."""
+"""The store of results: no half-written file, and no error that goes unnoticed on reading."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_damaged_or_foreign_record_is_named_in_one_line_with_the_remedy(store:
 
 
 def rewrite(path: Path, **changes: object) -> None:
-    """Change keys of a record's file; None drops one."""
+    """Change keys of a record's file; None drops a key."""
     content = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 

@@ -1,4 +1,4 @@
-"""Repairing a results folder: it reads again afterwards, everything that moved is still there, and each is named."""
+"""Repair of a results folder: it can be read again, no file is lost, and each action is reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bootstrap over seeds and samples, the pairs and ranks made from it, their cache, and two methods compared."""
+"""The bootstrap over seeds and samples, pairs and ranks and their cache, and the comparison of two methods."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def put(store: Store, method: str, scores: object, ids: list[str] | None = None,
 
 
 def frozen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From here on nothing may be computed anew."""
+    """Make every new computation fail from here on."""
 
     def refuse(*_: object) -> None:
         raise AssertionError("computed anew")
@@ -51,7 +51,7 @@ def frozen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def error(scores: list[np.ndarray], seeds: list[list[int]]) -> float:
-    """The standard error of one row's mean, which resamples must have too, or of two rows' difference."""
+    """Return the standard error of one row's mean (checked against resamples) or of two rows' difference."""
     found = covariances(scores, seeds)
     resampled = bootstrap_means(scores, seeds, 4_000)
     assert resampled.std(axis=1, ddof=1) == pytest.approx(found.of_rows.errors, rel=0.05)
@@ -61,7 +61,7 @@ def error(scores: list[np.ndarray], seeds: list[list[int]]) -> float:
 
 
 def p_and_freedom(scores: Sequence[np.ndarray], seeds: list[list[int]]) -> tuple[float, float]:
-    """Of the difference of two rows."""
+    """Return the p value of the difference of two rows and its degrees of freedom."""
     errors, freedom = (values[0, 1] for values in covariances(scores, seeds).of_differences)
     a, b = scores
     return float(p_values(a.mean() - b.mean(), errors, freedom)), float(freedom)
@@ -95,7 +95,7 @@ def test_pairing_removes_what_two_methods_have_in_common() -> None:
     bad_seed = np.array([[0.0], [3.0], [9.0]])
     seeds = [[0, 1, 2], [0, 1, 2]]
     assert error([own + bad_seed, np.zeros((3, 400)) + bad_seed], seeds) == pytest.approx(own.std() / 20, rel=0.01)
-    # Other seeds have nothing in common.
+    # Rows with other seeds have nothing in common.
     unpaired = error([own + bad_seed, np.zeros((3, 400)) + bad_seed], [[0, 1, 2], [3, 4, 5]])
     assert unpaired == pytest.approx(math.sqrt(2 * bad_seed.var(ddof=1) / 3 + own.var() / 400), rel=0.01)
 
@@ -119,12 +119,12 @@ def test_memory_stays_bounded_for_many_samples() -> None:
     bootstrap_means([scores], [[0]], resamples=60)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 100e6  # all resamples at once would take 192e6
+    assert peak < 100e6  # all resamples at once would need 192e6
 
 
 def test_holm_steps_down_and_never_decreases() -> None:
     adjusted = holm(np.array([0.01, math.nan, 0.04, 0.03, 0.005]))
-    # By hand: 4 x 0.005, 3 x 0.01, 2 x 0.03, and 1 x 0.04 raised to what came before it; the missing one counts not.
+    # By hand: 4 x 0.005, 3 x 0.01, 2 x 0.03, and 1 x 0.04 raised to the one before it; the missing one is left out.
     assert adjusted[[0, 2, 3, 4]] == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert math.isnan(adjusted[1])
     assert holm(np.array([0.9, 0.8])).tolist() == [1.0, 1.0] and holm(np.array([])).size == 0
@@ -139,7 +139,7 @@ def test_p_values_are_student_s_and_decided_where_nothing_varies() -> None:
 
 def test_where_seeds_decide_the_test_is_the_paired_t_test_over_seed_means() -> None:
     a, b = np.array([0.1, 0.5, 0.3]), np.array([0.4, 1.2, 0.9])
-    scores = [levels[:, None] + 1e-6 * NORMAL + 5 * NORMAL for levels in (a, b)]  # hard samples cancel
+    scores = [levels[:, None] + 1e-6 * NORMAL + 5 * NORMAL for levels in (a, b)]  # the difficulty of samples cancels
     p, freedom = p_and_freedom(scores, [[0, 1, 2]] * 2)
     assert freedom == pytest.approx(2, abs=1e-3) and p == pytest.approx(stats.ttest_rel(a, b).pvalue, rel=1e-3)
 
@@ -154,7 +154,7 @@ def test_other_seeds_bring_degrees_of_freedom_of_their_own() -> None:
     levels = np.array([0.0, 0.4, 0.9])
     a, b = (np.repeat(values[:, None], 50, axis=1) for values in (levels, 2 + levels[::-1]))
     p, freedom = p_and_freedom([a, b], [[0, 1, 2], [3, 4, 5]])
-    # Weighted by shares, where Welch's own formula, which squares them, would give 4 to two groups of equal spread.
+    # Shares are not squared; Welch's formula squares them and would give 4 for two groups of equal spread.
     assert freedom == pytest.approx(2) and p_and_freedom([a, b[:1]], [[0, 1, 2], [3]])[1] == pytest.approx(2)
     welch = stats.ttest_ind(levels, 2 + levels, equal_var=False)
     assert p == pytest.approx(2 * stats.t.sf(abs(welch.statistic), 2))
@@ -198,7 +198,7 @@ def test_identical_methods_tie_and_a_clear_difference_separates(store: Store) ->
     assert row.low < row.difference < row.high and row.difference == pytest.approx(row.mean_a - row.mean_b)
     board = table(store)
     assert board["rank"].tolist() == [1, 1, 3] and board.attrs["tied"] == {0, 1}
-    # The same question has the same answer.
+    # The same comparison gives the same result.
     alone = compare(store, "lora", "bitfit").iloc[0]
     assert [alone[name] for name in ("low", "high", "p")] == pytest.approx([row.low, row.high, row.p])
 
@@ -338,7 +338,7 @@ def test_samples_are_paired_by_id_not_by_position(store: Store) -> None:
     put(store, "lora", [1.0, 0.0, 3.0], ["x", "y", "z"])
     put(store, "bitfit", [2.0, 0.0, -1.0], ["z", "x", "y"])
     (row,) = compare(store, "lora", "bitfit").to_dict("records")
-    # Every pair differs by exactly one, which only the right pairing shows.
+    # Every pair differs by exactly one, but only if it is paired correctly.
     assert (row["difference"], row["low"], row["high"], row["p"]) == pytest.approx((1.0, 1.0, 1.0, 0.0))
     assert (row["mean_a"], row["mean_b"]) == pytest.approx((4 / 3, 1 / 3))
     assert [row[name] for name in ("task", "dataset", "backbone", "seeds")] == ["rec", "digits", "tiny", 1]

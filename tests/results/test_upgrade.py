@@ -1,4 +1,4 @@
-"""Older records: read, shown, marked, found under their old names, never lost; the rule of a cell's id."""
+"""Older records are read, shown, marked, found under their old names and never lost; the rule of a cell's id."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from tests.record_factory import make_record, make_samples
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "older_records"
 RESULTS = Path(__file__).parents[2] / "results"
-NAME = "rec_digits_lora_tiny_s0_30269d15"  # of both, by the rule of their time
+NAME = "rec_digits_lora_tiny_s0_30269d15"  # of both records, by the earlier rule
 LATER = "2030-01-01T00:00:00+00:00"
 
 
 def copied(tmp_path: Path, version: int) -> Store:
-    """A results folder with the record that petlbench wrote at that schema version."""
+    """Copy a results folder with the record that petlbench wrote in that schema version."""
     shutil.copytree(FIXTURES / f"version_{version}", tmp_path / "out")
     return Store.open(tmp_path / "out", create=True)
 
@@ -55,13 +55,13 @@ def rewrite(path: Path, **changes: Any) -> Path:
 
 
 def remade(record: Record, started: str = LATER) -> Record:
-    """What a run of the record's cell would leave today."""
+    """Return the record that a run of the same cell would write today."""
     new = make_record(started=started, metric="acc_50", score=0.9)
     return new.model_copy(update={"cell": record.cell})
 
 
 def add_method(store: Store, method: str, score: float) -> None:
-    """Another record of the first one's version and setting."""
+    """Return another record of the same version and setting."""
     path = store.paths()[0]
     content = json.loads(path.read_text())
     content["cell"]["method"], content["metrics"]["acc_50"], content["samples"] = method, score, None
@@ -74,7 +74,7 @@ def add_method(store: Store, method: str, score: float) -> None:
 
 def test_a_record_of_version_1_is_read_with_what_has_kept_its_meaning(old: Store) -> None:
     [record] = old.load()
-    [younger] = Store(FIXTURES / "version_2").load()  # of the same cell, on the same machine
+    [younger] = Store(FIXTURES / "version_2").load()  # the same cell on the same machine
     assert record.schema_version == 1 and record.older and not younger.older
     assert record.cell == younger.cell and record.metrics == younger.metrics and record.trials[0].losses
     assert record.memory and younger.memory and record.parameters
@@ -193,7 +193,7 @@ def test_older_records_are_compared_as_reported_without_significance(old: Store)
 
 def test_a_comparison_leaves_older_records_out_where_there_are_others(old: Store) -> None:
     add_method(old, "full", 0.75)
-    for method, score in (("lora", 1.0), ("full", 0.0)):  # of another recipe than the older ones
+    for method, score in (("lora", 1.0), ("full", 0.0)):  # another recipe than that of the older ones
         old.save(make_record(method, metric="acc_50", score=score), make_samples("acc_50", [score] * 3))
     [row] = compare(old, "lora", "full").to_dict("records")
     assert (row["metric"], row["difference"], row["p"]) == ("acc_50", 1.0, 0.0)
@@ -241,7 +241,7 @@ def test_repair_leaves_older_records_where_they_are_even_without_their_samples(o
     assert contents(old.root) == before
 
 
-def test_repair_keeps_an_old_name_and_mends_a_wrong_one(old: Store) -> None:
+def test_repair_keeps_an_old_name_and_fixes_a_wrong_one(old: Store) -> None:
     [record] = old.load()
     old.paths()[0].rename(old.records / "mine.json")
     assert repair(old) == [f"records/mine.json renamed to {record.cell.id}.json: that is its cell"]
@@ -258,7 +258,7 @@ def test_of_an_old_and_a_new_name_the_later_record_counts_and_repair_sets_the_ot
     adapter = store.adapters / f"{NAME}.safetensors"
     (store.sample_scores / f"{NAME}.json").write_text(json.dumps(make_samples("acc_50", [1.0])))
     new = store.save(remade(former, started))
-    (store.records / f"{NAME}.json").write_bytes(kept)  # as a process leaves it that is killed before it goes
+    (store.records / f"{NAME}.json").write_bytes(kept)  # as left by a process that is killed before it removes the file
     (store.sample_scores / f"{NAME}.json").write_text(json.dumps(make_samples("acc_50", [1.0])))
     adapter.write_bytes(b"adapter")
     later, earlier = (new, NAME) if started == LATER else (former, new.cell.id)
@@ -295,7 +295,7 @@ def test_a_field_that_is_added_with_a_default_changes_no_id() -> None:
 
 
 def test_a_default_that_changes_makes_the_record_stale_under_the_same_id(tmp_path: Path) -> None:
-    """As if the default of `steps` had been 200 when the record was made: then its id was that of a bare cell."""
+    """The record is written as if the default of `steps` had been 200, so that it has the id of a bare cell."""
     store = Store.open(tmp_path / "out", create=True)
     asked = make_record().cell
     made = make_record(steps=200)
@@ -408,7 +408,7 @@ def test_a_name_that_goes_while_others_read_costs_them_nothing(tmp_path: Path, m
     reads: list[Path] = []
 
     def beaten(path: Path) -> Record:
-        """Another process saves the cell when its old file is about to be read for the first time."""
+        """Save the cell, as another process would, right before the first read of its old file."""
         reads.append(path)
         if len(reads) == 1:
             assert path.stem == NAME
