@@ -1,1 +1,1 @@
-"""Data sources: one file each, every one yielding rows of a task's schema."""
+"""Data sets: each source yields rows in the schema of a task."""

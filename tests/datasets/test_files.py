@@ -162,7 +162,7 @@ def test_a_bomb_is_refused_before_it_is_unpacked(root: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a/../../b.png", "a\\..\\b.png", "a\0.png", ""])
 def test_a_name_that_leads_out_of_the_folder_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match="no file below the image folder"):
+    with pytest.raises(UserError, match="not a file below the image folder"):
         images.relative(name, Path("annotations.json"))
 
 
@@ -300,5 +300,5 @@ def test_a_reader_that_gives_other_columns_than_the_task_has_is_named(root: Path
 
     with pytest.raises(UserError, match=r"^listed: the reader of layout 'lines', for task 'rec', gives no column mood"):
         More(FilesConfig(), root).load("rec", "train")
-    with pytest.raises(UserError, match=r"^listed: the reader .* gives a column of another type \(.*\): mend it$"):
+    with pytest.raises(UserError, match=r"^listed: the reader .* gives a column of another type \(.*\): fix it$"):
         Other(FilesConfig(), root).load("rec", "train")

@@ -294,7 +294,7 @@ def test_images_that_only_an_identifier_names_are_files(tmp_path: Path) -> None:
         write(tmp_path / path, [{"id": "1", "imageId": name, "question": "what?", "answer": "a"}])
     source = Compositions(FilesConfig(), tmp_path)
     assert source.load("vqa", "val_balanced")[0]["image"].size == (64, 48)
-    assert "names the image '../n7', which is no file below" in said(lambda: source.load("vqa", "testdev_balanced"))
+    assert "names the image '../n7', which is not a file below" in said(lambda: source.load("vqa", "testdev_balanced"))
 
 
 def test_a_column_of_splits_divides_one_file(tmp_path: Path) -> None:
@@ -466,7 +466,7 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, how: str) -> None:
     path = write(tmp_path / "refcoco/val.parquet", rows, group=40, image=IMAGE)
     path.write_bytes(damaged(path.read_bytes(), how))
     message = said(lambda: Refer(FilesConfig(), tmp_path).load("rec", "val"))
-    assert f"{path} is truncated, or no Parquet file" in message and "get the file again" in message
+    assert f"{path} is truncated, or not a Parquet file" in message and "get the file again" in message
 
 
 def test_claims_of_huge_sizes_are_refused_before_memory_is_taken(
@@ -494,7 +494,7 @@ def test_images_are_not_read_with_the_table(tmp_path: Path) -> None:
     path.write_bytes(bytes(data))
     rows = Refer(FilesConfig(), tmp_path).load("rec", "val")
     assert len(rows) == 4
-    assert f"{path} is truncated, or no Parquet file" in said(lambda: rows[0])
+    assert f"{path} is truncated, or not a Parquet file" in said(lambda: rows[0])
 
 
 def test_neighbouring_rows_decode_their_group_once_by_any_number_of_threads(
@@ -542,14 +542,14 @@ def test_a_reference_that_leads_elsewhere_is_refused(tmp_path: Path, place: str)
     copy = tmp_path / "refcoco"
     place = place.format(copy=copy, file=copy / "data/val-00000-of-00001.parquet")
     refused = said(lambda: source.reader.opened({"path": place, "bytes": None}))
-    assert "is no image of the copy" in refused
-    assert "is no image of the copy" in said(lambda: source.reader.located(["../x.parquet#0"]))
+    assert "is not an image of the copy" in refused
+    assert "is not an image of the copy" in said(lambda: source.reader.located(["../x.parquet#0"]))
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "coco/../../COCO_train2014_000000000001.jpg"])
 def test_a_name_of_an_image_that_leads_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
     source = Refer(FilesConfig(), text_only(tmp_path, image_path=name))
-    assert "which is no file below the image folder: do not trust it" in said(lambda: source.load("rec", "val"))
+    assert "which is not a file below the image folder: do not trust it" in said(lambda: source.load("rec", "val"))
 
 
 @pytest.mark.parametrize(
@@ -558,7 +558,7 @@ def test_a_name_of_an_image_that_leads_elsewhere_is_refused(tmp_path: Path, name
         ({"answer": 7}, "expression is of type int64, not text or lists of text: set `columns`"),
         ({"answer": [{"words": "a"}]}, "which has none of sent, raw, expression"),
         ({"bbox": "1 2 3 4"}, "box is of type string, not lists of four numbers: set `columns`"),
-        ({"bbox": [1.0, 2.0]}, "row 0: box has 2 numbers, not 4: get it again"),
+        ({"bbox": [1.0, 2.0]}, "row 0: box has 2 numbers, not 4: get the copy again"),
         ({"file_name": [1]}, "a column is of another type"),
     ],
 )

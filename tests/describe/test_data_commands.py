@@ -182,7 +182,7 @@ def test_json_says_all_that_the_table_says(root: Path, capsys: pytest.CaptureFix
         (["data", "check", "rce:digits"], "unknown task 'rce': did you mean 'rec'?"),
         (["data", "check", "rec:dgits"], "unknown data set 'dgits': did you mean 'digits'?"),
         (["data", "check", "rec:toy", "--sample", "-1"], "argument --sample: "),
-        (["data", "check", "rec:toy", "--data-root", "nowhere"], "the data root nowhere does not exist: mend"),
+        (["data", "check", "rec:toy", "--data-root", "nowhere"], "the data root nowhere does not exist: fix"),
         (["data", "check", "vqa:toy"], "data set 'toy' does not serve task 'vqa', only captioning, pairs, rec"),
         (["data", "check", "rec:toy", "--config", "{"], "--config is not JSON"),
         (["data", "check", "rec:toy", "--config", "[" * 100_000], "--config is not JSON"),

@@ -1,4 +1,4 @@
-"""What a data set of files declares, which is all that its readers know of it."""
+"""The declaration of a data set of files: options and splits, which its readers use."""
 
 from __future__ import annotations
 
@@ -12,30 +12,32 @@ from petlbench.api.source import Source, SourceConfig
 
 
 class FilesConfig(SourceConfig):
-    """Options that every data set of files has."""
+    """Options of every data set of files."""
 
-    layout: str | None = Field(None, description="which of its layouts to read, where several lie below the data root")
+    layout: str | None = Field(None, description="the layout to read, if several lie below the data root")
     hub: str | None = Field(None, description="a copy in Parquet files: OWNER/NAME[@REVISION] on the hub, or a folder")
-    columns: dict[str, str] = Field({}, description="of a copy in Parquet: our name of a column, and its name there")
-    skip_broken: bool = Field(False, description="leave out images that are missing or do not decode, and say so")
+    columns: dict[str, str] = Field(
+        {}, description="for a copy in Parquet: our name of a column, and its name in the copy"
+    )
+    skip_broken: bool = Field(False, description="skip images that are missing or do not decode, and report them")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a split is made of: official parts; of their images all, those to train on, or those held out."""
+    """The content of a split: official parts, and of their images all, those to train on, or those held out."""
 
     parts: tuple[str, ...]
     images: Literal["all", "kept", "held out"] = "all"
 
 
 class Declaration(Source):
-    """A data set of files without its rows."""
+    """A data set of files, declared without its rows."""
 
     Config: ClassVar[type[SourceConfig]] = FilesConfig
     config: FilesConfig
     name: ClassVar[str]
-    image_bases: ClassVar[tuple[str, ...]] = ()  # folders below the root that the images' names start from
+    image_bases: ClassVar[tuple[str, ...]] = ()  # folders below the root to which the images' names are relative
 
     @abstractmethod
     def choice(self, task: str, split: str) -> Choice:
-        """What one of train, validation and test is made of."""
+        """Return the content of a split: train, validation or test."""

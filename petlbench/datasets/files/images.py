@@ -1,4 +1,4 @@
-"""Image files: below their folder and nowhere else, opened when they are needed, refused when they are too large."""
+"""Image files: accepted only below their folder, opened when needed, refused if too large."""
 
 from __future__ import annotations
 
@@ -15,39 +15,44 @@ if TYPE_CHECKING:
     from datasets import Dataset, Features
     from PIL.Image import Image
 
-MOST_PIXELS = 64_000_000  # of a picture: no data set of the field comes near, and a hostile file must not fill memory
+MOST_PIXELS = 64_000_000  # of an image: far above any data set of the field, yet a hostile file cannot fill memory
 
 
-_PLAIN = re.compile(r"(\w+/)?\w+\.\w+", re.ASCII).fullmatch  # nearly all, and they are many
+_PLAIN = re.compile(r"(\w+/)?\w+\.\w+", re.ASCII).fullmatch  # a fast check, which nearly all of the many names pass
 
 
 def relative(name: str, source: Path) -> str:
-    """`name`, an image's file name as `source` gives it, if it leads nowhere but below its folder; else UserError."""
+    """Return `name`, an image's file name from `source`; raise UserError if it leads out of the image folder."""
     if _PLAIN(name):
         return name
     path = PurePosixPath(name)
     if not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
-        raise UserError(f"{source} names the image {name!r}, which is no file below the image folder: do not trust it")
+        raise UserError(
+            f"{source} names the image {name!r}, which is not a file below the image folder: do not trust it"
+        )
     return name
 
 
 def fault(path: Path | io.BytesIO, size: tuple[int, int] | None = None) -> str | None:
-    """Why the file cannot be used, in a few words, or None when it decodes in full.
+    """Return in a few words why the file cannot be used, or None if it decodes in full.
 
-    `size`, (width, height) in pixels, is demanded where boxes are given in the stored image's pixels.
+    `size`, (width, height) in pixels, is required if boxes are given in the stored image's pixels.
     """
     try:
-        found = _open(path).size
-    # Pillow's decoders raise whatever a damaged stream makes them stumble over; all of it means the same here.
+        actual = _open(path).size
+    # A damaged stream makes Pillow's decoders raise errors of many types; all mean the same here.
     except Exception as error:
         return _reason(error, path)
-    if size is not None and found != size:
-        return f"{found[0]} x {found[1]} pixels, not {size[0]} x {size[1]}"
+    if size is not None and actual != size:
+        return f"{actual[0]} x {actual[1]} pixels, not {size[0]} x {size[1]}"
     return None
 
 
 def decoded(image: Mapping[str, Any]) -> Image:
-    """The picture of a row's `image` (`path`, or the file's `bytes`). Raises UserError that names the file."""
+    """Return the decoded picture of a row's `image` (`path`, or the file's `bytes`).
+
+    Raise UserError with the file's name if it does not decode.
+    """
     name = image["path"] or "an image"
     file = io.BytesIO(image["bytes"]) if image["bytes"] is not None else Path(image["path"])
     try:
@@ -58,18 +63,18 @@ def decoded(image: Mapping[str, Any]) -> Image:
 
 
 def _reason(error: Exception, file: Path | io.BytesIO) -> str:
-    """What Pillow said, without the file's name, which stands elsewhere."""
+    """Return Pillow's message without the file's name, because the caller adds the name."""
     if isinstance(error, FileNotFoundError):
         return "missing"
-    said = str(error).replace(repr(str(file)), "it").replace(str(file), "it")
-    return " ".join(said.split()) or type(error).__name__
+    message = str(error).replace(repr(str(file)), "it").replace(str(file), "it")
+    return " ".join(message.split()) or type(error).__name__
 
 
 def _open(file: Path | io.BytesIO) -> Image:
-    """Decoded in full, in its own mode."""
+    """Return the image, decoded in full and in its own mode."""
     from PIL import Image as Images
 
-    warnings.simplefilter("ignore", Images.DecompressionBombWarning)  # the limit here is lower, and an error
+    warnings.simplefilter("ignore", Images.DecompressionBombWarning)  # our limit is lower and raises an error
     with Images.open(file) as image:
         if image.width * image.height > MOST_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are more than {MOST_PIXELS:,}")
@@ -78,14 +83,14 @@ def _open(file: Path | io.BytesIO) -> Image:
 
 
 def columns(features: Features) -> list[str]:
-    """The columns that hold images."""
+    """Return the names of the columns that hold images."""
     from datasets import Image as Picture
 
     return [name for name, feature in features.items() if isinstance(feature, Picture)]
 
 
-def lazily(rows: Dataset, opened: Callable[[Mapping[str, Any]], Image] = decoded) -> Dataset:
-    """Rows whose columns of images (their schema says `decode=False`) are opened when a row is taken."""
+def open_lazily(rows: Dataset, opened: Callable[[Mapping[str, Any]], Image] = decoded) -> Dataset:
+    """Return rows that open their images (columns whose schema says `decode=False`) when a row is taken."""
     pictures = columns(rows.features)
 
     def batched(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -94,8 +99,8 @@ def lazily(rows: Dataset, opened: Callable[[Mapping[str, Any]], Image] = decoded
     return rows.with_transform(batched)
 
 
-def opened_row(
+def open_row(
     row: Mapping[str, Any], pictures: Sequence[str], opened: Callable[[Mapping[str, Any]], Image]
 ) -> dict[str, Any]:
-    """One row with its images opened."""
+    """Return one row with its images opened."""
     return {**row, **{name: opened(row[name]) for name in pictures}}

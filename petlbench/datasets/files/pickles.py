@@ -1,7 +1,7 @@
-"""Pickles of data sets, read as plain data: nothing that a file names is imported, called or executed.
+"""Read pickles of data sets as plain data: nothing that a file names is imported, called or executed.
 
-Containers, strings, bytes and numbers come through, and NumPy's arrays and scalars of numbers, which stand-ins of ours
-turn into lists and numbers. Whatever else a file names is refused. The work is done in C, as fast as `pickle.load`.
+Containers, strings, bytes and numbers are accepted. Stand-ins turn NumPy's arrays and scalars of numbers into lists and
+numbers. Every other name in a file is refused. The C unpickler does the work, as fast as `pickle.load`.
 """
 
 from __future__ import annotations
@@ -25,94 +25,97 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # the first of the pickles in a file of torch's format before 1.6
+TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle in a file of torch's format before 1.6
 ZIP_MAGIC = b"PK\3\4"
-TORCH_PREAMBLE = 2  # after the magic number: the protocol and the system's facts
-# Python 2 wrote text as bytes: UTF-8 as a rule; bytes that are not are kept as surrogates, and mended by `text_column`.
+TORCH_PREAMBLE = 2  # pickles after the magic number: the protocol and facts of the system
+# Python 2 wrote text as bytes, mostly UTF-8. Other bytes become surrogates, which `text_column` decodes as Latin-1.
 FROM_PYTHON_2: dict[str, str] = {"encoding": "utf-8", "errors": "surrogateescape"}
-MOST_SAID = 200  # characters of an error's text, which may quote the file
+MESSAGE_LENGTH = 200  # characters of an error's text, which may quote the file
 LATIN_1 = {0xDC00 + byte: chr(byte) for byte in range(0x80, 0x100)}
 
 
 def load_pickle(path: Path) -> Any:
-    """The object in a file of one pickle, of any protocol. Raises UserError for all that is no plain data."""
-    with _read(path) as file:
+    """Return the object in a file of one pickle, of any protocol. Raise UserError if it is not plain data."""
+    with _opened(path) as file:
         return _Plain(file, path).load()
 
 
 def load_torch(path: Path) -> Any:
-    """The plain object in a file that `torch.save` wrote, in its zip format or the one before, or in a plain pickle.
+    """Return the plain object in a plain pickle, or in a file that `torch.save` wrote, as a zip or in the older format.
 
-    Tensors are refused, as all that is no plain data. Raises UserError.
+    Raise UserError for tensors and everything else that is not plain data.
     """
-    with _read(path) as file:
+    with _opened(path) as file:
         zipped = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
         file.seek(0)
         if zipped:
-            return _Plain(_zipped(file, path), path).load()
+            return _Plain(_open_archive(file, path), path).load()
         unpickler = _Plain(file, path)
-        found = unpickler.load()
-        if found != TORCH_MAGIC:
-            return found
+        first = unpickler.load()
+        if first != TORCH_MAGIC:
+            return first
         for _ in range(TORCH_PREAMBLE):
             unpickler.load()
         return unpickler.load()
 
 
 def text_column(values: Sequence[str]) -> pa.Array:
-    """Strings of a pickle as a column; where one was written as bytes that are no UTF-8, these are Latin-1."""
+    """Return strings of a pickle as a column; bytes that are not UTF-8 are read as Latin-1."""
     import pyarrow as pa
 
     try:
         return pa.array(values, pa.string())
     except UnicodeEncodeError:
-        return pa.array([_mended(value) if isinstance(value, str) else value for value in values], pa.string())
+        return pa.array(
+            [_decode_surrogates(value) if isinstance(value, str) else value for value in values], pa.string()
+        )
 
 
-def _mended(value: str) -> str:
+def _decode_surrogates(value: str) -> str:
+    """Return the text with its surrogates, which stand for bytes, read as Latin-1."""
     return value.translate(LATIN_1).encode("utf-8", "replace").decode()
 
 
 @contextmanager
-def taken_apart(path: Path, expected: str) -> Iterator[None]:
-    """Whatever goes wrong within is the fault of the file at `path`, which is not as `expected`: UserError.
+def blame_file(path: Path, expected: str) -> Iterator[None]:
+    """Turn every error of the block into a UserError that the file at `path` is not an `expected`.
 
-    What an untrusted file holds may fail anywhere, at a key, a conversion or a depth: each error means the same here.
+    An untrusted file may fail anywhere, at a key, a conversion or a depth; each error means the same here.
     """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        said = textwrap.shorten(f"{type(error).__name__}: {error}", MOST_SAID)
-        raise UserError(f"{path} is truncated or no {expected} ({said}): get the file again") from None
+        message = textwrap.shorten(f"{type(error).__name__}: {error}", MESSAGE_LENGTH)
+        raise UserError(f"{path} is truncated or not a {expected} ({message}): get the file again") from None
 
 
 @contextmanager
-def _read(path: Path) -> Iterator[IO[bytes]]:
+def _opened(path: Path) -> Iterator[IO[bytes]]:
     try:
-        with path.open("rb") as file, collector_paused(), taken_apart(path, "pickle of plain data"):
+        with path.open("rb") as file, collector_paused(), blame_file(path, "pickle of plain data"):
             yield file
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}; get the file again") from None
 
 
-def _zipped(file: IO[bytes], path: Path) -> IO[bytes]:
-    """The pickle in an archive of torch's. It stores without compression: what is in it is no larger than the file."""
+def _open_archive(file: IO[bytes], path: Path) -> IO[bytes]:
+    """Return the pickle in a torch archive. Only uncompressed members are read, so none is larger than the file."""
     with zipfile.ZipFile(file) as archive:
         members = [member for member in archive.infolist() if member.filename.endswith("/data.pkl")]
         if len(members) != 1 or members[0].compress_type != zipfile.ZIP_STORED:
-            raise UserError(f"{path} is no file that torch.save wrote (it stores one data.pkl): get the file again")
+            raise UserError(f"{path} is not a file that torch.save wrote (it stores one data.pkl): get the file again")
         return io.BytesIO(archive.read(members[0]))
 
 
 class _Plain(pickle.Unpickler):
-    """Gives the stand-ins below for the names that they stand for, and refuses all other names."""
+    """An unpickler that replaces known names by the stand-ins below and refuses all other names."""
 
     def __init__(self, file: IO[bytes], path: Path) -> None:
         super().__init__(file, **FROM_PYTHON_2)  # type: ignore[arg-type]
         self.path = path
-        copyreg.clear_extension_cache()  # what stands in it would not pass through find_class
+        copyreg.clear_extension_cache()  # because entries of that cache bypass find_class
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in STAND_INS:
@@ -127,13 +130,13 @@ class _Plain(pickle.Unpickler):
 
 
 class _Inert:
-    """A callable that a file cannot change: without `__dict__`, which each class has to say, there is no state."""
+    """A callable that a file cannot change: each subclass declares `__slots__`, so it has no `__dict__`, no state."""
 
     __slots__ = ()
 
 
 class _Encode(_Inert):
-    """`_codecs.encode`, by which Python 3 writes bytes in protocols that have none."""
+    """`_codecs.encode`, with which Python 3 writes bytes in protocols that have no bytes type."""
 
     __slots__ = ()
 
@@ -144,7 +147,7 @@ class _Encode(_Inert):
 
 
 class _Dtype:
-    """A type of numbers: `numpy.dtype("f8", False, True)` and the state with the order of bytes that follows it."""
+    """A type of numbers: `numpy.dtype("f8", False, True)`, followed by a state with the byte order."""
 
     __slots__ = ("code", "order")
 
@@ -155,7 +158,7 @@ class _Dtype:
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         if state[1] not in ("<", ">", "=", "|"):
-            raise ValueError(f"order of bytes {state[1]!r}")
+            raise ValueError(f"byte order {state[1]!r}")
         self.order = state[1]
 
     def numbers(self, raw: bytes | str) -> np.ndarray[Any, Any]:
@@ -174,19 +177,19 @@ class _MakeDtype(_Inert):
 
 
 class _Array(list[Any]):
-    """An array as a list, or a list of lists."""
+    """An array, as a list or a list of lists."""
 
     __slots__ = ()
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, fortran, raw = state
-        if not isinstance(dtype, _Dtype) or math.prod(shape) < 1:  # empty ones may claim any length on another axis
+        if not isinstance(dtype, _Dtype) or math.prod(shape) < 1:  # an empty array may claim any length on another axis
             raise ValueError("an array of objects, or an empty one")
         self[:] = dtype.numbers(raw).reshape(shape, order="F" if fortran else "C").tolist()
 
 
 class _MakeArray(_Inert):
-    """`_reconstruct`, which makes an empty array that gets its content as state."""
+    """`_reconstruct`, which makes an empty array; its content follows as state."""
 
     __slots__ = ()
 
@@ -199,7 +202,7 @@ class _Scalar(_Inert):
 
     def __call__(self, dtype: _Dtype, raw: bytes | str) -> int | float | bool:
         if not isinstance(dtype, _Dtype):
-            raise ValueError("a scalar that is no number")
+            raise ValueError("a scalar that is not a number")
         (number,) = dtype.numbers(raw).tolist()
         return number
 

@@ -1,4 +1,4 @@
-"""The annotations of a data set in one layout, turned into rows."""
+"""Readers turn the annotations of a data set in one layout into rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Skips:
-    """What was left out, and why: by reason, how many, and which was the first."""
+    """Items that a reader left out: `found` maps each reason to the number of items and the first one."""
 
     found: dict[str, tuple[int, str]] = field(default_factory=dict)
 
@@ -35,14 +35,14 @@ class Skips:
 
 @dataclass(frozen=True)
 class Part:
-    """Rows in a task's schema, `image` (a string) naming a file below an image folder; and what was left out."""
+    """Rows in a task's schema, whose `image` (a string) names a file below an image folder, and the items left out."""
 
     table: pa.Table
     skips: Skips = field(default_factory=Skips)
 
 
 class Reader(ABC):
-    """The annotations of one data set in one layout."""
+    """A reader of one data set's annotations in one layout."""
 
     layout: ClassVar[str]
 
@@ -52,45 +52,45 @@ class Reader(ABC):
     @classmethod
     @abstractmethod
     def find(cls, source: Declaration, root: Path | None) -> Self | None:
-        """A reader, if the files of this layout lie below `root`."""
+        """Return a reader if the files of this layout lie below `root`, else None."""
 
     @classmethod
     @abstractmethod
     def places(cls, source: Declaration) -> str:
-        """What `find` looks for below the root, for a person."""
+        """Return, in words for an error, the files that `find` looks for below the root."""
 
     @abstractmethod
     def parts(self, task: str) -> tuple[str, ...]:
-        """The official parts that are there."""
+        """Return the official parts whose files are present."""
 
     @abstractmethod
     def files(self, task: str, part: str) -> list[Path]:
-        """The annotation files that the rows depend on; their content is part of the fingerprint."""
+        """Return the annotation files on which the rows depend; their content is part of the fingerprint."""
 
     @abstractmethod
     def read(self, task: str, part: str) -> Part:
-        """Rows with string columns as they are in the schema; `image` as in `Part`.
+        """Return rows with the schema's string columns; `image` is as in `Part`.
 
-        Rows that cannot be used are left out and counted. Raises UserError for files that are not what they should be:
-        truncated, of another layout, with identifiers that occur twice, or names that lead out of the image folder.
+        Leave out and count the rows that cannot be used. Raise UserError if a file is truncated or of another layout,
+        repeats an identifier, or names an image outside of the image folder.
         """
 
     def located(self, names: Sequence[str]) -> list[str]:
-        """Where each image is, as `opened` takes it. Raises UserError where a folder of images is missing."""
-        within = [name.rpartition("/")[0] for name in names]
-        bases = {folder: str(self._base(folder)) for folder in dict.fromkeys(within)}
-        return [f"{bases[folder]}/{name}" for folder, name in zip(within, names, strict=True)]
+        """Return the place of each image, as `opened` takes it. Raise UserError if a folder of images is missing."""
+        folders_of_names = [name.rpartition("/")[0] for name in names]
+        bases = {folder: str(self._base(folder)) for folder in dict.fromkeys(folders_of_names)}
+        return [f"{bases[folder]}/{name}" for folder, name in zip(folders_of_names, names, strict=True)]
 
     def _base(self, folder: str) -> Path:
         bases = [self.root / base for base in self.source.image_bases]
-        found = next((base for base in bases if (base / folder).is_dir()), None)
-        if found is None:
+        present = next((base for base in bases if (base / folder).is_dir()), None)
+        if present is None:
             tried = ", ".join(str(base / folder) for base in bases)
             raise UserError(f"{self.source.name} lacks its images (looked for {tried}): {self.source.origin}")
-        return found.absolute()
+        return present.absolute()
 
     def absent(self, places: Iterable[str]) -> dict[str, str]:
-        """Of `places`, those without a file, and the reason."""
+        """Return those of `places` that have no file, each with the reason."""
         listed: dict[str, set[str]] = {}
         missing = {}
         for place in places:
@@ -102,18 +102,18 @@ class Reader(ABC):
         return missing
 
     def opened(self, image: Mapping[str, Any]) -> Image:
-        """The picture of a row's `image`, decoded. Raises UserError that names the file."""
+        """Return the decoded picture of a row's `image`. Raise UserError with the file's name if it does not decode."""
         return images.decoded(image)
 
     def fault(self, place: str) -> str | None:
-        """Why the image at a place cannot be used, or None when it decodes in full."""
+        """Return why the image at a place cannot be used, or None if it decodes in full."""
         return images.fault(Path(place))
 
     def stamp(self, place: str) -> str:
-        """What changes when the image at a place does."""
+        """Return a text that changes when the image at a place changes."""
         status = os.stat(place)
         return f"{status.st_size} {status.st_mtime_ns}"
 
     def digest(self, path: Path) -> str:
-        """A hex digest of all in an annotation file that rows depend on."""
+        """Return a hex digest of everything in an annotation file on which rows depend."""
         return content_digest(path)

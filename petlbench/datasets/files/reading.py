@@ -1,4 +1,4 @@
-"""Annotation files, read whole and fast: JSON into validated columns, or an error of one line that names the file."""
+"""Read annotation files whole and fast: validated JSON, or an error of one line that names the file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a file. Raises UserError that names it."""
+    """Return the content of a file. Raise UserError with its name if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -23,10 +23,10 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_json(path: Path, adapter: TypeAdapter[T]) -> T:
-    """The file as `adapter` describes it: typed dicts of the keys that are used, so that nothing else is kept.
+    """Return the file's content as `adapter` describes it: typed dicts keep only the keys that are used.
 
-    Raises UserError with the file, the place in it and what is wrong, for a file that cannot be read, is truncated, is
-    no JSON or holds something else.
+    Raise UserError with the file, the place in it and the reason if the file cannot be read, is truncated, is not JSON
+    or holds something else.
     """
     data = read_bytes(path)
     try:
@@ -35,12 +35,14 @@ def read_json(path: Path, adapter: TypeAdapter[T]) -> T:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
     place = ".".join(map(str, first["loc"]))
-    said = " ".join(first["msg"].split())
-    raise UserError(f"{path} is truncated or malformed ({': '.join(filter(None, [place, said]))}): get the file again")
+    message = " ".join(first["msg"].split())
+    raise UserError(
+        f"{path} is truncated or malformed ({': '.join(filter(None, [place, message]))}): get the file again"
+    )
 
 
 def refuse_repeats(identifiers: Sequence[Hashable], what: str, path: Path) -> None:
-    """Raise UserError that names the first identifier that `path` gives twice."""
+    """Raise UserError with the first identifier that `path` gives twice."""
     if len(set(identifiers)) == len(identifiers):
         return
     seen: set[Hashable] = set()
@@ -50,6 +52,6 @@ def refuse_repeats(identifiers: Sequence[Hashable], what: str, path: Path) -> No
         seen.add(identifier)
 
 
-def found_below(root: Path, folders: Iterable[str], name: str) -> Path | None:
-    """The first of the folders' files of this name."""
+def find_below(root: Path, folders: Iterable[str], name: str) -> Path | None:
+    """Return the first file of this name in the folders below the root, or None."""
     return next((path for folder in folders if (path := root / folder / name).is_file()), None)

@@ -1,7 +1,7 @@
-"""Data sets that lie on disk as their authors publish them: found, read once, checked, and kept as tables.
+"""Data sets on disk, as their authors publish them: find, read once, check and cache them as tables.
 
-A source is a declaration: its splits, its readers (one for each layout that is in use), its published sizes. A reader
-turns the annotations of one official part into rows. What is here is the same for all.
+A source declares its splits, its readers (one for each layout in use) and its published sizes. A reader turns the
+annotations of one official part into rows. This module holds the code that all sources share.
 """
 
 from __future__ import annotations
@@ -29,44 +29,47 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset, IterableDataset
 
-HELD_OUT = 20  # one image in this many, where a validation split has to be taken from the training part
+HELD_OUT = 20  # one training image in this many is for validation, if a data set has no validation part
 
 SKIPS = b"skipped"
 
-PLACING = frozenset({"layout", "hub", "skip_broken"})  # options that say where rows are found, not which rows they are
+PLACING = frozenset({"layout", "hub", "skip_broken"})  # options that say where the rows lie, not which rows they are
 
 
 def existing_root(given: Path | None) -> Path | None:
-    """The data root that was given, or else the environment's, if any. Raises UserError for one that does not exist."""
+    """Return the given data root, else the environment's, else None. Raise UserError if it does not exist."""
     root = given or data_root()
     if root is not None and not root.is_dir():
-        raise UserError(f"the data root {root} does not exist: mend --data-root or PETLBENCH_DATA")
+        raise UserError(f"the data root {root} does not exist: fix --data-root or PETLBENCH_DATA")
     return root
 
 
 class FileSource(Declaration):
-    """A data set of files. Subclasses declare; see the attributes, also those of `Declaration`.
+    """A data set of files. Subclasses declare the attributes below and those of `Declaration`.
 
-    Rows stand in the order of the files. A limit takes rows from all over a split, the same ones every time.
+    Rows keep the order of the files. A limit draws rows from the whole split, the same ones every time.
     """
 
     readers: ClassVar[tuple[type[Reader], ...]]  # in the order in which they are tried
 
     @cached_property
     def reader(self) -> Reader:
-        """The one whose files are there. Raises UserError that says what was looked for, and where it can be had."""
-        kinds = {kind.layout: kind for kind in self.readers}
+        """Return the reader whose files are present.
+
+        Raise UserError with the files that were looked for and their origin if there is none.
+        """
+        classes = {cls.layout: cls for cls in self.readers}
         chosen = self.config.layout
-        if chosen is not None and chosen not in kinds:
-            raise UserError(f"{self.name} has no layout '{chosen}'{_hint(chosen, kinds)}")
+        if chosen is not None and chosen not in classes:
+            raise UserError(f"{self.name} has no layout '{chosen}'{_hint(chosen, classes)}")
         root = existing_root(self.root)
-        if chosen is None and self.config.hub is not None and "parquet" in kinds:
+        if chosen is None and self.config.hub is not None and "parquet" in classes:
             chosen = "parquet"
-        tried = list(kinds.values()) if chosen is None else [kinds[chosen]]
-        for kind in tried:
-            if found := kind.find(self, root):
-                return found
-        sought = "; or ".join(kind.places(self) for kind in tried)
+        tried = list(classes.values()) if chosen is None else [classes[chosen]]
+        for cls in tried:
+            if reader := cls.find(self, root):
+                return reader
+        sought = "; or ".join(cls.places(self) for cls in tried)
         where = f"below {root}" if root else "(pass --data-root DIR or set PETLBENCH_DATA)"
         raise UserError(f"{self.name} is not there: looked {where} for {sought}; {self.origin}")
 
@@ -74,8 +77,8 @@ class FileSource(Declaration):
         return self.reader.parts(task)
 
     def check(self) -> None:
-        """That every part is there, and its images: annotations are read for that, once, and kept in the cache."""
-        task = min(self.tasks)  # the others are about the same images
+        """Raise UserError unless every part and its images are present; this reads and caches the annotations once."""
+        task = min(self.tasks)  # the other tasks are about the same images
         choices = {split: self._choice(task, split) for split in SPLITS}
         for split, choice in choices.items():
             self._present(task, split, choice)
@@ -97,45 +100,47 @@ class FileSource(Declaration):
         try:
             table = _thinned(table, limit).select(list(features)).cast(features.arrow_schema)
         except (pa.ArrowException, ValueError) as error:
-            raise UserError(f"{self._read_by(task)} gives a column of another type ({error}): mend it") from None
-        return images.lazily(Dataset(table), self.reader.opened)
+            raise UserError(f"{self._read_by(task)} gives a column of another type ({error}): fix it") from None
+        return images.open_lazily(Dataset(table), self.reader.opened)
 
     def stream(self, task: str, split: Split) -> IterableDataset:
         rows, pictures = self.load(task, split).with_format(None), self._pictures(task)
-        return rows.to_iterable_dataset().map(lambda row: images.opened_row(row, pictures, self.reader.opened))
+        return rows.to_iterable_dataset().map(lambda row: images.open_row(row, pictures, self.reader.opened))
 
     def notes(self) -> tuple[str, ...]:
         return tuple(self._notes)
 
     def fingerprint(self, task: str) -> str:
-        """Of the content of the annotation files, the options that decide what is read, and the rows left out.
+        """Return a digest of the annotation files' content, the options that choose rows, and the rows left out.
 
-        No code counts: records have digests of that, and the same files are the same data in every version.
+        Code does not count: records hold digests of it, and the same files are the same data in every version.
         """
         options = self.config.model_dump(mode="json", exclude=set(PLACING))
-        said: list[object] = [self.name, self.reader.layout, task, options]
+        hashed: list[object] = [self.name, self.reader.layout, task, options]
         for split in SPLITS:
             choice = self._choice(task, split)
-            said.append([split, *choice.parts, choice.images])
-            said += [self.reader.digest(path) for part in choice.parts for path in self.reader.files(task, part)]
-            said.append(self._left_out(task, self.rows(task, split, choice)))
-        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+            hashed.append([split, *choice.parts, choice.images])
+            hashed += [self.reader.digest(path) for part in choice.parts for path in self.reader.files(task, part)]
+            hashed.append(self._left_out(task, self.rows(task, split, choice)))
+        return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
 
     def _left_out(self, task: str, table: pa.Table) -> list[str]:
-        """The samples one of whose images cannot be used."""
+        """Return the ids of the samples that have an image which cannot be used."""
         kept = self._without(table, task, self._faults(task, table))
-        gone = set(table["sample_id"].to_pylist()) - set(kept["sample_id"].to_pylist()) if kept is not table else set()
-        return sorted(gone)
+        missing = (
+            set(table["sample_id"].to_pylist()) - set(kept["sample_id"].to_pylist()) if kept is not table else set()
+        )
+        return sorted(missing)
 
     def _pictures(self, task: str) -> list[str]:
         return images.columns(self.features(task))
 
     def _read_by(self, task: str) -> str:
-        """The reader of a task's rows, as a message names it."""
+        """Return the start of an error about a reader's rows: the data set, the layout and the task."""
         return f"{self.name}: the reader of layout '{self.reader.layout}', for task '{task}',"
 
     def _without(self, table: pa.Table, task: str, faults: Iterable[str]) -> pa.Table:
-        """The rows none of whose images is at one of these places."""
+        """Return the rows without an image at one of the places `faults`."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -146,12 +151,12 @@ class FileSource(Declaration):
 
     @cached_property
     def _in_files(self) -> bool:
-        """Whether a change of the code that reads can be told: the code of a notebook has no digest."""
+        """Return whether the reading code has a digest; a notebook's has none, so its changes would go unnoticed."""
         return all(map(closure_of, (type(self), type(self.reader))))
 
     @cached_property
     def _held(self) -> dict[str, Part]:
-        """What was read where nothing can be kept on disk, by the digest of its files."""
+        """Return the parts kept in memory, by the digest of their files, if they cannot be cached on disk."""
         return {}
 
     @cached_property
@@ -159,10 +164,11 @@ class FileSource(Declaration):
         return {}
 
     def _known(self, task: str, parts: Iterable[str]) -> None:
-        there = self.reader.parts(task)
+        """Raise UserError unless the reader knows each of these parts."""
+        present = self.reader.parts(task)
         for part in parts:
-            if part not in there:
-                hint = _hint(part, there)
+            if part not in present:
+                hint = _hint(part, present)
                 raise UserError(f"{self.name} ({self.reader.layout}) has no part '{part}'{hint}; {self.origin}")
 
     def _choice(self, task: str, split: Split) -> Choice:
@@ -179,16 +185,16 @@ class FileSource(Declaration):
         return choice
 
     def _key(self, task: str, part: str) -> str:
-        """Digest of all that the rows of a part depend on: the files' content, the code that reads them, options."""
-        code = [found.digest if found else "" for found in map(closure_of, (type(self), type(self.reader)))]
-        # Rows may name a file that they are from, so names count here, though not in the digest of the data.
-        found = self.reader.files(task, part)
-        files = [(os.path.relpath(path, self.reader.root), self.reader.digest(path)) for path in found]
-        said = [self.name, self.reader.layout, task, part, self.config.model_dump(mode="json"), code, files]
-        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+        """Return a digest of all on which the rows of a part depend: files' content, reading code and options."""
+        code = [closure.digest if closure else "" for closure in map(closure_of, (type(self), type(self.reader)))]
+        # Rows may name their file, so file names count here, though not in the digest of the data.
+        paths = self.reader.files(task, part)
+        files = [(os.path.relpath(path, self.reader.root), self.reader.digest(path)) for path in paths]
+        hashed = [self.name, self.reader.layout, task, part, self.config.model_dump(mode="json"), code, files]
+        return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
 
     def part(self, task: str, part: str) -> Part:
-        """Read, or taken from the cache."""
+        """Return a part from the cache, or read it."""
         key = self._key(task, part)
         if not self._in_files:
             if key not in self._held:
@@ -197,20 +203,22 @@ class FileSource(Declaration):
         path = cache_dir() / "tables" / f"{key[:32]}.parquet"
         table = table_cache.read_table(path)
         if table is not None and SKIPS in (table.schema.metadata or {}):
-            found = json.loads(table.schema.metadata[SKIPS])
-            return Part(table.replace_schema_metadata(), Skips({reason: tuple(told) for reason, told in found.items()}))
-        made = self.reader.read(task, part)
-        table_cache.write_table(made.table.replace_schema_metadata({SKIPS: json.dumps(made.skips.found)}), path)
-        return made
+            skipped = json.loads(table.schema.metadata[SKIPS])
+            return Part(table.replace_schema_metadata(), Skips({name: tuple(count) for name, count in skipped.items()}))
+        part_read = self.reader.read(task, part)
+        table_cache.write_table(
+            part_read.table.replace_schema_metadata({SKIPS: json.dumps(part_read.skips.found)}), path
+        )
+        return part_read
 
     def rows(self, task: str, split: Split, choice: Choice) -> pa.Table:
-        """The rows of a split, each `image` as a struct of the place where it is, present or not."""
+        """Return the rows of a split; each `image` is a struct with its place, whether the file is present or not."""
         import pyarrow as pa
 
         parts = {name: self.part(task, name) for name in choice.parts}
-        there = set.intersection(*(set(part.table.column_names) for part in parts.values()))
-        if lacking := [name for name in self.features(task) if name not in there]:
-            raise UserError(f"{self._read_by(task)} gives no column {', '.join(lacking)}: mend it")
+        common = set.intersection(*(set(part.table.column_names) for part in parts.values()))
+        if missing := [name for name in self.features(task) if name not in common]:
+            raise UserError(f"{self._read_by(task)} gives no column {', '.join(missing)}: fix it")
         for name, part in parts.items():
             self._notes.update(dict.fromkeys(part.skips.notes(f"{self.name} {name}")))
         table = _of_images(pa.concat_tables([part.table for part in parts.values()]), choice.images)
@@ -228,7 +236,7 @@ class FileSource(Declaration):
         return pa.StructArray.from_arrays([pa.nulls(len(places), pa.binary()), places], ["bytes", "path"])
 
     def _faults(self, task: str, table: pa.Table) -> dict[str, str]:
-        """The images of the table that cannot be used, with the reason; only where asked for, each is decoded."""
+        """Return the table's unusable images, each with the reason; decode each only if `skip_broken` is set."""
         places = [place for name in self._pictures(task) for place in _paths(table, name).unique().to_pylist()]
         faults = self.reader.absent(places)
         if self.config.skip_broken:
@@ -236,25 +244,27 @@ class FileSource(Declaration):
         return faults
 
     def _present(self, task: str, split: Split, choice: Choice) -> pa.Table:
-        """The rows whose images are there."""
+        """Return the rows whose images can be used; without `skip_broken`, raise UserError if an image cannot."""
         table = self.rows(task, split, choice)
         faults = self._faults(task, table)
         if not faults:
             return table
         first, reason = next(iter(faults.items()))
-        told = f"{len(faults)} images of {self.name}, {split}, are missing or do not decode, first {first} ({reason})"
+        message = (
+            f"{len(faults)} images of {self.name}, {split}, are missing or do not decode, first {first} ({reason})"
+        )
         if not self.config.skip_broken:
-            raise UserError(f"{told}: get them again or set dataset_configs: {{{self.name}: {{skip_broken: true}}}}")
+            raise UserError(f"{message}: get them again or set dataset_configs: {{{self.name}: {{skip_broken: true}}}}")
         table = self._without(table, task, faults)
         if not table.num_rows:
-            raise UserError(f"{told}: none is left, get the images again")
-        self._notes[f"skipped: {told}"] = None
+            raise UserError(f"{message}: none is left, get the images again")
+        self._notes[f"skipped: {message}"] = None
         return table
 
 
-def _hint(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    return f"{did_you_mean(name, known) or ':'} there are {', '.join(known) or 'none'}"
+def _hint(name: str, names: Iterable[str]) -> str:
+    names = list(names)
+    return f"{did_you_mean(name, names) or ':'} there are {', '.join(names) or 'none'}"
 
 
 def _paths(table: pa.Table, name: str) -> pa.Array:
@@ -262,23 +272,23 @@ def _paths(table: pa.Table, name: str) -> pa.Array:
 
 
 def _of_images(table: pa.Table, which: str) -> pa.Table:
-    """The rows whose image is held out, or is not. A hash of the image decides: no image is on both sides."""
+    """Return the rows whose image is chosen out, or is not; a hash of the image decides, so no image is in both."""
     import pyarrow as pa
 
     if which == "all":
         return table
     coded = table["image_id"].combine_chunks().dictionary_encode()
-    held = pa.array([held_out(image_id) == (which == "held out") for image_id in coded.dictionary.to_pylist()])
-    return table.filter(held.take(coded.indices))
+    chosen = pa.array([held_out(image_id) == (which == "held out") for image_id in coded.dictionary.to_pylist()])
+    return table.filter(chosen.take(coded.indices))
 
 
 def held_out(image_id: str) -> bool:
-    """Whether an image of a training part is for validation; the same on every machine and version."""
+    """Return whether an image of a training part is for validation; the same on every machine and version."""
     return int(hashlib.sha256(image_id.encode()).hexdigest()[:8], 16) % HELD_OUT == 0
 
 
 def _thinned(table: pa.Table, limit: int | None) -> pa.Table:
-    """At most `limit` rows, drawn from all over the table by a fixed seed, in their order."""
+    """Return at most `limit` rows, drawn from the whole table with a fixed seed, in the table's order."""
     import numpy as np
 
     if limit is None or limit >= table.num_rows:
@@ -287,15 +297,15 @@ def _thinned(table: pa.Table, limit: int | None) -> pa.Table:
 
 
 def _undecodable(reader: Reader, places: Sequence[str]) -> dict[str, str]:
-    """Those that do not decode in full, with the reason. Kept in the cache until one of the files changes."""
+    """Return the places of images that do not decode in full, with the reason; cached until a file changes."""
     import pyarrow as pa
 
-    said = "\n".join(f"{place} {reader.stamp(place)}" for place in places)
-    path = cache_dir() / "images" / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.parquet"
-    known = table_cache.read_table(path)
-    if known is not None:
-        return dict(zip(known["place"].to_pylist(), known["reason"].to_pylist(), strict=True))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding runs outside of Python's lock
+    stamps = "\n".join(f"{place} {reader.stamp(place)}" for place in places)
+    path = cache_dir() / "images" / f"{hashlib.sha256(stamps.encode()).hexdigest()[:32]}.parquet"
+    cached = table_cache.read_table(path)
+    if cached is not None:
+        return dict(zip(cached["place"].to_pylist(), cached["reason"].to_pylist(), strict=True))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases Python's lock
         reasons = list(pool.map(reader.fault, places))
     faults = {place: reason for place, reason in zip(places, reasons, strict=True) if reason}
     table_cache.write_table(pa.table({"place": list(faults), "reason": list(faults.values())}), path)

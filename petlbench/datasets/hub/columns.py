@@ -1,4 +1,4 @@
-"""Columns of the hub's copies: the names that each thing goes by, and texts in whatever shape they are kept."""
+"""Columns of the hub's copies: their names in use, and texts in each shape in which copies keep them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Features
 
-# By our name, the names in use, the surest first. As the copies had them when this was written; `columns` overrides.
+# Our name -> names in use, the surest first, as the known copies have them; the option `columns` overrides them.
 IMAGE = {
     "image": ("image", "img", "picture", "jpg", "image_path", "file_name", "filename", "image_file", "coco_url"),
-    "folder": ("filepath",),  # of the image's file, where a second column names the file
+    "folder": ("filepath",),  # the folder of the image's file, if a second column names the file
     "image_id": ("cocoid", "coco_id", "image_id", "imageId", "img_id", "imgid"),
-    "file_name": ("image_path", "file_name", "filename", "image_file"),  # tells COCO's number where no id does
+    "file_name": ("image_path", "file_name", "filename", "image_file"),  # gives COCO's number if no id column does
     "split": ("split",),
     "width": ("width", "image_width"),
     "height": ("height", "image_height"),
 }
-# By what a row is about: REC, VQA or CAPTIONING of `schemas`, whichever task has these columns.
+# By the kind of rows: those of REC, VQA or CAPTIONING of `schemas`, whichever task has these columns.
 CAPTIONS = {**IMAGE, "captions": ("captions", "caption", "sentences", "answer", "raw", "texts", "text", "sentence")}
 BY_KIND: dict[str, dict[str, tuple[str, ...]]] = {
     "expressions": {
@@ -31,10 +31,10 @@ BY_KIND: dict[str, dict[str, tuple[str, ...]]] = {
             *("sentences", "expressions", "expression", "answer", "answers", "captions", "caption", "sentence", "sent"),
             *("referring_expression", "refs", "text", "phrase"),
         ),
-        "box": ("bbox", "box", "bbox_xywh", "gt_bbox"),  # x, y, width, height, unless `raw_anns` tells otherwise
+        "box": ("bbox", "box", "bbox_xywh", "gt_bbox"),  # x, y, width, height, unless `raw_anns` says otherwise
         "corners": ("bbox_xyxy", "box_xyxy", "corners", "xyxy"),  # x1, y1, x2, y2
         "raw_anns": ("raw_anns",),  # COCO's own annotation, as JSON
-        "sample_id": ("sent_id", "sent_ids"),  # no question_id: the copies give the annotated object's, which may recur
+        "sample_id": ("sent_id", "sent_ids"),  # not question_id: it is the annotated object's and may recur
     },
     "questions": {
         **IMAGE,
@@ -45,75 +45,81 @@ BY_KIND: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "captions": CAPTIONS,
 }
-# What a task cannot do without; where several are given, one of them.
+# The columns that a task needs; of each group, one is enough.
 NEEDED: dict[str, tuple[tuple[str, ...], ...]] = {
     "expressions": (("expression",), ("box", "corners"), ("image", "image_id")),
     "questions": (("question",), ("image", "image_id")),
     "captions": (("captions",), ("image", "image_id")),
 }
-TEXT = ("raw", "sent", "answer", "caption", "text", "sentence")  # fields of a record that holds a text
-NORMALISED = ("sent", "raw", "expression", *TEXT[2:])  # of expressions: the refer toolkit trains and tests on `sent`
+TEXT = ("raw", "sent", "answer", "caption", "text", "sentence")  # fields of a record that may hold its text
+NORMALISED = (
+    "sent",
+    "raw",
+    "expression",
+    *TEXT[2:],
+)  # fields for expressions: the refer toolkit trains and tests on `sent`
 IDENTIFIERS = ("sent_id", "sentid")
 
 
 def kind_of(features: Features) -> str | None:
-    """What rows of these columns are about; None for columns that no copy is known to have."""
+    """Return the kind of rows with these columns, or None if no schema copy has such rows."""
     from petlbench.api.schemas import CAPTIONING, REC, VQA
 
     kinds = {"expressions": REC, "questions": VQA, "captions": CAPTIONING}
-    return next((kind for kind, known in kinds.items() if known == features), None)
+    return next((kind for kind, schema in kinds.items() if schema == features), None)
 
 
-def resolve_columns(kind: str, there: Sequence[str], said: Mapping[str, str]) -> dict[str, str]:
-    """Our names of the columns that are there, and theirs. `said`: the option `columns`."""
-    found = {}
-    for ours, known in BY_KIND[kind].items():
-        names = [said[ours]] if ours in said else known
-        if (theirs := next((name for name in names if name in there), None)) is not None:
-            found[ours] = theirs
-    return found
+def resolve_columns(kind: str, present: Sequence[str], overrides: Mapping[str, str]) -> dict[str, str]:
+    """Return our name -> the copy's name for each column present; `overrides` is the option `columns`."""
+    columns = {}
+    for ours, names_in_use in BY_KIND[kind].items():
+        names = [overrides[ours]] if ours in overrides else names_in_use
+        if (theirs := next((name for name in names if name in present), None)) is not None:
+            columns[ours] = theirs
+    return columns
 
 
-def check_said(said: Mapping[str, str], kinds: Iterable[str], there: Sequence[str], where: object) -> None:
-    """Raise UserError for a name in `said` that is not ours, or that no file has: `there` are all that any has."""
+def check_overrides(overrides: Mapping[str, str], kinds: Iterable[str], present: Sequence[str], where: object) -> None:
+    """Raise UserError if a name in `overrides` is not ours, or is not in `present`, the columns of all files."""
     names = list(dict.fromkeys(name for kind in sorted(kinds) for name in BY_KIND[kind]))
-    for ours, theirs in said.items():
+    for ours, theirs in overrides.items():
         if ours not in names:
-            raise UserError(f"columns: there is no '{ours}'{did_you_mean(ours, names)}; choose of {', '.join(names)}")
-        if theirs not in there:
-            raise UserError(f"{where} has no column '{theirs}'{did_you_mean(theirs, there)}; {listed(there)}")
+            raise UserError(f"columns: present is no '{ours}'{did_you_mean(ours, names)}; choose of {', '.join(names)}")
+        if theirs not in present:
+            raise UserError(f"{where} has no column '{theirs}'{did_you_mean(theirs, present)}; {list_columns(present)}")
 
 
-def lacking(kind: str, found: Mapping[str, str]) -> list[str]:
-    """What rows of a kind need and is not among the columns found."""
+def missing_columns(kind: str, found: Mapping[str, str]) -> list[str]:
+    """Return the columns that rows of a kind need and that were not found."""
     return [" or ".join(names) for names in NEEDED[kind] if not any(name in found for name in names)]
 
 
 def picture_of(schema: pa.Schema, found: Mapping[str, str]) -> str | None:
-    """The path of the column of encoded images (the hub's struct, or bytes), where `image` is one."""
+    """Return the path of the column of encoded images (the hub's struct, or bytes), or None if `image` is not one."""
     import pyarrow as pa
 
     if (name := found.get("image")) is None:
         return None
-    kind = schema.field(name).type
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+    column_type = schema.field(name).type
+    if pa.types.is_binary(column_type) or pa.types.is_large_binary(column_type):
         return name
-    return f"{name}.bytes" if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else None
+    return f"{name}.bytes" if pa.types.is_struct(column_type) and column_type.get_field_index("bytes") >= 0 else None
 
 
 def identifier_column(schema: pa.Schema) -> str | None:
-    """Of a file that holds images by identifier."""
+    """Return the identifier column of a file that holds images by identifier, or None."""
     return next((name for name in (*IMAGE["image_id"], "id") if name in schema.names), None)
 
 
-def listed(there: Sequence[str]) -> str:
-    return f"it has {', '.join(there) or 'no columns'}"
+def list_columns(present: Sequence[str]) -> str:
+    """Return `it has A, B`, the columns present, for an error."""
+    return f"it has {', '.join(present) or 'no columns'}"
 
 
 def text_lists(array: pa.Array, fields: Sequence[str], where: object) -> pa.Array:
-    """Texts as lists, one list per row: from texts, lists of texts, lists of records, or a record of lists.
+    """Return texts as one list per row, from texts, lists of texts, lists of records or a record of lists.
 
-    A row without any gives an empty list. Raises UserError for a column of something else.
+    A row without texts gives an empty list. Raise UserError if the column holds something else.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -123,7 +129,7 @@ def text_lists(array: pa.Array, fields: Sequence[str], where: object) -> pa.Arra
     if pa.types.is_struct(array.type):
         array = _field(array, fields, where)
     if _is_text(array.type):
-        return listed_by(array.drop_null(), pc.is_valid(array))
+        return as_lists(array.drop_null(), pc.is_valid(array))
     if not _is_list(array.type):
         raise UserError(f"{where} is of type {array.type}, not text or lists of text: set `columns`")
     values = pc.list_flatten(array)
@@ -131,11 +137,11 @@ def text_lists(array: pa.Array, fields: Sequence[str], where: object) -> pa.Arra
         values = _field(values, fields, where)
     if not _is_text(values.type):
         raise UserError(f"{where} is of type {array.type}, not text or lists of text: set `columns`")
-    return listed_by(values.cast(pa.string()), pc.fill_null(pc.list_value_length(array), 0))
+    return as_lists(values.cast(pa.string()), pc.fill_null(pc.list_value_length(array), 0))
 
 
 def identifiers(array: pa.Array) -> pa.Array | None:
-    """Those that stand beside the texts of `text_lists`, one after the other, as text; None if there are none."""
+    """Return, flat and as text, the identifiers beside the texts of `text_lists`, or None if there are none."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -145,12 +151,12 @@ def identifiers(array: pa.Array) -> pa.Array | None:
     name = next((name for name in IDENTIFIERS if values.type.get_field_index(name) >= 0), None)
     if name is None:
         return None
-    found = pc.struct_field(values, name)
-    return (pc.list_flatten(found) if _is_list(found.type) else found).cast(pa.string())
+    column = pc.struct_field(values, name)
+    return (pc.list_flatten(column) if _is_list(column.type) else column).cast(pa.string())
 
 
-def listed_by(values: pa.Array, lengths: Any) -> pa.Array:
-    """`values` as lists of the given lengths."""
+def as_lists(values: pa.Array, lengths: Any) -> pa.Array:
+    """Return `values` cut into lists of the given lengths."""
     import numpy as np
     import pyarrow as pa
 

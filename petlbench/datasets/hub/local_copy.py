@@ -1,6 +1,6 @@
-"""A copy of a data set in Parquet files: fetched from the hub or found in a folder, and which part each file is of.
+"""Find a copy of a data set in Parquet files, on the hub or in a folder, and the part to which each file belongs.
 
-The library's own environment variables decide about caches and the network (HF_HOME, HF_HUB_OFFLINE).
+The hub library's environment variables HF_HOME and HF_HUB_OFFLINE decide about caches and the network.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from petlbench.core.errors import UserError
 from petlbench.core.messages import did_you_mean, one_line
-from petlbench.datasets.hub.shards import metadata, sound
+from petlbench.datasets.hub.shards import metadata, parquet_errors
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -27,21 +27,21 @@ KNOWN = (
     *("lmms-lab/COCO-Caption", "lmms-lab/COCO-Caption2017", "yerevann/coco-karpathy"),
     "nlphuji/mscoco_2014_5k_test_image_text_retrieval",
 )
-CONVERTED = "refs/convert/parquet"  # where the hub keeps its own conversion of data sets in other formats
-DEPTH = 2  # of folders below a copy's: <configuration>/<split>/0000.parquet
+CONVERTED = "refs/convert/parquet"  # the hub's own conversion of data sets in other formats
+DEPTH = 2  # levels of folders below the copy's: <configuration>/<split>/0000.parquet
 SHARD = re.compile(r"(?P<split>.+?)-(?P<number>\d{5})-of-(?P<count>\d{5})(-\w+)?")
 GQA = re.compile(r"(?P<split>.+_(all|balanced))_(instructions|images)")
 SYNONYMS = {"validation": "val", "valid": "val", "dev": "val", "training": "train"}
-SPLITS = ("train", "restval", "val", "test", "testa", "testb", "testdev")  # what files may be named after, plainly
+SPLITS = ("train", "restval", "val", "test", "testa", "testb", "testdev")  # plain names of splits that files may carry
 MOST_ROWS = 50_000_000
-MOST_TEXT_BYTES = 1 << 30  # of one file's columns but for images: the largest copies have a fifth
+MOST_TEXT_BYTES = 1 << 30  # in one file's columns other than images: five times the largest copy's
 
 
 @dataclass(frozen=True)
 class CopyFile:
-    """One Parquet file: where it is, its name below the copy's folder, and what its name gives.
+    """One Parquet file: its path, its name below the copy's folder, and the split and series that the name gives.
 
-    `series`: the folder without the split's own, and how many shards there are; shards of one part have it in common.
+    `series` is the folder without the split's own folder, and the number of shards; shards of one part share it.
     """
 
     path: Path
@@ -51,7 +51,7 @@ class CopyFile:
 
     @cached_property
     def schema(self) -> pa.Schema:
-        with sound(self.path):
+        with parquet_errors(self.path):
             return metadata(self.path).schema.to_arrow_schema()
 
     @cached_property
@@ -62,13 +62,13 @@ class CopyFile:
         return count
 
     def read(self, columns: Sequence[str], most: int | None = None) -> pa.Table:
-        """These columns, of the first `most` rows. Raises UserError."""
+        """Return these columns of the first `most` rows. Raise UserError if the file is damaged or too large."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         batches: list[Any] = []
         size = count = 0
-        with sound(self.path), pq.ParquetFile(self.path, metadata=metadata(self.path)) as file:
+        with parquet_errors(self.path), pq.ParquetFile(self.path, metadata=metadata(self.path)) as file:
             wanted = min(self.rows, self.rows if most is None else most)
             if not wanted or not columns:
                 return file.read_row_groups([], columns=list(columns))
@@ -84,7 +84,7 @@ class CopyFile:
 
 
 def locate_copy(hub: str, root: Path | None) -> Path:
-    """The folder of a copy: `hub` is one, or a name on the hub, fetched where it is not on this machine."""
+    """Return the folder of a copy; `hub` is a folder, or a name on the hub, which is fetched unless cached here."""
     for folder in [Path(hub).expanduser(), *([root / hub] if root else [])]:
         if hub and folder.is_dir():
             return folder.absolute()
@@ -92,39 +92,41 @@ def locate_copy(hub: str, root: Path | None) -> Path:
     owner, *rest = name.split("/")
     if not rest or not {"", ".", "..", "~"}.isdisjoint([owner, *rest]):
         raise UserError(f"hub: folder '{hub}' does not exist: give a folder of Parquet files, or OWNER/NAME on the hub")
-    return _fetched(f"{owner}/{rest[0]}", "/".join(rest[1:]), revision or None)
+    return _fetch(f"{owner}/{rest[0]}", "/".join(rest[1:]), revision or None)
 
 
 def files(folder: Path) -> list[CopyFile]:
-    """The Parquet files below a folder, in their order. Raises UserError where one of several shards is missing."""
-    found = [_file(folder, path) for path in _below(folder, DEPTH)]
-    for file in found:
+    """Return the Parquet files below a folder, sorted. Raise UserError if one of several shards is missing."""
+    copies = [_copy_file(folder, path) for path in _parquet_files(folder, DEPTH)]
+    for file in copies:
         if shard := SHARD.fullmatch(file.path.stem):
-            there = {other.path.stem[: shard.end("number")] for other in found if other.path.parent == file.path.parent}
-            for number in range(min(int(shard["count"]), 1 + len(there))):
+            stems = {
+                other.path.stem[: shard.end("number")] for other in copies if other.path.parent == file.path.parent
+            }
+            for number in range(min(int(shard["count"]), 1 + len(stems))):
                 stem = f"{shard['split']}-{number:05d}"
-                if stem not in there:
+                if stem not in stems:
                     raise UserError(f"{stem} is missing beside {file.path}: get the copy again")
-    return found
+    return copies
 
 
-def official(said: str, known: Sequence[str], hint: str = "") -> str | None:
-    """Which of the official parts `known` is called `said`; of val2014 and val2017 that whose year is in `hint`."""
-    if said in known:
-        return said
-    alike = [name for name in known if plain_name(name) == plain_name(said)]
-    dated = [name for name in alike if (year := re.search(r"\d{4}", name)) and year[0] in said + hint]
+def official_part(name: str, parts: Sequence[str], hint: str = "") -> str | None:
+    """Return the official part, of `parts`, that `name` means, or None; a year in `hint` decides val2014 or val2017."""
+    if name in parts:
+        return name
+    alike = [part for part in parts if plain_name(part) == plain_name(name)]
+    dated = [part for part in alike if (year := re.search(r"\d{4}", part)) and year[0] in name + hint]
     return next(iter([*dated, *alike]), None)
 
 
 def plain_name(name: str) -> str:
-    """A split's name without years, punctuation and the like: `validation` and `val2014` are `val`."""
+    """Return a split's name without years and punctuation: `validation` and `val2014` give `val`."""
     letters = re.sub(r"[^a-z]", "", name.lower()).replace("balanced", "")
     return SYNONYMS.get(letters, letters)
 
 
-def named_after(name: str, root: Path) -> Iterator[Path]:
-    """The folders that a data set's name gives: the root itself, and those right below it."""
+def folders_named(name: str, root: Path) -> Iterator[Path]:
+    """Yield the folders named like a data set: the root itself, and folders directly below it."""
     wanted = _letters(name)
     if _letters(root.absolute().name) == wanted:
         yield root.absolute()
@@ -136,20 +138,20 @@ def _letters(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower().replace("+", "plus"))
 
 
-def _below(folder: Path, depth: int) -> Iterator[Path]:
+def _parquet_files(folder: Path, depth: int) -> Iterator[Path]:
     try:
         with os.scandir(folder) as entries:
-            found = sorted((e.name, e.is_dir()) for e in entries if not e.name.startswith("."))
+            children = sorted((e.name, e.is_dir()) for e in entries if not e.name.startswith("."))
     except OSError as error:
-        raise UserError(f"cannot list {folder}: {error.strerror or error}; mend its permissions") from None
-    for name, is_folder in found:
+        raise UserError(f"cannot list {folder}: {error.strerror or error}; fix its permissions") from None
+    for name, is_folder in children:
         if is_folder and depth:
-            yield from _below(folder / name, depth - 1)
+            yield from _parquet_files(folder / name, depth - 1)
         elif not is_folder and name.endswith(".parquet"):
             yield folder / name
 
 
-def _file(folder: Path, path: Path) -> CopyFile:
+def _copy_file(folder: Path, path: Path) -> CopyFile:
     name = path.relative_to(folder)
     shard = SHARD.fullmatch(path.stem)
     folders = [part for part in name.parts[:-1] if part != "data"]
@@ -161,8 +163,8 @@ def _file(folder: Path, path: Path) -> CopyFile:
     return CopyFile(path, name.as_posix(), split, "/".join([*folders, shard["count"] if shard else ""]))
 
 
-def _fetched(name: str, below: str, revision: str | None) -> Path:
-    """A repository's Parquet files in the library's cache; no other file is fetched, and none is run."""
+def _fetch(name: str, below: str, revision: str | None) -> Path:
+    """Return the cache folder of a repository's Parquet files; fetch no other file, and run none."""
     from huggingface_hub import snapshot_download
 
     failure: Exception | None = None
@@ -170,10 +172,10 @@ def _fetched(name: str, below: str, revision: str | None) -> Path:
         try:
             pattern = f"{below}/*.parquet" if below else "*.parquet"
             folder = snapshot_download(name, repo_type="dataset", revision=tried, allow_patterns=pattern)
-        except Exception as error:  # of the hub's classes, of the HTTP library's, and OSError
+        except Exception as error:  # classes of the hub library and of the HTTP library, and OSError
             failure = failure or error
             continue
-        if (copy := Path(folder) / below).is_dir() and next(_below(copy, DEPTH), None):
+        if (copy := Path(folder) / below).is_dir() and next(_parquet_files(copy, DEPTH), None):
             return copy.absolute()
     if failure is None:
         raise UserError(f"hub: '{name}' holds no Parquet file{f' below {below}' if below else ''}: choose another copy")

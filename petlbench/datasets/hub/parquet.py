@@ -1,8 +1,8 @@
-"""Copies of the data sets in Parquet files, as the hub has them: with the images inside, or naming image files.
+"""Copies of the data sets in Parquet files, as on the hub, which hold images or name image files.
 
-Columns go by many names (petlbench.datasets.hub.columns); the option `columns` tells those that are not known. Of the
-columns only texts are read; an image inside is named by file and row (`val-00000-of-00002.parquet#7`), and fetched when
-its row is taken. `hub: OWNER/NAME` takes `OWNER/NAME/FOLDER` and `OWNER/NAME@REVISION` too. No code of a copy runs.
+Copies name their columns differently (petlbench.datasets.hub.columns); the option `columns` names those that are not
+known. Only text columns are read at once. A file and a row (`val-00000-of-00002.parquet#7`) name an image inside, which
+is fetched when its row is taken. `hub` takes OWNER/NAME, OWNER/NAME/FOLDER and OWNER/NAME@REVISION. No code runs.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from PIL.Image import Image
 
-MARK = ".parquet#"  # of an image inside: <file>.parquet#<row>
+MARK = ".parquet#"  # in the name of an image inside: <file>.parquet#<row>
 YEAR = re.compile(r"COCO_[a-z]+(20\d\d)_")
-SURPLUS = 1.1  # times the published size: counts differ a little between editions
+SURPLUS = 1.1  # times the published size: counts differ slightly between editions
 
 
 class HubParquet(Reader):
-    """A folder of Parquet files that are named after splits, or have a column `split`."""
+    """A reader of a folder of Parquet files that are named after splits or have a column `split`."""
 
     layout = "parquet"
 
     def __init__(self, source: Declaration, root: Path, copy: Path) -> None:
         super().__init__(source, root)
         self.copy = copy
-        self._told: dict[tuple[str, str], dict[str, list[str] | None]] = {}
+        self._read_parts: dict[tuple[str, str], dict[str, list[str] | None]] = {}
 
     @classmethod
     def find(cls, source: Declaration, root: Path | None) -> Self | None:
@@ -48,15 +48,15 @@ class HubParquet(Reader):
             return None
         if source.config.hub is not None:
             copy = local_copy.locate_copy(source.config.hub, root)
-            made = cls(source, root or copy, copy)
-            made._demand()
-            return made
-        for folder in local_copy.named_after(source.name, root) if root else ():
-            made = cls(source, root or folder, folder)
-            if made._named and (source.config.columns or source.config.layout == cls.layout):
-                made._demand()
-            if any(True for task in source.tasks for _ in made._serving(task)):
-                return made
+            reader = cls(source, root or copy, copy)
+            reader._require_usable()
+            return reader
+        for folder in local_copy.folders_named(source.name, root) if root else ():
+            reader = cls(source, root or folder, folder)
+            if reader._split_files and (source.config.columns or source.config.layout == cls.layout):
+                reader._require_usable()
+            if any(True for task in source.tasks for _ in reader._usable_files(task)):
+                return reader
         return None
 
     @classmethod
@@ -64,11 +64,11 @@ class HubParquet(Reader):
         return f"Parquet files in {source.name}/, {source.name}/data/ (or set `hub`)"
 
     def parts(self, task: str) -> tuple[str, ...]:
-        there = {part for file in self._serving(task) for part in self._values(task, file)}
-        return tuple(part for part in self._official(task) if part in there)
+        present = {part for file in self._usable_files(task) for part in self._values(task, file)}
+        return tuple(part for part in self._official(task) if part in present)
 
     def files(self, task: str, part: str) -> list[Path]:
-        return [file.path for file in [*self._of(task, part), *self._stores(task, part)]]
+        return [file.path for file in [*self._select(task, part), *self._image_files(task, part)]]
 
     def read(self, task: str, part: str) -> Part:
         import pyarrow as pa
@@ -77,26 +77,28 @@ class HubParquet(Reader):
         from petlbench.datasets.hub.rows import BY_KIND, with_answers
 
         kind, skips, tables, first = self._kinds[task], Skips(), [], 0
-        for file in self._of(task, part):
+        for file in self._select(task, part):
             try:
                 raw = self._raw(task, part, file, first, skips)
                 tables.append(BY_KIND[kind](raw, part, str(file.path), skips))
             except pa.ArrowException as error:
-                said = " ".join(str(error).split())[:160]
-                raise UserError(f"{file.path}: a column is of another type ({said}): set `columns`") from None
+                message = " ".join(str(error).split())[:160]
+                raise UserError(f"{file.path}: a column is of another type ({message}): set `columns`") from None
             first += file.rows
         table = pa.concat_tables(tables)
         if kind == "questions":
             table = with_answers(table, part, skips)
-        self._compare(task, part, table.num_rows)
+        self._check_size(task, part, table.num_rows)
         counts = pc.value_counts(table["sample_id"].combine_chunks())
-        twice = counts.filter(pc.greater(counts.field("counts"), 1))
-        if len(twice):
-            raise UserError(f"{self.copy}, {part}: '{twice[0]['values']}' identifies several rows: get the copy again")
+        repeated = counts.filter(pc.greater(counts.field("counts"), 1))
+        if len(repeated):
+            raise UserError(
+                f"{self.copy}, {part}: '{repeated[0]['values']}' identifies several rows: get the copy again"
+            )
         return Part(table, skips)
 
     def digest(self, path: Path) -> str:
-        """Of all that rows depend on: the footer, with the sizes of the images, and the content of other columns."""
+        """Return a digest of the footer, which has the images' sizes, and of the content of the other columns."""
         return shards.text_digest(path)
 
     def located(self, names: Sequence[str]) -> list[str]:
@@ -104,7 +106,7 @@ class HubParquet(Reader):
         places = dict(zip(outside, super().located(outside), strict=True))
         for name in names:
             if MARK in name:
-                self._inside(name)
+                self._locate_inside(name)
                 places[name] = f"{self.copy}/{name}"
         return [places[name] for name in names]
 
@@ -117,18 +119,18 @@ class HubParquet(Reader):
         return images.decoded(image)
 
     def stamp(self, place: str) -> str:
-        """What changes when the image at a place does."""
+        """Return a text that changes when the image at a place changes."""
         return shards.stamp(Path(place.rpartition("#")[0] if MARK in place else place))
 
     def fault(self, place: str) -> str | None:
-        """Why the image at a place cannot be used, or None."""
+        """Return why the image at a place cannot be used, or None."""
         if MARK not in place:
             return images.fault(Path(place))
         return images.fault(io.BytesIO(self._encoded(place)))
 
     @cached_property
     def _kinds(self) -> dict[str, str]:
-        """What the rows of each task are about, of those tasks that have columns of the hub's copies."""
+        """Return the kind of rows of each task whose columns the hub's copies can give."""
         kinds = {task: columns.kind_of(self.source.features(task)) for task in self.source.tasks}
         return {task: kind for task, kind in kinds.items() if kind is not None}
 
@@ -140,60 +142,60 @@ class HubParquet(Reader):
     def _by_name(self) -> dict[str, CopyFile]:
         return {file.name: file for file in self._files}
 
-    def _compare(self, task: str, part: str, count: int) -> None:
-        """Raise UserError for a part with more rows than were published: it is another division by the same name."""
+    def _check_size(self, task: str, part: str, count: int) -> None:
+        """Raise UserError if a part has more rows than published: it is another division of the same name."""
         kind = self._kinds[task]
         what = "images" if kind == "captions" else kind
         published = self.source.sizes.get(task, {}).get(part, {}).get(what)
         if published is not None and count > SURPLUS * published:
-            told = f"{count:,} {what} in {part}, where {published:,} were published"
+            sizes = f"{count:,} {what} in {part}, where {published:,} were published"
             raise UserError(
-                f"{self.copy} has {told}: it is divided otherwise, choose another copy or the official files"
+                f"{self.copy} has {sizes}: it is divided otherwise, choose another copy or the official files"
             )
 
     def _columns(self, task: str, file: CopyFile) -> dict[str, str]:
         return columns.resolve_columns(self._kinds[task], file.schema.names, self.source.config.columns)
 
-    def _serving(self, task: str) -> Iterator[CopyFile]:
-        """The files with what the task needs that tell which part they are of."""
-        for file in self._named if task in self._kinds else ():
-            if not columns.lacking(self._kinds[task], self._columns(task, file)):
+    def _usable_files(self, task: str) -> Iterator[CopyFile]:
+        """Yield the files that name a split and have the columns that the task needs."""
+        for file in self._split_files if task in self._kinds else ():
+            if not columns.missing_columns(self._kinds[task], self._columns(task, file)):
                 yield file
 
     @cached_property
-    def _named(self) -> list[CopyFile]:
-        """Without those that are of no split, which may be of anything."""
+    def _split_files(self) -> list[CopyFile]:
+        """Return the files that belong to a split; other files may hold anything."""
         return [
             f for f in self._files if local_copy.plain_name(f.split) in local_copy.SPLITS or "split" in f.schema.names
         ]
 
-    def _demand(self) -> None:
-        """Raise UserError when the copy that was asked for serves nothing."""
-        if not self._named:
-            raise UserError(f"{self.copy} has no Parquet file named after a split or with a column `split`: mend `hub`")
-        there = list(dict.fromkeys(name for file in self._named for name in file.schema.names))
-        columns.check_said(self.source.config.columns, self._kinds.values(), there, self.copy)
+    def _require_usable(self) -> None:
+        """Raise UserError if the copy that the user chose has no usable file."""
+        if not self._split_files:
+            raise UserError(f"{self.copy} has no Parquet file named after a split or with a column `split`: fix `hub`")
+        present = list(dict.fromkeys(name for file in self._split_files for name in file.schema.names))
+        columns.check_overrides(self.source.config.columns, self._kinds.values(), present, self.copy)
         for task in self._kinds:
-            if next(self._serving(task), None):
+            if next(self._usable_files(task), None):
                 return
-        task, file = min(self._kinds), self._named[0]
-        names = columns.lacking(self._kinds[task], self._columns(task, file))
-        told = f"columns: {{{names[0].split()[0]}: NAME}}"
-        listed = columns.listed(file.schema.names)
-        raise UserError(f"{file.path} has no column for {', '.join(names)}: {listed}; set {told}")
+        task, file = min(self._kinds), self._split_files[0]
+        names = columns.missing_columns(self._kinds[task], self._columns(task, file))
+        option = f"columns: {{{names[0].split()[0]}: NAME}}"
+        description = columns.list_columns(file.schema.names)
+        raise UserError(f"{file.path} has no column for {', '.join(names)}: {description}; set {option}")
 
     def _official(self, task: str) -> list[str]:
-        """The source's names of its parts; those that its splits are made of first."""
+        """Return the source's names of its parts, first those that make up its splits."""
         chosen = [part for split in SPLITS for part in self.source.choice(task, split).parts]
         return list(dict.fromkeys([*chosen, *self.source.sizes.get(task, {})]))
 
     def _values(self, task: str, file: CopyFile) -> dict[str, list[str] | None]:
-        """The parts of which a file has rows, each with the values of the column `split` that mean it, or None."""
-        if (task, file.name) not in self._told:
-            self._told[task, file.name] = self._told_values(task, file)
-        return self._told[task, file.name]
+        """Return the parts with rows in a file, each with the values of the column `split` that mean it, or None."""
+        if (task, file.name) not in self._read_parts:
+            self._read_parts[task, file.name] = self._read_values(task, file)
+        return self._read_parts[task, file.name]
 
-    def _told_values(self, task: str, file: CopyFile) -> dict[str, list[str] | None]:
+    def _read_values(self, task: str, file: CopyFile) -> dict[str, list[str] | None]:
         import pyarrow.compute as pc
 
         columns = self._columns(task, file)
@@ -201,39 +203,39 @@ class HubParquet(Reader):
         if "file_name" in columns:
             names = str(file.read([columns["file_name"]], most=1).to_pylist())
             hint = " ".join(YEAR.findall(names)) or hint
-        known, column = self._official(task), columns.get("split")
-        found: dict[str, list[str] | None] = {}
+        parts, column = self._official(task), columns.get("split")
+        values: dict[str, list[str] | None] = {}
         if column is not None and str(file.schema.field(column).type) in ("string", "large_string"):
             for value in pc.unique(file.read([column])[column].combine_chunks()).drop_null().to_pylist():
-                if part := local_copy.official(value, known, hint):
-                    found[part] = [*(found.get(part) or []), value]
-        if not found and (part := local_copy.official(file.split, known, hint)):
-            found[part] = None
-        return found
+                if part := local_copy.official_part(value, parts, hint):
+                    values[part] = [*(values.get(part) or []), value]
+        if not values and (part := local_copy.official_part(file.split, parts, hint)):
+            values[part] = None
+        return values
 
-    def _of(self, task: str, part: str) -> list[CopyFile]:
-        """The files with rows of a part. Raises UserError where it is there more than once."""
-        found = [file for file in self._serving(task) if part in self._values(task, file)]
-        divided = all(self._values(task, file)[part] for file in found)
-        if len({(file.series, divided or file.split) for file in found}) > 1:
-            names = ", ".join(file.name for file in found)
+    def _select(self, task: str, part: str) -> list[CopyFile]:
+        """Return the files with rows of a part. Raise UserError if the copy has the part more than once."""
+        files = [file for file in self._usable_files(task) if part in self._values(task, file)]
+        divided = all(self._values(task, file)[part] for file in files)
+        if len({(file.series, divided or file.split) for file in files}) > 1:
+            names = ", ".join(file.name for file in files)
             raise UserError(f"{self.copy} has {part} more than once ({names}): set `hub` to the folder of one")
-        return found
+        return files
 
-    def _stores(self, task: str, part: str) -> list[CopyFile]:
-        """Files that hold images by identifier, for annotations of the same part without images."""
-        if all("image" in self._columns(task, file) for file in self._of(task, part)):
+    def _image_files(self, task: str, part: str) -> list[CopyFile]:
+        """Return the files that hold images by identifier, for annotations of the same part without images."""
+        if all("image" in self._columns(task, file) for file in self._select(task, part)):
             return []
-        known = self._official(task)
-        of_part = [file for file in self._named if local_copy.official(file.split, known) == part]
+        parts = self._official(task)
+        of_part = [file for file in self._split_files if local_copy.official_part(file.split, parts) == part]
         return [file for file in of_part if self._picture(file) and columns.identifier_column(file.schema)]
 
     def _picture(self, file: CopyFile) -> str | None:
-        """The column of encoded images."""
+        """Return the column of encoded images, or None."""
         return columns.picture_of(file.schema, self._columns(min(self._kinds), file))
 
     def _raw(self, task: str, part: str, file: CopyFile, first: int, skips: Skips) -> pa.Table:
-        """The file's rows of a part, as `hub_rows` takes them; `first`: how many rows of the part's files precede."""
+        """Return the file's rows of a part, as `rows` takes them; `first` rows of the part lie in earlier files."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -243,7 +245,7 @@ class HubParquet(Reader):
         raw = raw_rows(file, columns, part, first)
         if (values := self._values(task, file)[part]) is not None:
             raw = raw.filter(pc.is_in(raw["split"].cast(pa.string()), pa.array(values)))
-        stores = [(store, str(self._picture(store))) for store in self._stores(task, part)]
+        stores = [(store, str(self._picture(store))) for store in self._image_files(task, part)]
         raw = with_images(raw, part, file.path, stores, named="image" in columns)
         if nowhere := raw["image"].null_count:
             which = raw.filter(pc.is_null(raw["image"]))["number"][0]
@@ -251,14 +253,14 @@ class HubParquet(Reader):
         return raw.filter(pc.is_valid(raw["image"]))
 
     def _encoded(self, place: str) -> bytes:
-        """The bytes of an image inside; none where the row has none. Raises UserError."""
-        file, row = self._inside(place.removeprefix(f"{self.copy}/"))
+        """Return the bytes of an image inside, empty if the row has none. Raise UserError if the file is damaged."""
+        file, row = self._locate_inside(place.removeprefix(f"{self.copy}/"))
         return shards.encoded(file.path, str(self._picture(file)), row) or b""
 
-    def _inside(self, name: str) -> tuple[CopyFile, int]:
-        """Of the image `name`: the file, which is one of the copy's own, and the row. Raises UserError."""
+    def _locate_inside(self, name: str) -> tuple[CopyFile, int]:
+        """Return the file and the row of the image `name`. Raise UserError unless the file is one of the copy's own."""
         file_name, _, row = name.rpartition("#")
         file = self._by_name.get(file_name)
         if file is None or not row.isdecimal() or int(row) >= file.rows:
-            raise UserError(f"{name} is no image of the copy in {self.copy}: clear {cache_dir()}")
+            raise UserError(f"{name} is not an image of the copy in {self.copy}: clear {cache_dir()}")
         return file, int(row)

@@ -1,4 +1,4 @@
-"""Images that lie in Parquet files: named by file and row, fetched when they are needed."""
+"""Images inside Parquet files: named by file and row, and fetched when needed."""
 
 from __future__ import annotations
 
@@ -17,67 +17,67 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-KEPT_BYTES = 256 << 20  # of encoded images, for all threads of the process
-MOST_GROUP_BYTES = 4 << 30  # of images in one row group: no copy comes near, and a hostile file must not fill memory
+KEPT_BYTES = 256 << 20  # of encoded images in memory, for all threads of the process
+MOST_GROUP_BYTES = 4 << 30  # of images in one row group: far above any copy, yet a hostile file cannot fill memory
 
 
 @contextmanager
-def sound(path: Path) -> Iterator[None]:
-    """What reading a damaged file ends in, as one line that names it."""
+def parquet_errors(path: Path) -> Iterator[None]:
+    """Turn the errors of reading a damaged file into a UserError of one line that names the file."""
     import pyarrow as pa
 
     try:
         yield
     except (OSError, pa.ArrowException, MemoryError, OverflowError) as error:
-        said = " ".join(str(error).replace(str(path), "it").split())[:160] or type(error).__name__
-        raise UserError(f"{path} is truncated, or no Parquet file ({said}): get the file again") from None
+        message = " ".join(str(error).replace(str(path), "it").split())[:160] or type(error).__name__
+        raise UserError(f"{path} is truncated, or not a Parquet file ({message}): get the file again") from None
 
 
 def metadata(path: Path) -> pq.FileMetaData:
-    """The footer. Raises UserError."""
-    with sound(path):
+    """Return the footer of a Parquet file. Raise UserError if the file is damaged."""
+    with parquet_errors(path):
         return _metadata(path, *_stamp(path))
 
 
 def stamp(path: Path) -> str:
-    """What tells that a file has changed."""
-    with sound(path):
+    """Return a text that changes when the file changes: its size and its time of change."""
+    with parquet_errors(path):
         return " ".join(map(str, _stamp(path)))
 
 
-def nulls(told: pq.FileMetaData, group: int, column: str) -> int:
-    """How many rows of a group have no image; 0 where the file does not say."""
-    for chunk in chunks(told, group):
+def nulls(footer: pq.FileMetaData, group: int, column: str) -> int:
+    """Return how many rows of a group have no image; 0 if the file does not say."""
+    for chunk in chunks(footer, group):
         if chunk.path_in_schema == column and chunk.statistics is not None and chunk.statistics.has_null_count:
             return int(chunk.statistics.null_count)
     return 0
 
 
-def chunks(told: pq.FileMetaData, group: int) -> Iterator[pq.ColumnChunkMetaData]:
-    """The columns of a row group."""
-    return map(told.row_group(group).column, range(told.num_columns))
+def chunks(footer: pq.FileMetaData, group: int) -> Iterator[pq.ColumnChunkMetaData]:
+    """Return the column chunks of a row group."""
+    return map(footer.row_group(group).column, range(footer.num_columns))
 
 
 def text_digest(path: Path) -> str:
-    """A hex digest of a file but for the content of its images; the sizes of these are in the footer."""
-    with sound(path):
+    """Return a hex digest of a file without the content of its images; the footer has their sizes."""
+    with parquet_errors(path):
         return _text_digest(path, *_stamp(path))
 
 
-def text_chunks(told: pq.FileMetaData) -> Iterator[pq.ColumnChunkMetaData]:
-    """All columns of all row groups, but for what may be images: bytes that are no text."""
-    plain = [told.schema.column(i) for i in range(told.num_columns)]
+def text_chunks(footer: pq.FileMetaData) -> Iterator[pq.ColumnChunkMetaData]:
+    """Yield all column chunks of all row groups, except possible images: bytes that are not text."""
+    plain = [footer.schema.column(i) for i in range(footer.num_columns)]
     images = {c.path for c in plain if c.physical_type == "BYTE_ARRAY" and c.logical_type.type == "NONE"}
-    for group in range(told.num_row_groups):
-        yield from (chunk for chunk in chunks(told, group) if chunk.path_in_schema not in images)
+    for group in range(footer.num_row_groups):
+        yield from (chunk for chunk in chunks(footer, group) if chunk.path_in_schema not in images)
 
 
 def encoded(path: Path, column: str, row: int) -> bytes | None:
-    """The bytes of the image in a row of the file, counted from its start. Raises UserError."""
-    found = metadata(path)
+    """Return the bytes of the image in a row, counted from the file's start. Raise UserError if the row is absent."""
+    footer = metadata(path)
     first = 0
-    for group in range(found.num_row_groups):
-        count = found.row_group(group).num_rows
+    for group in range(footer.num_row_groups):
+        count = footer.row_group(group).num_rows
         if row < first + count:
             images = _GROUPS.images(path, group, column)
             return images[row - first].as_py() if row - first < len(images) else None
@@ -86,14 +86,14 @@ def encoded(path: Path, column: str, row: int) -> bytes | None:
 
 
 def group_images(path: Path, group: int, column: str) -> pa.ChunkedArray:
-    """All encoded images of a row group. Raises UserError."""
+    """Return all encoded images of a row group. Raise UserError if they are too large or damaged."""
     import pyarrow.parquet as pq
 
-    told = metadata(path)
-    size = sum(chunk.total_uncompressed_size for chunk in chunks(told, group) if chunk.path_in_schema == column)
+    footer = metadata(path)
+    size = sum(chunk.total_uncompressed_size for chunk in chunks(footer, group) if chunk.path_in_schema == column)
     if not 0 <= size <= MOST_GROUP_BYTES:
         raise UserError(f"{path} claims {size:,} bytes of images in one row group: do not trust it")
-    with sound(path), pq.ParquetFile(path, metadata=told) as file:
+    with parquet_errors(path), pq.ParquetFile(path, metadata=footer) as file:
         table = file.read_row_group(group, columns=[column], use_threads=False)
         images = table.column(0)
         for name in column.split(".")[1:]:
@@ -115,19 +115,19 @@ def _metadata(path: Path, size: int, mtime_ns: int) -> pq.FileMetaData:
 
 @lru_cache(maxsize=1024)
 def _text_digest(path: Path, size: int, mtime_ns: int) -> str:
-    told = _metadata(path, size, mtime_ns)
-    digest = hashlib.sha256(str(told.to_dict()).encode())
+    footer = _metadata(path, size, mtime_ns)
+    digest = hashlib.sha256(str(footer.to_dict()).encode())
     with path.open("rb") as file:
-        for chunk in text_chunks(told):
+        for chunk in text_chunks(footer):
             file.seek(chunk.dictionary_page_offset or chunk.data_page_offset)
             digest.update(file.read(max(0, chunk.total_compressed_size)))
     return digest.hexdigest()
 
 
 class _Groups:
-    """The row groups that were used last: rows of one lie together, and to fetch one row is to decode its group.
+    """A cache of the row groups used last: fetching one row decodes its group, and rows are often taken in order.
 
-    Threads that want the same group wait for one of them to read it; other groups are read at the same time.
+    Threads that want the same group wait while one of them reads it; other groups are read at the same time.
     """
 
     def __init__(self, most_bytes: int) -> None:

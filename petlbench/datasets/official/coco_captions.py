@@ -1,4 +1,4 @@
-"""COCO's own caption files, of 2014 and of 2017 (the same images, divided otherwise)."""
+"""COCO's own caption files of 2014 and of 2017 (the same images, divided otherwise)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from petlbench.core.gc_pause import collector_paused
 from petlbench.datasets.files.coco import COCO_BASES
 from petlbench.datasets.files.declaration import Choice, Declaration, FilesConfig
 from petlbench.datasets.files.reader import Part, Reader
-from petlbench.datasets.files.reading import found_below, read_json, refuse_repeats
+from petlbench.datasets.files.reading import find_below, read_json, refuse_repeats
 from petlbench.datasets.files.source import FileSource
 from petlbench.datasets.hub.parquet import HubParquet
-from petlbench.datasets.official.caption_rows import TASKS, below_folder, captioned, published_sizes
+from petlbench.datasets.official.caption_rows import TASKS, caption_part, checked_names, published_sizes
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -62,7 +62,7 @@ def _document() -> TypeAdapter[CaptionsDocument]:
 
 
 class CaptionsFiles(Reader):
-    """`captions_train2017.json` and the like, a file for each part."""
+    """A reader of `captions_train2017.json` and the like, one file for each part."""
 
     layout: ClassVar[str] = "coco"
 
@@ -74,8 +74,8 @@ class CaptionsFiles(Reader):
     def find(cls, source: Declaration, root: Path | None) -> Self | None:
         if root is None:
             return None
-        found = {part: found_below(root, FOLDERS, f"captions_{part}.json") for part in PARTS}
-        paths = {part: path for part, path in found.items() if path}
+        candidates = {part: find_below(root, FOLDERS, f"captions_{part}.json") for part in PARTS}
+        paths = {part: path for part, path in candidates.items() if path}
         return cls(source, root, paths) if paths else None
 
     @classmethod
@@ -94,36 +94,36 @@ class CaptionsFiles(Reader):
         with collector_paused():
             image_ids = [image["id"] for image in document["images"]]
             refuse_repeats(image_ids, "image id", path)
-            refuse_repeats([said["id"] for said in document["annotations"]], "annotation id", path)
+            refuse_repeats([annotation["id"] for annotation in document["annotations"]], "annotation id", path)
             names = [image["file_name"] for image in document["images"]]
-            places = below_folder([name if "/" in name else f"{part}/{name}" for name in names], path)
-            texts = [said["caption"] for said in document["annotations"]]
-            return captioned(image_ids, places, texts, _owners(document, path))
+            places = checked_names([name if "/" in name else f"{part}/{name}" for name in names], path)
+            texts = [annotation["caption"] for annotation in document["annotations"]]
+            return caption_part(image_ids, places, texts, _owners(document, path))
 
 
 def _owners(document: CaptionsDocument, path: Path) -> Ints:
-    """Of each annotation, the rank of its image."""
+    """Return, for each annotation, the rank of its image. Raise UserError if the file does not list the image."""
     import numpy as np
 
     ranks = {image["id"]: rank for rank, image in enumerate(document["images"])}
-    owners = np.array([ranks.get(said["image_id"], -1) for said in document["annotations"]], dtype=int)
+    owners = np.array([ranks.get(annotation["image_id"], -1) for annotation in document["annotations"]], dtype=int)
     for stray in np.flatnonzero(owners < 0).tolist():
-        said = document["annotations"][stray]
-        told = f"{path} has the annotation {said['id']} of the image {said['image_id']}, which it does not list"
-        raise UserError(f"{told}: get the file again")
+        annotation = document["annotations"][stray]
+        which = f"annotation {annotation['id']} of the image {annotation['image_id']}"
+        raise UserError(f"{path} has the {which}, which it does not list: get the file again")
     return owners
 
 
 class COCOCaptionsConfig(FilesConfig):
     """Options of COCO's captions."""
 
-    year: Literal[2014, 2017] = Field(2017, description="which of COCO's divisions into train and val")
+    year: Literal[2014, 2017] = Field(2017, description="COCO's division into train and val")
 
 
 class COCOCaptions(FileSource):
-    """COCO's captions as it publishes them; a row for an image, with all its captions.
+    """COCO's captions as COCO publishes them: one row per image, with all its captions.
 
-    The captions of its own test images are not public. So `test` is its val part, and validation is held out of train.
+    The captions of COCO's test images are not public, so `test` is the val part, and validation is held out of train.
     """
 
     Config: ClassVar[type[FilesConfig]] = COCOCaptionsConfig
@@ -137,7 +137,7 @@ class COCOCaptions(FileSource):
         "coco/annotations; images: http://images.cocodataset.org/zips/train2017.zip and val2017.zip (or 2014), "
         "unpacked to coco/train2017, coco/val2017"
     )
-    # From memory, as the COCO consortium's files count.
+    # From memory, as counted in the COCO consortium's files.
     sizes: Mapping[str, Mapping[str, Mapping[str, int]]] = published_sizes(
         train2014=(82_783, 414_113),
         val2014=(40_504, 202_654),

@@ -1,7 +1,7 @@
 """GQA: compositional questions about photographs, with one answer each (Hudson and Manning, CVPR 2019).
 
-The balanced questions of the official files `<part>_balanced_questions.json`, each an object from question ids to what
-is asked. Train and validation are the official parts of these names; test is testdev, whose answers are public.
+The official files `<part>_balanced_questions.json` each hold an object from question ids to questions. Train and
+validation are the official parts of these names; test is testdev, whose answers are public.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from petlbench.api.source import SourceConfig
 from petlbench.datasets.files import images
 from petlbench.datasets.files.declaration import Choice, Declaration, FilesConfig
 from petlbench.datasets.files.reader import Part, Reader, Skips
-from petlbench.datasets.files.reading import found_below, read_json, refuse_repeats
+from petlbench.datasets.files.reading import find_below, read_json, refuse_repeats
 from petlbench.datasets.files.source import FileSource
 from petlbench.datasets.hub.parquet import HubParquet
 
@@ -30,13 +30,13 @@ FOLDERS = ("", "gqa", "questions", "gqa/questions", "questions1.2", "gqa/questio
 
 
 class Types(TypedDict):
-    """What kind of question it is; `structural` is what results are broken down by."""
+    """The types of a question; results are broken down by `structural`."""
 
     structural: str
 
 
 class GQAQuestion(TypedDict):
-    """An entry of a file; those of the hidden parts have no answer and no types."""
+    """An entry of a file; entries of the hidden parts have no answer and no types."""
 
     question: str
     imageId: str
@@ -45,7 +45,7 @@ class GQAQuestion(TypedDict):
 
 
 class BalancedQuestions(Reader):
-    """The official files of balanced questions."""
+    """A reader of the official files of balanced questions."""
 
     layout = "official"
 
@@ -66,21 +66,21 @@ class BalancedQuestions(Reader):
         return [path] if path else []
 
     def _file(self, part: str) -> Path | None:
-        return found_below(self.root, FOLDERS, f"{part}_questions.json")
+        return find_below(self.root, FOLDERS, f"{part}_questions.json")
 
     def read(self, task: str, part: str) -> Part:
         import pyarrow as pa
         import pyarrow.compute as pc
 
         (path,) = self.files(task, part)
-        asked = _questions(path)
-        rows, skips = list(asked.values()), Skips()
+        questions = _questions(path)
+        rows, skips = list(questions.values()), Skips()
         answers = [[row["answer"]] if "answer" in row else [] for row in rows]
         coded = pa.array([row["imageId"] for row in rows], pa.string()).dictionary_encode()
         names = pa.array([images.relative(f"{image_id}.jpg", path) for image_id in coded.dictionary.to_pylist()])
         table = pa.table(
             {
-                "sample_id": pa.array(list(asked), pa.string()),
+                "sample_id": pa.array(list(questions), pa.string()),
                 "image_id": coded.cast(pa.string()),
                 "image": names.cast(pa.string()).take(coded.indices),
                 "question": pa.array([row["question"] for row in rows], pa.string()),
@@ -88,25 +88,25 @@ class BalancedQuestions(Reader):
                 "answer_type": pa.array([row.get("types", "") for row in rows], pa.string()),
             }
         )
-        silent = pc.equal(pc.utf8_trim_whitespace(table["question"]), "")
-        if count := pc.sum(silent).as_py():
-            skips.add("empty question", f"question {table.filter(silent)['sample_id'][0]}", count)
-            table = table.filter(pc.invert(silent))
+        blank = pc.equal(pc.utf8_trim_whitespace(table["question"]), "")
+        if count := pc.sum(blank).as_py():
+            skips.add("empty question", f"question {table.filter(blank)['sample_id'][0]}", count)
+            table = table.filter(pc.invert(blank))
         return Part(table, skips)
 
 
 def _questions(path: Path) -> dict[str, GQAQuestion]:
-    """The file's questions by id. Raises UserError for one that is not what it should be, or has an id twice."""
+    """Return the file's questions by id. Raise UserError if the file is malformed or has an id twice."""
     ids: list[str] = []
 
-    def noted(question_id: str) -> str:
-        ids.append(question_id)  # a dict alone would not tell that a key came twice
+    def note(question_id: str) -> str:
+        ids.append(question_id)  # because a dict alone does not show that a key came twice
         return question_id
 
-    found = read_json(path, TypeAdapter(dict[Annotated[str, AfterValidator(noted)], GQAQuestion]))
-    if len(ids) != len(found):
+    questions = read_json(path, TypeAdapter(dict[Annotated[str, AfterValidator(note)], GQAQuestion]))
+    if len(ids) != len(questions):
         refuse_repeats(ids, "question id", path)
-    return found
+    return questions
 
 
 class GQAConfig(FilesConfig):
@@ -114,8 +114,8 @@ class GQAConfig(FilesConfig):
 
     train_on: Literal["train", "train+val"] = Field(
         "train",
-        description="the official train part; or with val too, as VL-T5 and VL-PET do, less one image in twenty, "
-        "which then make up validation",
+        description="the official train part; or train and val, as VL-T5 and VL-PET do, except one image in "
+        "twenty, which are for validation",
     )
 
 

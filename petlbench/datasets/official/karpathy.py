@@ -1,7 +1,7 @@
-"""COCO and Flickr30k in Karpathy's files, whose splits the field reports on.
+"""COCO and Flickr30k in Karpathy's files, whose splits the field reports results on.
 
 The files: github.com/karpathy/neuraltalk2 and "Deep Visual-Semantic Alignments for Generating Image Descriptions"
-(CVPR 2015). `dataset_coco.json` and `dataset_flickr30k.json` hold all images of a set with their split and captions.
+(CVPR 2015). `dataset_coco.json` and `dataset_flickr30k.json` hold all images of a data set, with split and captions.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from petlbench.core.errors import UserError
 from petlbench.core.files import content_digest
 from petlbench.core.gc_pause import collector_paused
 from petlbench.core.messages import did_you_mean
-from petlbench.datasets.files.coco import COCO_BASES, COCO_IMAGES, placed
+from petlbench.datasets.files.coco import COCO_BASES, COCO_IMAGES, with_folder
 from petlbench.datasets.files.declaration import Choice, Declaration
 from petlbench.datasets.files.reader import Part, Reader
-from petlbench.datasets.files.reading import found_below, read_json, refuse_repeats
+from petlbench.datasets.files.reading import find_below, read_json, refuse_repeats
 from petlbench.datasets.files.source import FileSource
 from petlbench.datasets.hub.parquet import HubParquet
-from petlbench.datasets.official.caption_rows import TASKS, below_folder, captioned, published_sizes
+from petlbench.datasets.official.caption_rows import TASKS, caption_part, checked_names, published_sizes
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -41,7 +41,7 @@ class Sentence(TypedDict):
 
 
 class KarpathyEntry(TypedDict):
-    """An image. Flickr30k's have no `cocoid` and no `filepath`."""
+    """An image; Flickr30k's images have no `cocoid` and no `filepath`."""
 
     filename: str
     filepath: NotRequired[str]
@@ -56,22 +56,22 @@ class KarpathyDocument(TypedDict):
 
 
 class KarpathyFile(Reader):
-    """A file of Karpathy's. It holds all parts and is parsed once for them."""
+    """A reader of one Karpathy file, which holds all parts and is parsed once for them."""
 
     layout: ClassVar[str] = "karpathy"
-    data_set: ClassVar[str]  # as the file calls it
-    homes: ClassVar[tuple[str, ...]]  # the data set's own folder, as people name it
+    data_set: ClassVar[str]  # its name in the file
+    homes: ClassVar[tuple[str, ...]]  # usual names of the data set's own folder
     splits: ClassVar[tuple[str, ...]]
-    identifier: ClassVar[str]  # the key that tells images apart
+    identifier: ClassVar[str]  # the key that identifies an image
 
     def __init__(self, source: Declaration, root: Path, path: Path) -> None:
         super().__init__(source, root)
         self.path = path
-        self._parts: tuple[str, dict[str, Part]] = "", {}  # of the content with this digest
+        self._parts: tuple[str, dict[str, Part]] = "", {}  # digest of the file, and the parts read from it
 
     @classmethod
     def find(cls, source: Declaration, root: Path | None) -> Self | None:
-        path = found_below(root, cls._folders(), cls._file()) if root else None
+        path = find_below(root, cls._folders(), cls._file()) if root else None
         return cls(source, root, path) if root and path else None
 
     @classmethod
@@ -100,47 +100,45 @@ class KarpathyFile(Reader):
 
     def _read(self) -> dict[str, Part]:
         document = read_json(self.path, _document())
-        found = document.get("dataset", self.data_set)
-        if found != self.data_set:
-            raise UserError(f"{self.path} is of the data set {found!r}, not {self.data_set!r}: get {self._file()}")
+        data_set = document.get("dataset", self.data_set)
+        if data_set != self.data_set:
+            raise UserError(f"{self.path} is of the data set {data_set!r}, not {self.data_set!r}: get {self._file()}")
         with collector_paused():
             entries = document["images"]
             refuse_repeats([self._id(entry) for entry in entries], self.identifier, self.path)
-            said = [said["sentid"] for entry in entries for said in entry["sentences"] if "sentid" in said]
-            refuse_repeats(said, "sentid", self.path)
+            sentence_ids = [text["sentid"] for entry in entries for text in entry["sentences"] if "sentid" in text]
+            refuse_repeats(sentence_ids, "sentid", self.path)
             by_split: dict[str, list[KarpathyEntry]] = {split: [] for split in self.splits}
             for entry in entries:
-                self._of(entry, by_split).append(entry)
+                self._select(entry, by_split).append(entry)
             return {split: self._rows(chosen) for split, chosen in by_split.items()}
 
-    def _of(self, entry: KarpathyEntry, by_split: Mapping[str, list[KarpathyEntry]]) -> list[KarpathyEntry]:
-        """Where an entry belongs."""
+    def _select(self, entry: KarpathyEntry, by_split: Mapping[str, list[KarpathyEntry]]) -> list[KarpathyEntry]:
+        """Return the list of the entry's split. Raise UserError if there is no such split."""
         split = entry["split"]
         if split not in by_split:
             hint = did_you_mean(split, by_split) or ":"
-            told = (
-                f"{self.path} puts {entry['filename']!r} in the split {split!r}{hint} there are {', '.join(by_split)}"
-            )
-            raise UserError(f"{told}; get the file again")
+            where = f"{self.path} puts {entry['filename']!r} in the split {split!r}"
+            raise UserError(f"{where}{hint} there are {', '.join(by_split)}; get the file again")
         return by_split[split]
 
     def _rows(self, entries: Sequence[KarpathyEntry]) -> Part:
         import numpy as np
 
-        return captioned(
+        return caption_part(
             [self._id(entry) for entry in entries],
-            below_folder([self._image(entry) for entry in entries], self.path),
+            checked_names([self._image(entry) for entry in entries], self.path),
             [sentence["raw"] for entry in entries for sentence in entry["sentences"]],
             np.repeat(np.arange(len(entries)), np.array([len(entry["sentences"]) for entry in entries], dtype=int)),
         )
 
     @abstractmethod
     def _id(self, entry: KarpathyEntry) -> int | str:
-        """What tells the image apart within the data set."""
+        """Return the image's identifier within the data set."""
 
     @abstractmethod
     def _image(self, entry: KarpathyEntry) -> str:
-        """Its file, below an image folder."""
+        """Return the image's file name below an image folder."""
 
 
 @cache
@@ -161,7 +159,7 @@ class COCOFile(KarpathyFile):
 
     def _image(self, entry: KarpathyEntry) -> str:
         folder = entry.get("filepath")
-        return f"{folder}/{entry['filename']}" if folder else placed(entry["filename"])
+        return f"{folder}/{entry['filename']}" if folder else with_folder(entry["filename"])
 
 
 class Flickr30kFile(KarpathyFile):
@@ -171,7 +169,7 @@ class Flickr30kFile(KarpathyFile):
     identifier: ClassVar[str] = "filename"
 
     def _id(self, entry: KarpathyEntry) -> int | str:
-        """The photo's number on Flickr; `imgid` is only a rank in the file."""
+        """Return the photo's number on Flickr; `imgid` is only a rank in the file."""
         return entry["filename"].rpartition(".")[0] or entry["filename"]
 
     def _image(self, entry: KarpathyEntry) -> str:
@@ -179,7 +177,7 @@ class Flickr30kFile(KarpathyFile):
 
 
 class Karpathy(FileSource):
-    """Captions and images: a row for an image, with all its captions."""
+    """Captioned images: one row per image, with all its captions."""
 
     tasks: ClassVar[frozenset[str]] = TASKS
     train: ClassVar[tuple[str, ...]] = ("train",)
@@ -194,7 +192,7 @@ class Karpathy(FileSource):
 
 
 class COCO(Karpathy):
-    """COCO captions, Karpathy's split; it trains on `train` and then `restval`, the rest of val2014."""
+    """COCO captions in Karpathy's split; train is `train` followed by `restval`, the rest of val2014."""
 
     name: ClassVar[str] = "coco"
     train: ClassVar[tuple[str, ...]] = ("train", "restval")
@@ -211,11 +209,11 @@ class COCO(Karpathy):
 
 
 class Flickr30k(Karpathy):
-    """Flickr30k, Karpathy's split."""
+    """Flickr30k in Karpathy's split."""
 
     name: ClassVar[str] = "flickr30k"
     readers: ClassVar[tuple[type[Reader], ...]] = (Flickr30kFile, HubParquet)
-    # `images` below the root itself comes last: it may hold another data set's.
+    # `images` below the root comes last because it may hold another data set's images.
     image_bases: ClassVar[tuple[str, ...]] = (
         *FLICKR30K_IMAGES,
         *(f"{home}/{folder}" for home in Flickr30kFile.homes for folder in (*FLICKR30K_IMAGES, "images")),
@@ -223,10 +221,10 @@ class Flickr30k(Karpathy):
         "images",
     )
     origin: ClassVar[str] = (
-        f"{FILES} (dataset_flickr30k.json); images: asked for at https://shannon.cs.illinois.edu/DenotationGraph/, "
+        f"{FILES} (dataset_flickr30k.json); images: on request at https://shannon.cs.illinois.edu/DenotationGraph/, "
         "unpacked to flickr30k/flickr30k-images"
     )
-    # As the notebook of MultiWay-Adapter's code prints them.
+    # As printed in the notebook of MultiWay-Adapter's code.
     sizes: Mapping[str, Mapping[str, Mapping[str, int]]] = published_sizes(
         train=(29_000, 145_000),
         val=(1_014, 5_070),

@@ -1,7 +1,7 @@
 """NLVR2: statements about two photographs, true or false (Suhr et al., ACL 2019; github.com/lil-lab/nlvr).
 
-The official files `nlvr2/data/{train,dev,test1}.json`, a JSON object in each line. A statement `dev-850-0-1` is about
-the images `dev-850-0-img0.png`, which stands on the left, and `dev-850-0-img1.png`.
+The official files `nlvr2/data/{train,dev,test1}.json` hold a JSON object in each line. The statement `dev-850-0-1` is
+about the images `dev-850-0-img0.png`, on the left, and `dev-850-0-img1.png`, on the right.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from petlbench.core.gc_pause import collector_paused
 from petlbench.datasets.files import images
 from petlbench.datasets.files.declaration import Choice, Declaration
 from petlbench.datasets.files.reader import Part, Reader, Skips
-from petlbench.datasets.files.reading import found_below, read_bytes, refuse_repeats
+from petlbench.datasets.files.reading import find_below, read_bytes, refuse_repeats
 from petlbench.datasets.files.source import FileSource
 
 if TYPE_CHECKING:
@@ -30,19 +30,19 @@ FOLDERS = ("nlvr2/data", "nlvr/nlvr2/data", "data", "nlvr2", "")
 
 
 class NLVR2Example(TypedDict):
-    """A line of a file; URLs, validation and whatever else it holds is ignored."""
+    """A line of a file; URLs, validation and other keys are ignored."""
 
     identifier: Annotated[str, Field(pattern=r"^(train|dev|test1)-\d+-\d+-\d+$")]
     sentence: str
     label: Literal["True", "False"]
-    directory: NotRequired[int | str]  # of the training images
+    directory: NotRequired[int | str]  # the folder of a training pair
 
 
 EXAMPLE = TypeAdapter(NLVR2Example)
 
 
 class NLVR2Lines(Reader):
-    """The files of the lil-lab/nlvr repository."""
+    """A reader of the files of the lil-lab/nlvr repository."""
 
     layout = "official"
 
@@ -64,8 +64,8 @@ class NLVR2Lines(Reader):
 
     @property
     def _folder(self) -> Path | None:
-        """Where the files lie; `test1.json` tells them from other data sets', and from those of NLVR."""
-        marker = found_below(self.root, FOLDERS, "test1.json")
+        """Return the folder of the files; `test1.json` distinguishes them from NLVR's and other data sets' files."""
+        marker = find_below(self.root, FOLDERS, "test1.json")
         return marker.parent if marker else None
 
     def read(self, task: str, part: str) -> Part:
@@ -73,22 +73,22 @@ class NLVR2Lines(Reader):
 
         (path,) = self.files(task, part)
         examples, skips = read_lines(path), Skips()
-        refuse_repeats([one["identifier"] for one in examples], "identifier", path)
-        for one in examples:
-            if not one["sentence"].strip():
-                skips.add("empty sentence", one["identifier"])
-        examples = [one for one in examples if one["sentence"].strip()]
-        pairs = [one["identifier"].rpartition("-")[0] for one in examples]
-        homes = [_home(one, pair) for one, pair in zip(examples, pairs, strict=True)]
-        for home in set(homes):  # an identifier is digits: only a directory could lead elsewhere
+        refuse_repeats([example["identifier"] for example in examples], "identifier", path)
+        for example in examples:
+            if not example["sentence"].strip():
+                skips.add("empty sentence", example["identifier"])
+        examples = [example for example in examples if example["sentence"].strip()]
+        pairs = [example["identifier"].rpartition("-")[0] for example in examples]
+        homes = [_home(example, pair) for example, pair in zip(examples, pairs, strict=True)]
+        for home in set(homes):  # identifiers are digits, so only a directory could lead out of the image folder
             images.relative(home, path)
         places = [f"{home}/{pair}" for home, pair in zip(homes, pairs, strict=True)]
-        labels = [[one["label"].lower()] for one in examples]
+        labels = [[example["label"].lower()] for example in examples]
         columns = {
-            "sample_id": [one["identifier"] for one in examples],
+            "sample_id": [example["identifier"] for example in examples],
             "image_id": pairs,
             "image": [f"{place}-img0.png" for place in places],
-            "question": [one["sentence"] for one in examples],
+            "question": [example["sentence"] for example in examples],
             "answer_type": ["true/false"] * len(examples),
             "image_2": [f"{place}-img1.png" for place in places],
         }
@@ -96,17 +96,17 @@ class NLVR2Lines(Reader):
         return Part(pa.table({**arrays, "answers": pa.array(labels, pa.list_(pa.string()))}), skips)
 
     def located(self, names: Sequence[str]) -> list[str]:
-        """Training images lie in numbered folders, or all in one."""
-        folders = {folder: self._there(folder) for folder in {os.path.dirname(name) for name in names}}
+        """Return the place of each image; training images lie in numbered folders, or all in one."""
+        folders = {folder: self._existing_folder(folder) for folder in {os.path.dirname(name) for name in names}}
         return super().located([f"{folders[os.path.dirname(name)]}/{os.path.basename(name)}" for name in names])
 
-    def _there(self, folder: str) -> str:
+    def _existing_folder(self, folder: str) -> str:
         numbered = any((self.root / base / folder).is_dir() for base in self.source.image_bases)
         return folder if numbered else folder.partition("/")[0]
 
 
 def read_lines(path: Path) -> list[NLVR2Example]:
-    """Raises UserError with the file and the line that is not what it should be."""
+    """Return the examples of a file. Raise UserError with the file and the line that is malformed."""
     examples = []
     with collector_paused():
         for number, line in enumerate(read_bytes(path).split(b"\n"), start=1):
@@ -116,21 +116,21 @@ def read_lines(path: Path) -> list[NLVR2Example]:
                 examples.append(EXAMPLE.validate_json(line))
             except ValidationError as error:
                 first = error.errors(include_url=False, include_input=False)[0]
-                said = ": ".join(filter(None, [".".join(map(str, first["loc"])), " ".join(first["msg"].split())]))
+                message = ": ".join(filter(None, [".".join(map(str, first["loc"])), " ".join(first["msg"].split())]))
                 raise UserError(
-                    f"{path}, line {number} is truncated or malformed ({said}): get the file again"
+                    f"{path}, line {number} is truncated or malformed ({message}): get the file again"
                 ) from None
     return examples
 
 
 def _home(example: NLVR2Example, pair: str) -> str:
-    """The folder of a pair's images below the image folder: `train/37`."""
+    """Return the folder of a pair's images below the image folder, for instance `train/37`."""
     split, folder = pair.partition("-")[0], example.get("directory")
     return split if folder is None else f"{split}/{folder}"
 
 
 class NLVR2(FileSource):
-    """Train, dev for validation, and test1 (Test-P), all with public labels."""
+    """NLVR2 with train, dev for validation and test1 (Test-P) for test, all with public labels."""
 
     name = "nlvr2"
     tasks = frozenset({"pairs"})

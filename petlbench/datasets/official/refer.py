@@ -1,7 +1,7 @@
 """RefCOCO, RefCOCO+, RefCOCOg and ReferItGame: expressions that refer to one object in an image.
 
 Kazemzadeh, Ordonez, Matten, Berg, EMNLP 2014 (ReferItGame); Yu et al., ECCV 2016 (RefCOCO, RefCOCO+); Mao et al., CVPR
-2016 and Nagaraja et al., ECCV 2016 (RefCOCOg, divided by google and by umd). Boxes are those of the annotators' masks.
+2016 and Nagaraja et al., ECCV 2016 (RefCOCOg, divided by google and by umd). Boxes enclose the annotators' masks.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ READERS: tuple[type[Reader], ...] = (ReferFiles, TransVGIndex, HubParquet)
 
 
 def _sizes(**parts: int | tuple[int, int]) -> Sizes:
-    """Expressions of each part, or expressions and images."""
-    pairs = {name: (one, None) if isinstance(one, int) else one for name, one in parts.items()}
+    """Return `sizes` from each part's number of expressions, or numbers of expressions and of images."""
+    counts = {name: (count, None) if isinstance(count, int) else count for name, count in parts.items()}
     return {
         "rec": {
             name: {"expressions": expressions} | ({} if images is None else {"images": images})
-            for name, (expressions, images) in pairs.items()
+            for name, (expressions, images) in counts.items()
         }
     }
 
@@ -41,9 +41,10 @@ def _sizes(**parts: int | tuple[int, int]) -> Sizes:
 class UncConfig(ReferConfig):
     """Options of RefCOCO and RefCOCO+."""
 
-    split_by: Literal["unc"] = Field("unc", description="who divided it")
+    split_by: Literal["unc"] = Field("unc", description="who divided the data set")
     test: Literal["both", "testA", "testB"] = Field(
-        "both", description="parts of the test split: people (testA), other objects (testB), or both, scored apart too"
+        "both",
+        description="parts of the test split: people (testA), other objects (testB), or both, also scored separately",
     )
 
 
@@ -65,7 +66,7 @@ class RefCOCO(ReferSource):
 
 
 class RefCOCOPlus(RefCOCO):
-    """RefCOCO+: as RefCOCO, but players were not to say where in the image the object is."""
+    """RefCOCO+: like RefCOCO, but players were not allowed to say where in the image the object is."""
 
     name: ClassVar[str] = "refcoco+"
     folder: ClassVar[str] = "refcoco+"
@@ -78,14 +79,16 @@ class RefCOCOPlus(RefCOCO):
 class RefCOCOgConfig(ReferConfig):
     """Options of RefCOCOg."""
 
-    split_by: Literal["umd", "google"] = Field("umd", description="who divided it: umd by image, google by object")
+    split_by: Literal["umd", "google"] = Field(
+        "umd", description="who divided the data set: umd by image, google by object"
+    )
 
 
 class RefCOCOg(ReferSource):
     """RefCOCOg: longer expressions, written outside of a game.
 
-    google published no test part, and images of its val are in its train too: val is the test split, and some of the
-    training images are held out for validation.
+    google published no test part, and its val shares images with its train. So val is the test split, and some training
+    images are held out for validation.
     """
 
     Config = RefCOCOgConfig
@@ -105,7 +108,7 @@ class RefCOCOg(ReferSource):
     def __init__(self, config: RefCOCOgConfig, root: Path | None = None) -> None:
         super().__init__(config, root)
         if config.split_by == "google":
-            self.sizes = self.google_sizes  # the parts have the same names, and other sizes
+            self.sizes = self.google_sizes  # the parts have the same names but other sizes
 
     def tested(self) -> tuple[str, ...]:
         return ("test",) if self.config.split_by == "umd" else ("val",)
@@ -119,14 +122,16 @@ class RefCOCOg(ReferSource):
 class ReferItConfig(ReferConfig):
     """Options of ReferItGame."""
 
-    split_by: Literal["berkeley", "unc"] = Field("berkeley", description="who divided it; TransVG's lists: berkeley")
+    split_by: Literal["berkeley", "unc"] = Field(
+        "berkeley", description="who divided the data set; TransVG's lists: berkeley"
+    )
 
 
 class ReferItGame(ReferSource):
     """ReferItGame (refclef): the first such game, on photographs of SAIAPR TC-12.
 
-    The index lists and the toolkit's files differ in which expressions they keep. unc's test holds testA, testB and
-    testC, and references that are in several of them once; `subset` says which.
+    The index lists and the toolkit's files keep different expressions. unc's test holds testA, testB and testC, with
+    a reference that is in several of them only once; `subset` names its parts.
     """
 
     Config = ReferItConfig

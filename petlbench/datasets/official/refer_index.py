@@ -1,7 +1,7 @@
-"""Referring expressions as TransVG's index lists have them (ReSC's lineage): `<key>/<key>_<part>.pth`, saved by torch.
+"""Referring expressions in TransVG's index lists (derived from ReSC): `<key>/<key>_<part>.pth`, saved by torch.
 
-A list with an entry (image file, mask file, box, phrase, attributes) for each expression. Boxes are x, y, width and
-height in pixels, those of ReferItGame x1, y1, x2, y2.
+A list has an entry (image file, mask file, box, phrase, attributes) for each expression. Boxes are x, y, width and
+height in pixels; those of ReferItGame are x1, y1, x2, y2.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
-from petlbench.datasets.files.coco import placed
+from petlbench.datasets.files.coco import with_folder
 from petlbench.datasets.files.declaration import Declaration
 from petlbench.datasets.files.images import relative
-from petlbench.datasets.files.pickles import load_torch, taken_apart, text_column
+from petlbench.datasets.files.pickles import blame_file, load_torch, text_column
 from petlbench.datasets.files.reader import Part, Reader
-from petlbench.datasets.official.refer_rows import box_faults, boxed, rec_table, usable_references
+from petlbench.datasets.official.refer_rows import box_faults, cast_boxes, rec_table, usable_references
 from petlbench.datasets.official.refer_source import ReferSource
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ ENTRY = "(image file, mask file, box, phrase, attributes)"
 
 
 class TransVGIndex(Reader):
-    """One list for each part."""
+    """A reader of one list for each part."""
 
     layout: ClassVar[str] = "transvg"
     source: ReferSource
@@ -63,13 +63,13 @@ class TransVGIndex(Reader):
 
         path = self.lists[part]
         entries = load_torch(path)
-        with taken_apart(path, f"list of entries {ENTRY}"):
+        with blame_file(path, f"list of entries {ENTRY}"):
             names = text_column([str(entry[0]) for entry in entries])
             phrases = text_column([entry[3] for entry in entries])
             boxes = np.array([list(entry[2]) for entry in entries], np.float64).reshape(len(entries), 4)
         boxes = self._from_corner(boxes)
         coded = names.dictionary_encode()
-        files = pa.array([relative(placed(name), path) for name in coded.dictionary.to_pylist()], pa.string())
+        files = pa.array([relative(with_folder(name), path) for name in coded.dictionary.to_pylist()], pa.string())
         return usable_references(
             rec_table(
                 sample_id=pa.array([f"{part}-{number}" for number in range(len(entries))], pa.string()),
@@ -83,8 +83,8 @@ class TransVGIndex(Reader):
         )
 
     def _from_corner(self, boxes: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """x, y, width, height. What is truncated is what the file gives, be it an extent or a corner."""
-        boxes = boxed(boxes, whole=self.source.config.boxes == "int")
+        """Return boxes as x, y, width, height. Truncation applies to the file's own numbers, sizes or corners."""
+        boxes = cast_boxes(boxes, whole=self.source.config.boxes == "int")
         if self.source.index_corners:
             boxes[:, 2:] -= boxes[:, :2]
         return boxes

@@ -1,4 +1,4 @@
-"""Rows of referring expressions: which can be used, and why the others cannot."""
+"""Rows of referring expressions: separate the usable ones, and count the others by reason."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ FAULTS = (
 )
 
 
-def boxed(boxes: np.ndarray[Any, Any], *, whole: bool) -> np.ndarray[Any, Any]:
-    """Boxes (n, 4) as the schema has them, in single precision; `whole`: truncated, as TransVG's loader does."""
+def cast_boxes(boxes: np.ndarray[Any, Any], *, whole: bool) -> np.ndarray[Any, Any]:
+    """Return boxes (n, 4) in the schema's single precision; `whole` truncates them, as TransVG's loader does."""
     import numpy as np
 
     with np.errstate(over="ignore", invalid="ignore"):
@@ -29,24 +29,24 @@ def boxed(boxes: np.ndarray[Any, Any], *, whole: bool) -> np.ndarray[Any, Any]:
 
 
 def box_faults(boxes: np.ndarray[Any, Any], extents: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Of boxes x, y, width, height (n, 4) in images of width, height (n, 2): the place in FAULTS, or -1."""
+    """Return each box's index in FAULTS, or -1, from x, y, width, height (n, 4) and images' width, height (n, 2)."""
     import numpy as np
 
     start, side = boxes[:, :2], boxes[:, 2:]
     with np.errstate(over="ignore", invalid="ignore"):
         outside = ((start + side <= 0) | (start >= extents)).any(1)
-    told = {
+    conditions = {
         "box that is not finite": ~np.isfinite(boxes).all(1),
         "box without area": (side <= 0).any(1),
         "box outside of the image": outside,
     }
-    return np.select(list(told.values()), [FAULTS.index(name) for name in told], -1)
+    return np.select(list(conditions.values()), [FAULTS.index(name) for name in conditions], -1)
 
 
 def rec_table(
     boxes: np.ndarray[Any, Any], faults: np.ndarray[Any, Any], expression: pa.Array, **columns: pa.Array
 ) -> pa.Table:
-    """The columns of the schema, and `fault`: the place in FAULTS, or -1."""
+    """Return the columns of the schema and `fault`, the index in FAULTS, or -1."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -58,7 +58,7 @@ def rec_table(
 
 
 def usable_references(table: pa.Table) -> Part:
-    """The rows without a fault; the others counted."""
+    """Return the rows without a fault, and count the others."""
     import pyarrow.compute as pc
 
     skips = Skips()

@@ -1,4 +1,4 @@
-"""What the four data sets of referring expressions share."""
+"""Base classes of the four data sets of referring expressions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Sizes = Mapping[str, Mapping[str, Mapping[str, int]]]
 
 @dataclass(frozen=True)
 class Division:
-    """One way in which a data set was divided: official parts, and the key of TransVG's lists, if there are some."""
+    """One division of a data set: its official parts, and the key of TransVG's lists, if there are any."""
 
     parts: tuple[str, ...]
     index: str | None = None
@@ -39,12 +39,12 @@ class ReferConfig(FilesConfig):
 
 
 class ReferSource(FileSource):
-    """What the four share. `subset` is a reference's official part."""
+    """Base class of the four data sets; `subset` is a reference's official part."""
 
     config: ReferConfig
     tasks: ClassVar[frozenset[str]] = frozenset({"rec"})
     image_bases: ClassVar[tuple[str, ...]] = (*BASES, *(f"ln_data/{base}" for base in BASES))
-    folder: ClassVar[str]  # the toolkit's
+    folder: ClassVar[str]  # the data set's folder in the toolkit
     divisions: ClassVar[Mapping[str, Division]]  # by `split_by`
     index_corners: ClassVar[bool] = False  # whether TransVG's lists give x2, y2, not width, height
 
@@ -54,7 +54,7 @@ class ReferSource(FileSource):
 
     @abstractmethod
     def tested(self) -> tuple[str, ...]:
-        """The official parts that make the test split."""
+        """Return the official parts that make up the test split."""
 
     def features(self, task: str) -> Features:
         from petlbench.api.schemas import REC

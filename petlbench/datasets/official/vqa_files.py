@@ -1,4 +1,4 @@
-"""VQA's official files of questions and annotations, and Karpathy's split of COCO, as Arrow tables.
+"""Read VQA's official files of questions and annotations, and Karpathy's split of COCO, as Arrow tables.
 
 Formats: visualqa.org/download.html, "Input Questions Format" and "Annotation Format"; `dataset_coco.json` of Karpathy
 and Fei-Fei (CVPR 2015).
@@ -27,7 +27,7 @@ Identifier = Annotated[int, Field(strict=True, ge=0, lt=10**15)]
 
 
 class VQAQuestion(TypedDict):
-    """One question, in the file of questions."""
+    """One question in a file of questions."""
 
     question_id: Identifier
     image_id: Identifier
@@ -42,13 +42,13 @@ class Questions(TypedDict):
 
 
 class Answer(TypedDict):
-    """What one person answered."""
+    """The answer of one person."""
 
     answer: str
 
 
 class VQAAnnotation(TypedDict):
-    """What ten people answered to a question. Answers become bare strings at once: there are millions of them."""
+    """Ten people's answers to a question; answers become bare strings at once, because there are millions."""
 
     question_id: Identifier
     answer_type: str
@@ -80,23 +80,23 @@ KARPATHY = TypeAdapter(KarpathyImages)
 
 
 def read_questions(path: Path, part: str) -> pa.Table:
-    """The columns question_id, image_id (both int64) and question. Raises UserError, also for another part's file."""
+    """Return the columns question_id, image_id (both int64) and question. Raise UserError for another part's file."""
     import pyarrow as pa
 
-    found = read_json(path, QUESTIONS)
-    said = found.get("data_subtype", part)
-    if said in ANSWERED and said != part:
-        raise UserError(f"{path} holds the questions of {said}, not of {part}: get the file again")
-    rows = found["questions"]
+    document = read_json(path, QUESTIONS)
+    subtype = document.get("data_subtype", part)
+    if subtype in ANSWERED and subtype != part:
+        raise UserError(f"{path} holds the questions of {subtype}, not of {part}: get the file again")
+    rows = document["questions"]
     ids = np.array([row["question_id"] for row in rows], np.int64)
     refuse_repeats(ids.tolist(), "question_id", path)
     image_ids = pa.array([row["image_id"] for row in rows], pa.int64())
-    asked = pa.array([row["question"] for row in rows], pa.string())
-    return pa.table({"question_id": ids, "image_id": image_ids, "question": asked})
+    questions = pa.array([row["question"] for row in rows], pa.string())
+    return pa.table({"question_id": ids, "image_id": image_ids, "question": questions})
 
 
 def read_annotations(path: Path) -> pa.Table:
-    """The columns question_id (int64), answers and answer_type."""
+    """Return the columns question_id (int64), answers and answer_type."""
     import pyarrow as pa
 
     rows = read_json(path, ANNOTATIONS)["annotations"]
@@ -108,33 +108,35 @@ def read_annotations(path: Path) -> pa.Table:
 
 
 def answered_rows(question_path: Path, annotation_path: Path, part: str) -> pa.Table:
-    """The questions of a part, in their order, with the columns of `read_annotations`.
+    """Return the questions of a part, in their order, with the columns of `read_annotations`.
 
-    Raises UserError where a question has no annotation, or an annotation no question.
+    Raise UserError if a question has no annotation, or an annotation no question.
     """
-    known = read_annotations(annotation_path)  # first: while this large file is parsed, nothing else need be in memory
-    asked = read_questions(question_path, part)
-    ids, known_ids = asked["question_id"].to_numpy(), known["question_id"].to_numpy()
-    if not np.array_equal(ids, known_ids):
-        _refuse_lacking(ids, known_ids, question_path, annotation_path)
-        _refuse_lacking(known_ids, ids, annotation_path, question_path)
+    annotations = read_annotations(annotation_path)  # the large file first, while memory is empty
+    questions = read_questions(question_path, part)
+    ids, annotated_ids = questions["question_id"].to_numpy(), annotations["question_id"].to_numpy()
+    if not np.array_equal(ids, annotated_ids):
+        _require_ids_in(ids, annotated_ids, question_path, annotation_path)
+        _require_ids_in(annotated_ids, ids, annotation_path, question_path)
         places = np.empty(len(ids), np.int64)
-        places[np.argsort(ids)] = np.argsort(known_ids)
-        known = known.take(places)
-    return asked.append_column("answers", known["answers"]).append_column("answer_type", known["answer_type"])
+        places[np.argsort(ids)] = np.argsort(annotated_ids)
+        annotations = annotations.take(places)
+    return questions.append_column("answers", annotations["answers"]).append_column(
+        "answer_type", annotations["answer_type"]
+    )
 
 
-def unanswered(path: Path, part: str) -> pa.Table:
-    """As `answered`, of questions whose answers are not public: no answers, no type."""
+def unanswered_rows(path: Path, part: str) -> pa.Table:
+    """Return rows like `answered_rows` for questions without public answers: no answers, no type."""
     import pyarrow as pa
 
-    asked = read_questions(path, part)
-    nothing: pa.Array = pa.array([[]] * len(asked), pa.list_(pa.string()))
-    return asked.append_column("answers", nothing).append_column("answer_type", pa.array([""] * len(asked)))
+    questions = read_questions(path, part)
+    nothing: pa.Array = pa.array([[]] * len(questions), pa.list_(pa.string()))
+    return questions.append_column("answers", nothing).append_column("answer_type", pa.array([""] * len(questions)))
 
 
 def usable_questions(rows: pa.Table, skips: Skips, *, trained: bool = True) -> pa.Table:
-    """The rows that ask something and, where they are to be trained or scored on, have answers; the others counted."""
+    """Return the rows with a question and, if `trained`, with answers; count the others."""
     import pyarrow.compute as pc
 
     rows = _without(rows, pc.equal(pc.utf8_trim_whitespace(rows["question"]), ""), "empty question", skips)
@@ -144,14 +146,14 @@ def usable_questions(rows: pa.Table, skips: Skips, *, trained: bool = True) -> p
 
 
 def karpathy_splits(path: Path) -> dict[int, str]:
-    """`train`, `val` or `test` by image id; `restval` trains. Raises UserError where an image is listed twice."""
+    """Return `train`, `val` or `test` by image id; `restval` is in train. Raise UserError if an image occurs twice."""
     listed = read_json(path, KARPATHY)["images"]
     refuse_repeats([image["cocoid"] for image in listed], "cocoid", path)
     return {image["cocoid"]: "train" if image["split"] == "restval" else image["split"] for image in listed}
 
 
-def of_karpathy(rows: pa.Table, splits: dict[int, str], skips: Skips) -> dict[str, pa.Table]:
-    """The rows of each of Karpathy's splits, by their image. Those about no listed image are counted."""
+def divide_by_karpathy(rows: pa.Table, splits: dict[int, str], skips: Skips) -> dict[str, pa.Table]:
+    """Return the rows of each of Karpathy's splits, by image; count the rows whose image is not listed."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -162,7 +164,7 @@ def of_karpathy(rows: pa.Table, splits: dict[int, str], skips: Skips) -> dict[st
     return {name: rows.filter(pc.equal(split, name)) for name in ("train", "val", "test")}
 
 
-def _refuse_lacking(ids: np.ndarray, others: np.ndarray, path: Path, other: Path) -> None:
+def _require_ids_in(ids: np.ndarray, others: np.ndarray, path: Path, other: Path) -> None:
     missing = np.setdiff1d(ids, others)
     if len(missing):
         raise UserError(f"{path} has question_id {missing[0]}, which {other} lacks: get both again, of one release")

@@ -1,7 +1,7 @@
 """VQAv2 (Goyal, Khot, Summers-Stay, Batra, Parikh, CVPR 2017): ten people's answers to questions about COCO's images.
 
-Its test answers are not public. VL-T5, VL-Adapter and VL-PET therefore divide the questions of train2014 and val2014 by
-the Karpathy split of their images, which is the default here; another option keeps the official parts.
+The test answers are not public. VL-T5, VL-Adapter and VL-PET therefore divide the questions of train2014 and val2014
+by the Karpathy split of their images. That is the default here; another option keeps the official parts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from petlbench.core.files import content_digest
 from petlbench.datasets.files.coco import COCO_BASES, COCO_IMAGES, image_name
 from petlbench.datasets.files.declaration import Choice, Declaration, FilesConfig
 from petlbench.datasets.files.reader import Part, Reader, Skips
-from petlbench.datasets.files.reading import found_below, refuse_repeats
+from petlbench.datasets.files.reading import find_below, refuse_repeats
 from petlbench.datasets.files.source import FileSource
 from petlbench.datasets.hub.parquet import HubParquet
 from petlbench.datasets.official import vqa_files
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Features
 
-HIDDEN = ("test-dev2015", "test2015")  # the official parts without public answers; both about images of test2015
+HIDDEN = ("test-dev2015", "test2015")  # the official parts without public answers, both about images of test2015
 KARPATHY_PARTS = {"karpathy_train": "train", "karpathy_val": "val", "karpathy_test": "test"}
 KARPATHY_FILE = "dataset_coco.json"
-# Folders below the data root that people and the field's repositories keep the files in.
+# Folders below the data root in which people and the field's repositories keep the files.
 HOMES = ("", "vqa", "vqav2", "VQA", "VQAv2", "vqa_v2", "coco", "COCO", "mscoco")
 SHELVES = ("", "annotations", "questions", "Annotations", "Questions", "karpathy", "vqa", "raw")
 FOLDERS = (*(f"{home}/{shelf}".strip("/") for home in HOMES for shelf in SHELVES), "caption_datasets")
@@ -43,29 +43,32 @@ class VQAv2Config(FilesConfig):
     split: Literal["karpathy", "official"] = Field(
         "karpathy",
         description="karpathy: questions of train2014 and val2014 by the Karpathy split of their images, as VL-PET; "
-        "official: train on train2014 less held-out images, which are for validation, and test on val2014",
+        "official: train on train2014 without held-out images, which are for validation, and test on val2014",
     )
     test: Literal["public", "test-dev", "test"] = Field(
         "public",
-        description="public: test where answers are public; test-dev, test: on test-dev2015 or test2015, which gives a "
+        description="public: test on public answers; test-dev, test: test on test-dev2015 or test2015, which gives a "
         "submission file and no score (with official, val2014 is for validation then, and all of train2014 trains)",
     )
 
 
 class OfficialFiles(Reader):
-    """`v2_OpenEnded_mscoco_<part>_questions.json` and `v2_mscoco_<part>_annotations.json`, and `dataset_coco.json`."""
+    """A reader of VQA's official files and of `dataset_coco.json`.
+
+    VQA's are `v2_OpenEnded_mscoco_<part>_questions.json` and `v2_mscoco_<part>_annotations.json`.
+    """
 
     layout: ClassVar[str] = "official"
 
     def __init__(self, source: Declaration, root: Path) -> None:
         super().__init__(source, root)
         names = [KARPATHY_FILE, *map(_questions, (*ANSWERED, *HIDDEN)), *map(_annotations, ANSWERED)]
-        self._found = {name: path for name in names if (path := found_below(root, FOLDERS, name))}
-        self._read: dict[tuple[str, ...], Part] = {}  # by part and the content of its files
+        self._found = {name: path for name in names if (path := find_below(root, FOLDERS, name))}
+        self._read: dict[tuple[str, ...], Part] = {}  # by part and digests of its files
 
     @classmethod
     def find(cls, source: Declaration, root: Path | None) -> Self | None:
-        if root is None or not any(found_below(root, FOLDERS, _questions(part)) for part in (*ANSWERED, *HIDDEN)):
+        if root is None or not any(find_below(root, FOLDERS, _questions(part)) for part in (*ANSWERED, *HIDDEN)):
             return None
         return cls(source, root)
 
@@ -80,16 +83,16 @@ class OfficialFiles(Reader):
         return tuple(part for part in every if all(name in self._found for name in _names(part)))
 
     def files(self, task: str, part: str) -> list[Path]:
-        """Raises UserError that names the file which is not there."""
+        """Return the files of a part. Raise UserError with the first file that is missing."""
         return [self._file(name) for name in _names(part)]
 
     def read(self, task: str, part: str) -> Part:
         if part not in KARPATHY_PARTS:
             return self._official(part)
-        # Karpathy's parts are three divisions of the same files: read once, each kept until it is asked for.
+        # Karpathy's three parts come from the same files: read these once, and keep each part until it is requested.
         content = [content_digest(path) for path in self.files(task, part)]
         if (part, *content) not in self._read:
-            self._read = {(name, *content): made for name, made in self._karpathy().items()}
+            self._read = {(name, *content): part_read for name, part_read in self._karpathy().items()}
         return self._read.pop((part, *content))
 
     def _file(self, name: str) -> Path:
@@ -100,8 +103,8 @@ class OfficialFiles(Reader):
     def _official(self, part: str) -> Part:
         skips = Skips()
         if part in HIDDEN:
-            found = vqa_files.unanswered(self._file(_questions(part)), part)
-            return Part(_rows(vqa_files.usable_questions(found, skips, trained=False), "test2015"), skips)
+            questions = vqa_files.unanswered_rows(self._file(_questions(part)), part)
+            return Part(_rows(vqa_files.usable_questions(questions, skips, trained=False), "test2015"), skips)
         return Part(_rows(vqa_files.usable_questions(self._answered(part), skips), part), skips)
 
     def _answered(self, part: str) -> pa.Table:
@@ -117,7 +120,7 @@ class OfficialFiles(Reader):
         for official in ANSWERED:
             rows = self._answered(official)
             seen += rows["question_id"].chunks
-            divided = vqa_files.of_karpathy(rows, splits, skips["karpathy_train"])
+            divided = vqa_files.divide_by_karpathy(rows, splits, skips["karpathy_train"])
             for name, split in KARPATHY_PARTS.items():
                 tables[name].append(_rows(vqa_files.usable_questions(divided[split], skips[name]), official))
         ids = pa.chunked_array(seen, pa.int64()).to_pylist()
@@ -126,7 +129,7 @@ class OfficialFiles(Reader):
 
 
 class VQAv2(FileSource):
-    """Open-ended questions; see the options `split` and `test`. Published sizes are from memory."""
+    """VQAv2's open-ended questions, divided by the options `split` and `test`. Published sizes are from memory."""
 
     Config: ClassVar[type[SourceConfig]] = VQAv2Config
     config: VQAv2Config
@@ -138,7 +141,7 @@ class VQAv2(FileSource):
         "(dataset_coco.json): https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip, or else "
         f"dataset_configs: {{vqav2: {{split: official}}}}; {COCO_IMAGES}, test2015.zip likewise"
     )
-    # The questions are VL-T5's and visualqa.org's counts, from memory. Every image of COCO 2014 has questions.
+    # Questions as counted by VL-T5 and visualqa.org, from memory. Every image of COCO 2014 has questions.
     sizes: Mapping[str, Mapping[str, Mapping[str, int]]] = {
         "vqa": {
             "train2014": {"questions": 443_757, "images": 82_783},
@@ -183,7 +186,7 @@ class VQAv2(FileSource):
     def check(self) -> None:
         for split in SPLITS:
             for part in self.choice("vqa", split).parts:
-                self.reader.files("vqa", part)  # says which file is not there
+                self.reader.files("vqa", part)  # raises UserError with the missing file
         super().check()
 
 
@@ -196,26 +199,26 @@ def _annotations(part: str) -> str:
 
 
 def _names(part: str) -> list[str]:
-    """The files that the rows of a part are made from."""
+    """Return the names of the files from which the rows of a part are made."""
     if part in HIDDEN:
         return [_questions(part)]
     official = ANSWERED if part in KARPATHY_PARTS else (part,)
-    own = [name(one) for one in official for name in (_questions, _annotations)]
-    return [KARPATHY_FILE, *own] if part in KARPATHY_PARTS else own
+    names = [name(name_part) for name_part in official for name in (_questions, _annotations)]
+    return [KARPATHY_FILE, *names] if part in KARPATHY_PARTS else names
 
 
-def _rows(found: pa.Table, folder: str) -> pa.Table:
-    """In the task's schema; the images are those of `folder`."""
+def _rows(entries: pa.Table, folder: str) -> pa.Table:
+    """Return the rows in the task's schema; their images lie in `folder`."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    coded = found["image_id"].combine_chunks().dictionary_encode()
+    coded = entries["image_id"].combine_chunks().dictionary_encode()
     names = pa.array([image_name(folder, number) for number in coded.dictionary.to_pylist()], pa.string())
     return pa.table(
         {
-            "sample_id": pc.cast(found["question_id"], pa.string()),
+            "sample_id": pc.cast(entries["question_id"], pa.string()),
             "image_id": pc.cast(coded.dictionary, pa.string()).take(coded.indices),
             "image": names.take(coded.indices),
-            **{name: found[name] for name in ("question", "answers", "answer_type")},
+            **{name: entries[name] for name in ("question", "answers", "answer_type")},
         }
     )

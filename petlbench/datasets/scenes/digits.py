@@ -1,8 +1,8 @@
 """The embedded default data: scenes of shapes (source domain) and of handwritten digits (target domain).
 
-The same scenes underlie all four tasks. A split is generated once, kept as one Parquet file of scenes under
-`cache_dir()/scenes/<digest>`, and turned into rows of a task on loading. No network; a laboratory animal, not a claim
-about real pictures.
+All four tasks use the same scenes. A split is generated once, kept as one Parquet file of scenes under
+`cache_dir()/scenes/<digest>`, and turned into rows of a task when loaded. It needs no network. It is a test bed, and
+makes no claim about real pictures.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset, Features
 
-GENERATOR_VERSION = 1  # to be raised with any change to what is generated beyond the scenes that the digest looks at
+GENERATOR_VERSION = 1  # raise it with any change to scenes beyond those that the digest covers
 DIGEST_SCENES = 64
 EXPRESSIONS_PER_SCENE = 2
 QUESTIONS_PER_SCENE = 2
@@ -33,20 +33,20 @@ PARQUET = {"use_dictionary": False, "compression": "none"}  # pictures are compr
 
 
 class ScenesConfig(source.SourceConfig):
-    """How many scenes, how large, and which."""
+    """Number, size and seed of the scenes."""
 
-    seed: int = Field(default=0, ge=0, lt=2**32, description="another seed, other scenes")
-    image_size: int = Field(default=48, ge=48, le=96, description="pixels a side")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="another seed gives other scenes")
+    image_size: int = Field(default=48, ge=48, le=96, description="pixels per side")
     train_scenes: int = Field(default=6000, gt=0, description="scenes to train on; two rows each for rec and vqa")
-    validation_scenes: int = Field(default=512, gt=0, description="scenes to choose on")
-    test_scenes: int = Field(default=512, gt=0, description="scenes to report on")
+    validation_scenes: int = Field(default=512, gt=0, description="scenes for validation")
+    test_scenes: int = Field(default=512, gt=0, description="scenes for test")
 
     def count(self, split: source.Split) -> int:
         return int(getattr(self, f"{split}_scenes"))
 
 
 class Scenes(source.Source):
-    """Generated scenes of one domain. Needs no files."""
+    """Generated scenes of one domain, which need no files."""
 
     Config: ClassVar[type[source.SourceConfig]] = ScenesConfig
     config: ScenesConfig
@@ -59,10 +59,10 @@ class Scenes(source.Source):
         return {"rec": REC, "vqa": VQA, "captioning": CAPTIONING, "retrieval": RETRIEVAL}[task]
 
     def load(self, task: str, split: source.Split, limit: int | None = None) -> Dataset:
-        """Rows of `task`; two for each scene in rec and vqa, one with five captions in captioning and retrieval."""
+        """Return rows of `task`: two per scene in rec and vqa, one with five captions in captioning and retrieval."""
         from datasets import Dataset, DatasetInfo
 
-        self._known(task)
+        self._require_task(task)
         features = self.features(task)
         scenes = self._scenes(split, limit)
         rows = _rows(task, scenes.slice(0, limit), features).slice(0, limit)
@@ -70,27 +70,29 @@ class Scenes(source.Source):
         return Dataset(rows, info=DatasetInfo(features=features), fingerprint=fingerprint)
 
     def fingerprint(self, task: str) -> str:
-        """A hex digest of the configuration and of the content itself: the first scenes of each split."""
-        self._known(task)
+        """Return a hex digest of the configuration and of the content: the first scenes of each split."""
+        self._require_task(task)
         return hashlib.sha256(f"{self.digest} {task}".encode()).hexdigest()
 
     @property
     def digest(self) -> str:
-        """Hex digest of what is generated, for all tasks together."""
+        """Return the hex digest of the generated content, for all tasks together."""
         return _digest(self.domain, self.config)
 
-    def _known(self, task: str) -> None:
+    def _require_task(self, task: str) -> None:
         if task not in self.tasks:
             raise UserError(f"{self.domain}: no rows for task {task!r}; choose one of {', '.join(sorted(self.tasks))}")
 
     def _scenes(self, split: source.Split, limit: int | None) -> pa.Table:
-        """The scenes of a split, or the first `limit`, from the cache, or generated; no cache only costs time."""
+        """Return a split's scenes, at least the first `limit`, cached or generated; a lack of cache only costs time."""
         path, count = cache_dir() / "scenes" / self.digest[:16] / f"{split}.parquet", self.config.count(split)
         table = table_cache.read_table(path)
         if table is not None and (table.num_rows != count or not table.schema.equals(_scene_schema())):
             table = None
         if table is None and limit is not None and limit < count:
-            return generate_scenes(self.domain, self.config, split, limit)  # a few are made faster than all are kept
+            return generate_scenes(
+                self.domain, self.config, split, limit
+            )  # generating a few is faster than caching all
         if table is None:
             table = generate_scenes(self.domain, self.config, split, count)
             table_cache.write_table(table, path, **PARQUET)
@@ -104,7 +106,7 @@ class Shapes(Scenes):
 
 
 class Digits(Scenes):
-    """The target domain: handwritten digits (UCI, by way of scikit-learn) on grainy textures; the splits share none."""
+    """The target domain: handwritten digits (UCI, from scikit-learn) on grainy textures; splits share no digit."""
 
     domain = "digits"
 
@@ -112,17 +114,17 @@ class Digits(Scenes):
 def _describe(
     domain: world.Domain, config: ScenesConfig, split: source.Split, index: int
 ) -> tuple[world.Scene, dict[str, list[Any]]]:
-    """A scene and all that the tasks say about it, as list columns."""
+    """Return a scene and the texts and boxes of all tasks about it, as list columns."""
     scene = world.make_scene(domain, split, config.seed, index, config.image_size)
     rng = world.stream(domain, split, config.seed, index, purpose=2)
     referred = language.expressions(scene, rng, EXPRESSIONS_PER_SCENE)
-    asked = language.questions(scene, rng, QUESTIONS_PER_SCENE)
+    questions = language.questions(scene, rng, QUESTIONS_PER_SCENE)
     return scene, {
         "expression": [text for text, _ in referred],
         "box": [list(map(float, scene.objects[target].box)) for _, target in referred],
-        "question": [question for question, _, _ in asked],
-        "answer": [answer for _, answer, _ in asked],
-        "answer_type": [kind for _, _, kind in asked],
+        "question": [question for question, _, _ in questions],
+        "answer": [answer for _, answer, _ in questions],
+        "answer_type": [kind for _, _, kind in questions],
         "captions": language.captions(scene, rng),
     }
 
@@ -132,24 +134,24 @@ def _digest(domain: world.Domain, config: ScenesConfig) -> str:
     sha = hashlib.sha256(f"{GENERATOR_VERSION} {domain} {config.model_dump_json()}".encode())
     for split in world.SPLITS:
         for index in range(min(DIGEST_SCENES, config.count(split))):
-            scene, said = _describe(domain, config, split, index)
+            scene, columns = _describe(domain, config, split, index)
             sha.update(scene.image.tobytes())
-            sha.update(repr(said).encode())
+            sha.update(repr(columns).encode())
     return sha.hexdigest()
 
 
-@lru_cache(maxsize=3)  # the splits of one source, for when the cache directory cannot be written
+@lru_cache(maxsize=3)  # the three splits of one source, in case the cache directory cannot be written
 def generate_scenes(domain: world.Domain, config: ScenesConfig, split: source.Split, count: int) -> pa.Table:
-    """The first `count` scenes of a split, one row each: image_id, image (PNG) and the columns of `_describe`."""
+    """Return the first `count` scenes of a split, one row each: image_id, image (PNG), the columns of `_describe`."""
     import pyarrow as pa
 
     rows = []
     for index in range(count):
-        scene, said = _describe(domain, config, split, index)
+        scene, columns = _describe(domain, config, split, index)
         png = io.BytesIO()
         Image.fromarray(scene.image).save(png, "PNG", compress_level=1)
         image = {"bytes": png.getvalue(), "path": None}
-        rows.append({"image_id": f"{domain}-{split}-{index:05d}", "image": image, **said})
+        rows.append({"image_id": f"{domain}-{split}-{index:05d}", "image": image, **columns})
     return pa.Table.from_pylist(rows, schema=_scene_schema())
 
 
@@ -172,7 +174,7 @@ def _scene_schema() -> pa.Schema:
 
 
 def _rows(task: str, scenes: pa.Table, features: Features) -> pa.Table:
-    """Scenes turned into rows of a task's schema; scenes with several samples repeat."""
+    """Return scenes as rows of a task's schema; a scene with several samples gives several rows."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -181,11 +183,11 @@ def _rows(task: str, scenes: pa.Table, features: Features) -> pa.Table:
         columns = {name: scenes[name] for name in ("image_id", "image", "captions")}
         columns["sample_id"] = scenes["image_id"]
     else:
-        own = {"rec": ("expression", "box"), "vqa": ("question", "answer", "answer_type")}[task]
-        parents = pc.list_parent_indices(scenes[own[0]])
+        task_columns = {"rec": ("expression", "box"), "vqa": ("question", "answer", "answer_type")}[task]
+        parents = pc.list_parent_indices(scenes[task_columns[0]])
         columns = {name: scenes[name].take(parents) for name in ("image_id", "image")}
-        columns |= {name: pc.list_flatten(scenes[name]) for name in own}
-        nth = [str(i) for texts in scenes[own[0]].to_pylist() for i in range(len(texts))]
+        columns |= {name: pc.list_flatten(scenes[name]) for name in task_columns}
+        nth = [str(i) for texts in scenes[task_columns[0]].to_pylist() for i in range(len(texts))]
         columns["sample_id"] = pc.binary_join_element_wise(columns["image_id"], task, pa.array(nth), "-")
         columns["subset"] = pa.array([""] * len(nth))
     if task == "vqa":

@@ -1,8 +1,8 @@
-"""What can be said about a scene: expressions, questions and captions from a small grammar, with their meaning.
+"""Expressions, questions and captions about a scene, from a small grammar with meanings.
 
-Every phrase has a denotation (`denote`), and nothing is said that the evaluator does not confirm: an expression denotes
-exactly one object, a question has exactly one answer. Objects of unspecified kind are called "object", never "one",
-which is a digit here; counts are numerals ("3"), kinds are words ("three").
+Every phrase has a denotation (`denote`), and the evaluator confirms every text: an expression denotes exactly one
+object, and a question has exactly one answer. An object of unspecified kind is called "object", never "one", which is
+a digit here; counts are numerals ("3"), kinds are words ("three").
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from petlbench.datasets.scenes.phrases import EXTREMES, RELATIONS, Phrase, close
 from petlbench.datasets.scenes.world import COLOURS, COUNTS, DIGITS, KINDS, SHAPES, SIZES, Obj, Scene, pick
 
 FORMS = {"attributes": 0.5, "relation": 0.88, "extreme": 1.0}  # cumulative shares of the forms of an expression
-KIND_FREE_SHARE = 0.1  # of candidate phrases that can be resolved without seeing kinds, this share is kept
+KIND_FREE_SHARE = 0.1  # the share kept of candidate phrases that work without seeing kinds
 
 GRAMMAR_WORDS = """
     the a an is are there what many how object objects as same colour size larger smaller than more and
     from to left right top bottom of above below yes no
 """
-# Words of real scenes of blocks and boxes (NLVR), so that a tokenizer trained on this vocabulary has them.
+# Words of real scenes of blocks and boxes (NLVR), so that a tokenizer trained on this vocabulary knows them.
 REAL_WORDS = """
     box boxes tower towers block blocks item items touching edge wall corner base exactly at least only each with
     in on it one two three four five six seven all both not different black white circles squares triangles color
@@ -37,13 +37,13 @@ VOCABULARY = tuple(
 
 
 def _needs_kind(phrase: Phrase, scene: Scene, target: int) -> bool:
-    """Whether the phrase stops working for somebody who cannot tell kinds apart."""
+    """Return whether the phrase no longer denotes the target alone if kinds are ignored."""
     landmark = replace(phrase.landmark, kind=None) if phrase.landmark else None
     return denote(replace(phrase, kind=None, landmark=landmark), scene) != [target]
 
 
 def _attributes(thing: Obj, rng: np.random.Generator, size: float, colour: float, kind: float) -> Phrase:
-    """Each attribute of an object with the given probability."""
+    """Return a phrase with each attribute of an object, each with its given probability."""
     u, v, w = rng.random(3).tolist()
     return Phrase(
         thing.size if u < size else None, thing.colour if v < colour else None, thing.kind if w < kind else None
@@ -51,7 +51,7 @@ def _attributes(thing: Obj, rng: np.random.Generator, size: float, colour: float
 
 
 def _draft(form: str, scene: Scene, target: int, rng: np.random.Generator) -> Phrase:
-    """A phrase true of `target` in one of the three FORMS, not necessarily of it alone."""
+    """Return a phrase in one of the three FORMS that is true of `target`, but perhaps not of it alone."""
     thing = scene.objects[target]
     if form == "attributes":
         return _attributes(thing, rng, 0.3, 0.5, 1)
@@ -63,24 +63,26 @@ def _draft(form: str, scene: Scene, target: int, rng: np.random.Generator) -> Ph
 
 
 def refer(scene: Scene, targets: list[int], rng: np.random.Generator, silent: str = "") -> tuple[Phrase, int] | None:
-    """A phrase that means exactly one of `targets`, and which; mostly one that needs its kind or a landmark's. The
-    attribute `silent` is left out of the target's description. None when a few draws find none."""
+    """Return a phrase that means exactly one of `targets`, and that target, or None if a few draws find none.
+
+    Most phrases need the target's kind or a landmark's. The target's description omits the attribute `silent`.
+    """
     u = rng.random()
     form = next((name for name, edge in FORMS.items() if u < edge), "extreme")
-    for _ in range(16 if targets else 0):  # stay with the form drawn, lest the demanding ones grow rare
+    for _ in range(16 if targets else 0):  # keep the drawn form, so that difficult forms do not become rare
         target = pick(rng, targets)
         phrase = _draft(form, scene, target, rng)
         phrase = replace(phrase, **{silent: None}) if silent else phrase
         bare = replace(phrase, relation=None, landmark=None, extreme=None)
         if bare != phrase and len(denote(bare, scene)) == 1:
-            continue  # the relation would say nothing
+            continue  # the relation would add nothing
         if means(phrase, scene, target) and (_needs_kind(phrase, scene, target) or rng.random() < KIND_FREE_SHARE):
             return phrase, target
     return None
 
 
 def expressions(scene: Scene, rng: np.random.Generator, n: int) -> list[tuple[str, int]]:
-    """`n` different (expression, index of the one object it means)."""
+    """Return `n` different pairs (expression, index of the one object that it means)."""
     found: dict[str, int] = {}
     everything = list(range(len(scene.objects)))
     for _ in range(10 * n):
@@ -89,7 +91,7 @@ def expressions(scene: Scene, rng: np.random.Generator, n: int) -> list[tuple[st
         referred = refer(scene, everything, rng)
         if referred:
             found[f"the {referred[0]}"] = referred[1]
-    for i, thing in enumerate(scene.objects):  # all three attributes are always enough: no two objects look alike
+    for i, thing in enumerate(scene.objects):  # three attributes always suffice: no two objects look alike
         if len(found) < n:
             found[f"the {thing.size} {thing.colour} {thing.kind}"] = i
     return list(found.items())
@@ -110,7 +112,7 @@ def _ask_size(scene: Scene, rng: np.random.Generator, yes: bool) -> QA | None:
 
 
 def _ask_kind(scene: Scene, rng: np.random.Generator, yes: bool) -> QA | None:
-    """The answer is a kind, so the description may do without."""
+    """Ask for the kind, so the target's description does not name it."""
     target = int(rng.integers(len(scene.objects)))
     phrase = _attributes(scene.objects[target], rng, 0.5, 0.6, 0)
     if rng.random() < 0.4:
@@ -122,12 +124,12 @@ def _ask_kind(scene: Scene, rng: np.random.Generator, yes: bool) -> QA | None:
 
 
 def _ask_count(scene: Scene, rng: np.random.Generator, yes: bool) -> QA | None:
-    """Draws the answer first, among those the scene has a question for."""
+    """Draw the answer first, among the answers for which the scene has a question."""
     by_answer: dict[int, list[str]] = {}
     for size in (None, *SIZES):
         for colour in (None, *COLOURS):
-            fitting = sum(Phrase(size, colour).fits(thing) for thing in scene.objects)
-            by_answer.setdefault(fitting, []).append(" ".join(word for word in (size, colour, "objects") if word))
+            count = sum(Phrase(size, colour).fits(thing) for thing in scene.objects)
+            by_answer.setdefault(count, []).append(" ".join(word for word in (size, colour, "objects") if word))
     answer = pick(rng, sorted(by_answer))
     return f"how many {pick(rng, by_answer[answer])} are there", str(answer)
 
@@ -137,7 +139,10 @@ def _article(words: str) -> str:
 
 
 def _ask_exist(scene: Scene, rng: np.random.Generator, yes: bool) -> QA | None:
-    """Yes and no use the same forms; a no recombines what the scene has, or takes what it lacks."""
+    """Ask whether an object exists, in the same forms for yes and no.
+
+    A no recombines attributes of the scene, or takes attributes that the scene lacks.
+    """
     size, colour, kind = pick(rng, EXIST_FORMS)
     for _ in range(20):
         thing = pick(rng, scene.objects)
@@ -152,15 +157,15 @@ def _ask_exist(scene: Scene, rng: np.random.Generator, yes: bool) -> QA | None:
 
 
 def _pair(scene: Scene, rng: np.random.Generator, silent: str) -> tuple[Obj, Obj, str, str] | None:
-    """Two objects and how to call them by attributes that mean each alone; `silent` is not among them."""
+    """Return two objects and, for each, attributes that mean it alone, without `silent`; None if they do not."""
     indices = rng.permutation(len(scene.objects))[:2].tolist()
     first, second = (scene.objects[i] for i in indices)
-    one, other = (
+    first_words, second_words = (
         _attributes(thing, rng, 0 if silent == "size" else 0.2, 0 if silent == "colour" else 0.4, 1)
         for thing in (first, second)
     )
-    alone = means(one, scene, indices[0]) and means(other, scene, indices[1])
-    return (first, second, str(one), str(other)) if alone else None
+    alone = means(first_words, scene, indices[0]) and means(second_words, scene, indices[1])
+    return (first, second, str(first_words), str(second_words)) if alone else None
 
 
 def _ask_larger(scene: Scene, rng: np.random.Generator, yes: bool) -> QA | None:
@@ -182,8 +187,8 @@ def _ask_position(scene: Scene, rng: np.random.Generator, yes: bool) -> QA | Non
     pair, relation = _pair(scene, rng, ""), pick(rng, list(RELATIONS))
     if not pair:
         return None
-    ahead, behind = pair[:2] if yes else pair[1::-1]
-    if not holds(relation, ahead, behind, close_call(scene)):
+    first, second = pair[:2] if yes else pair[1::-1]
+    if not holds(relation, first, second, close_call(scene)):
         return None
     return f"is the {pair[2]} {relation} the {pair[3]}", YES_NO[yes]
 
@@ -199,21 +204,23 @@ def _ask_more(scene: Scene, rng: np.random.Generator, yes: bool) -> QA | None:
 
 
 YES_NO = {True: "yes", False: "no"}
-# which of size, colour and kind are named
+# Each form says which of size, colour and kind the question names.
 EXIST_FORMS = ((0, 0, 1), (0, 1, 1), (0, 1, 1), (1, 0, 1), (1, 1, 1), (1, 1, 0))
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One form of question: its answer type, its share of all questions, and how to ask it. `ask` is told by a fair
-    coin which of two answers to aim for, where there are two; it returns None when its draw leads nowhere."""
+    """One form of question: its answer type, its share of all questions, and the function that asks it.
+
+    The last argument of `ask`, a fair coin, chooses the answer if there are two; `ask` returns None if its draw fails.
+    """
 
     answer_type: str
     share: float
     ask: Callable[[Scene, np.random.Generator, bool], QA | None]
 
 
-# Shares are chosen so that yes and no, equally often, stay under a fifth of the answers each.
+# The shares make yes and no equally frequent, each under a fifth of the answers.
 ASKS = (
     Ask("colour", 0.19, _ask_colour),
     Ask("kind", 0.23, _ask_kind),
@@ -229,23 +236,27 @@ EDGES = np.cumsum([ask.share for ask in ASKS])
 
 
 def questions(scene: Scene, rng: np.random.Generator, n: int) -> list[tuple[str, str, str]]:
-    """`n` different (question, answer, answer type); the answers are balanced over scenes, by draw. `n` is meant to be
-    small: a scene of two objects has a few dozen questions."""
+    """Return `n` different triples (question, answer, answer type); random draws balance the answers over scenes.
+
+    `n` must be small, because a scene of two objects has only a few dozen questions.
+    """
     found: dict[str, tuple[str, str, str]] = {}
     while len(found) < n:
         form = ASKS[min(int(np.searchsorted(EDGES, rng.random(), side="right")), len(ASKS) - 1)]
         yes = rng.random() < 0.5
-        for _ in range(30):  # stay with the form and the answer drawn, lest the demanding ones grow rare
-            asked = form.ask(scene, rng, yes)
-            if asked and asked[0] not in found:
-                found[asked[0]] = (*asked, form.answer_type)
+        for _ in range(30):  # keep the drawn form and answer, so that difficult ones do not become rare
+            question = form.ask(scene, rng, yes)
+            if question and question[0] not in found:
+                found[question[0]] = (*question, form.answer_type)
                 break
     return list(found.values())
 
 
 def captions(scene: Scene, rng: np.random.Generator) -> list[str]:
-    """Five captions in random order, each naming every object's colour and kind: four from left to right, one of them
-    with sizes, and one from top to bottom. At most 24 words."""
+    """Return five captions in random order, of at most 24 words, each with every object's colour and kind.
+
+    Four go from left to right, one of them with sizes, and one goes from top to bottom.
+    """
     across = sorted(scene.objects, key=lambda thing: thing.centre)
     down = sorted(scene.objects, key=lambda thing: thing.centre[::-1])
     plain = " and ".join(_article(f"{thing.colour} {thing.kind}") for thing in across)

@@ -1,7 +1,7 @@
 """The embedded data in pairs: statements about one of two scenes of digits, true or false.
 
-Of each question of the target domain a statement is made, `on the left how many red objects are there 3`. The scene
-that it is about stands on the side that it says, the next scene on the other: who cannot tell the sides apart guesses.
+Each question of the target domain becomes a statement, such as `on the left how many red objects are there 3`. Its
+scene stands on the side that it names, and the next scene on the other. A model that confuses the sides can only guess.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from petlbench.datasets.scenes.world import COLOURS, KINDS, SIZES
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
-VERSION = 1  # part of the fingerprint: raise it whenever the same scenes give other rows
+VERSION = 1  # part of the fingerprint: raise it if the same scenes give other rows
 ANSWERS = (tuple(YES_NO.values()), tuple(NUMERALS), tuple(COLOURS), tuple(SIZES), tuple(KINDS["digits"]))
 
 
 class DigitPairs(Digits):
-    """Pairs of the scenes of `digits`, two statements for each. Needs no files."""
+    """Pairs of scenes of `digits`, with two statements for each pair; they need no files."""
 
     tasks = frozenset({"pairs"})
 
@@ -33,28 +33,33 @@ class DigitPairs(Digits):
         return PAIRS
 
     def load(self, task: str, split: source.Split, limit: int | None = None) -> Dataset:
-        """Rows of `pairs`; with a limit, the first ones."""
+        """Return rows of `pairs`; a limit takes the first ones."""
         from datasets import Dataset
 
         if task not in self.tasks:
             raise UserError(f"digit_pairs has no task {task!r}: choose one of {', '.join(sorted(self.tasks))}")
-        beyond = None if limit is None else limit + QUESTIONS_PER_SCENE
-        asked = Digits(self.config).load("vqa", split, beyond).with_format("arrow")[:].to_pylist()
-        rows = [_stated(row, asked[(i + QUESTIONS_PER_SCENE) % len(asked)]) for i, row in enumerate(asked[:limit])]
+        needed = None if limit is None else limit + QUESTIONS_PER_SCENE
+        questions = Digits(self.config).load("vqa", split, needed).with_format("arrow")[:].to_pylist()
+        rows = [
+            _statement(row, questions[(i + QUESTIONS_PER_SCENE) % len(questions)])
+            for i, row in enumerate(questions[:limit])
+        ]
         return Dataset.from_list(rows, features=self.features(task))
 
     def fingerprint(self, task: str) -> str:
         return hashlib.sha256(f"{VERSION} {task} {self.digest}".encode()).hexdigest()
 
 
-def _stated(row: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """A statement about the scene of `row`, with that of `other` beside it. A hash draws the side and whether it is
-    true; a false answer is another of its kind."""
+def _statement(row: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Return a statement about the scene of `row`, beside the scene of `other`.
+
+    A hash draws the side and whether the statement is true; a false answer is another answer of the same kind.
+    """
     draw = int(hashlib.sha256(row["sample_id"].encode()).hexdigest()[:8], 16)
     side, true, draw = ("left", "right")[draw % 2], draw // 2 % 2 == 1, draw // 4
     answer = row["answers"][0]
     if not true:
-        wrong = [one for one in next(kind for kind in ANSWERS if answer in kind) if one != answer]
+        wrong = [word for word in next(kind for kind in ANSWERS if answer in kind) if word != answer]
         answer = wrong[draw % len(wrong)]
     left, right = (row, other) if side == "left" else (other, row)
     return {

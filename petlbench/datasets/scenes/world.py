@@ -1,8 +1,8 @@
-"""What a scene is: a few coloured objects on a small canvas, their boxes and their pixels.
+"""A scene: a few coloured objects on a small canvas, with their boxes and pixels.
 
-Two domains share sizes, colours and layout and differ in kinds and backgrounds: `shapes` draws geometric figures on
-light gradients, `digits` real handwritten digits (the UCI set that scikit-learn carries) on grainy textures. A scene
-depends on (domain, split, seed, index) and the canvas alone, so any scene can be made without the others.
+Two domains share sizes, colours and layout, and differ in kinds and backgrounds: `shapes` draws geometric figures on
+light gradients, `digits` real handwritten digits (the UCI set in scikit-learn) on grainy textures. A scene depends on
+(domain, split, seed, index) and the canvas alone, so any scene can be made without the others.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Box = tuple[int, int, int, int]
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond", "ring", "heart", "crescent", "arrow")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 KINDS: dict[str, tuple[str, ...]] = {"shapes": SHAPES, "digits": DIGITS}
-# Every colour stands out from both kinds of background; black and white would not, so they are left out.
+# Every colour contrasts with both kinds of background; black and white do not, so they are missing.
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (225, 25, 30),
     "green": (30, 160, 50),
@@ -37,15 +37,15 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "pink": (255, 95, 180),
 }
 SIZES = ("small", "large")
-# Heights in pixels on a canvas of 48. Handwriting needs a little more room than figures to be read.
+# Heights in pixels on a canvas of 48. Handwriting must be slightly larger than figures to be readable.
 HEIGHTS: dict[str, dict[str, tuple[int, int]]] = {
     "shapes": {"small": (10, 12), "large": (15, 17)},
     "digits": {"small": (12, 13), "large": (17, 18)},
 }
 COUNTS = (2, 3, 3, 4, 4, 4, 5, 5, 5)  # objects in a scene, drawn uniformly from this list
-OPACITY_FLOOR = 0.25  # fainter pixels are not drawn, so that a box is tight around what can be seen
+OPACITY_FLOOR = 0.25  # fainter pixels are not drawn, so that a box is tight around visible pixels
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-DIGIT_SHARES = (0.6, 0.8)  # where a class's samples are cut into train, validation and test
+DIGIT_SHARES = (0.6, 0.8)  # where each class's samples are cut into train, validation and test
 SUPERSAMPLING = 8
 
 
@@ -66,7 +66,7 @@ class Obj:
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects with disjoint boxes, and the picture: uint8, (height, width, 3)."""
+    """Objects with disjoint boxes, and their image: uint8, (height, width, 3)."""
 
     domain: Domain
     objects: tuple[Obj, ...]
@@ -74,13 +74,15 @@ class Scene:
 
 
 def stream(domain: Domain, split: Split, seed: int, index: int, purpose: int) -> np.random.Generator:
-    """A generator of its own for each scene and purpose (1: picture, 2: language); `purpose` must not be zero,
-    because numpy pads a seed's words with zeros."""
+    """Return a separate generator for each scene and purpose (1: picture, 2: language).
+
+    `purpose` must not be zero, because numpy pads a seed's words with zeros.
+    """
     return np.random.default_rng([list(KINDS).index(domain), SPLITS.index(split), seed, index, purpose])
 
 
 def make_scene(domain: Domain, split: Split, seed: int, index: int, image_size: int = 48) -> Scene:
-    """Scene `index` of a split: 2 to 5 objects without overlap on a canvas of `image_size` (48 to 96) pixels a side."""
+    """Return scene `index` of a split: 2 to 5 separate objects on a canvas of `image_size` (48 to 96) pixels a side."""
     rng = stream(domain, split, seed, index, purpose=1)
     pixels = background(domain, rng, image_size)
     count = pick(rng, COUNTS)
@@ -100,12 +102,12 @@ def make_scene(domain: Domain, split: Split, seed: int, index: int, image_size: 
 
 
 def pick(rng: np.random.Generator, items: Sequence[T]) -> T:
-    """One item, uniformly; several times faster than `rng.choice`."""
+    """Return one item, drawn uniformly; several times faster than `rng.choice`."""
     return items[int(rng.integers(len(items)))]
 
 
 def background(domain: Domain, rng: np.random.Generator, side: int) -> np.ndarray:
-    """An empty canvas, float (side, side, 3): a light plain gradient, or a texture with grain."""
+    """Return an empty canvas, float (side, side, 3): a light plain gradient, or a grainy texture."""
     ys, xs = np.mgrid[0:side, 0:side] / side - 0.5
     angle = rng.uniform(0, 2 * math.pi)
     slope = xs * math.cos(angle) + ys * math.sin(angle)
@@ -124,8 +126,10 @@ def background(domain: Domain, rng: np.random.Generator, side: int) -> np.ndarra
 
 
 def _looks(domain: Domain, count: int, rng: np.random.Generator) -> list[tuple[str, str, str]]:
-    """(kind, colour, size) of each object, no two alike. Most scenes repeat colours, so that colour alone does not
-    tell objects apart and the kind must be seen; some repeat a kind."""
+    """Return (kind, colour, size) of each object, no two alike.
+
+    Most scenes repeat colours, so that a model must see the kind to distinguish objects; some repeat a kind.
+    """
     colours = list(COLOURS)
     palette = [pick(rng, colours) for _ in range(max(1, count // 2))] if rng.random() < 0.6 else colours
     while True:
@@ -139,10 +143,12 @@ def _looks(domain: Domain, count: int, rng: np.random.Generator) -> list[tuple[s
 
 
 def _place(shapes: list[tuple[int, int]], side: int, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """Top-left corners of boxes (width, height) that stay apart and inside; an empty list when they do not fit."""
+    """Return top-left corners that keep boxes (width, height) apart and inside; an empty list if they do not fit."""
     gap = round(2 * side / 48)
     placed: dict[int, Box] = {}
-    for i in sorted(range(len(shapes)), key=lambda i: -shapes[i][1]):  # large first: they are the hard ones
+    for i in sorted(
+        range(len(shapes)), key=lambda i: -shapes[i][1]
+    ):  # large boxes first, because they are hard to place
         w, h = shapes[i]
         for u, v in rng.random((40, 2)).tolist():
             x, y = 1 + int(u * (side - w - 1)), 1 + int(v * (side - h - 1))
@@ -182,7 +188,7 @@ def _digit_images() -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def digit_samples(split: Split) -> dict[str, tuple[int, ...]]:
-    """Indices into scikit-learn's digits that a split may use, by kind; the splits share none."""
+    """Return the indices into scikit-learn's digits that a split may use, by kind; the splits share none."""
     target = _digit_images()[1]
     samples = {}
     for label, kind in enumerate(DIGITS):
@@ -211,7 +217,7 @@ Painter = Callable[[ImageDraw.ImageDraw, int, int], None]
 
 
 def _polygon(*points: tuple[float, float]) -> Painter:
-    """Fill a polygon given in fractions of the box, stretched to touch all its sides."""
+    """Return a painter of a polygon, given in fractions of the box and stretched to touch all its sides."""
     xs, ys = zip(*points, strict=True)
 
     def paint(draw: ImageDraw.ImageDraw, w: int, h: int) -> None:
@@ -224,7 +230,7 @@ def _polygon(*points: tuple[float, float]) -> Painter:
 
 
 def _ellipses(*parts: tuple[float, float, float, float, int]) -> Painter:
-    """Paint ellipses (left, top, right, bottom in fractions of the box, fill), later ones over earlier ones."""
+    """Return a painter of ellipses (left, top, right, bottom in fractions of the box, fill), later over earlier."""
 
     def paint(draw: ImageDraw.ImageDraw, w: int, h: int) -> None:
         for left, top, right, bottom, fill in parts:
