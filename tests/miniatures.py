@@ -1,4 +1,4 @@
-"""What the tests of data sets share: pictures, and one epoch of training on a miniature in its official layout."""
+"""Helpers for tests of data sets: make pictures, and train one epoch on a miniature in its official layout."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BATCH = 4
 
 
 def picture(path: Path, size: tuple[int, int] = (64, 48), seed: int = 0) -> Path:
-    """A picture of noise in large squares, in the format that its name says."""
+    """Write a picture of noise in large squares, in the format of the file's suffix, and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST).save(path)
@@ -27,7 +27,7 @@ def picture(path: Path, size: tuple[int, int] = (64, 48), seed: int = 0) -> Path
 
 
 def one_epoch(task: str, dataset: str, root: Path, out: Path, *, rows: int, **cell: Any) -> Record:
-    """The record of a cell that trains on `rows` rows once, on `tiny` unless told otherwise, and is tested."""
+    """Return the record of a cell that trains once on `rows` rows, with `tiny` by default, and is tested."""
     recipe = Recipe(steps=math.ceil(rows / BATCH), batch_size=BATCH, eval_batch_size=2 * BATCH)
-    made = Cell(**{"method": "lora", "backbone": "tiny", "recipe": recipe, **cell}, task=task, dataset=dataset)
-    return run_cell(made, out, RunOptions(device="cpu", threads=1, data_root=root))
+    cell_to_run = Cell(**{"method": "lora", "backbone": "tiny", "recipe": recipe, **cell}, task=task, dataset=dataset)
+    return run_cell(cell_to_run, out, RunOptions(device="cpu", threads=1, data_root=root))

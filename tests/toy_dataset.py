@@ -1,4 +1,4 @@
-"""A small data set of files, for tests of what is done with any data set."""
+"""A small data set of files, for tests of code that handles any data set."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ SIZES = {"train": (40, 44), "val": (6, 6), "testA": (5, 5), "extra": (3, 3)}  # 
 
 
 def make(folder: Path) -> None:
-    """All of it, as it is published."""
+    """Write the whole data set, as published."""
     for part, (images, rows) in SIZES.items():
         names = [f"{part}/{i:02}.png" for i in range(images)]
         for seed, name in enumerate(names):
             picture(folder / "pictures" / name, (16, 12), seed)
-        found = [[names[i % images], f"thing {i}", [1.0, 2.0, 3.0, 4.0]] for i in range(rows)]
-        (folder / f"{part}.json").write_text(json.dumps(found))
+        entries = [[names[i % images], f"thing {i}", [1.0, 2.0, 3.0, 4.0]] for i in range(rows)]
+        (folder / f"{part}.json").write_text(json.dumps(entries))
 
 
 class ToyReader(Reader):
-    """`<part>.json`: a list of [image, text, box or captions or None]."""
+    """A reader of `<part>.json`, a list of [image, text, box or captions or None]."""
 
     layout = "toy"
 
@@ -49,13 +49,13 @@ class ToyReader(Reader):
     def read(self, task: str, part: str) -> Part:
         skips = Skips()
         try:
-            found = json.loads(self.files(task, part)[0].read_text())
+            entries = json.loads(self.files(task, part)[0].read_text())
         except ValueError:
             raise UserError(f"{part}.json is truncated: get the file again") from None
-        for name, _, more in found:
-            if task == "rec" and not more[2] * more[3]:
+        for name, _, label in entries:
+            if task == "rec" and not label[2] * label[3]:
                 skips.add("box without area", name)
-        rows = [row for row in found if task != "rec" or row[2][2] * row[2][3]]
+        rows = [row for row in entries if task != "rec" or row[2][2] * row[2][3]]
         columns: dict[str, Any] = {
             "sample_id": [f"{part}-{i}" for i in range(len(rows))],
             "image_id": [name for name, *_ in rows],
@@ -65,15 +65,15 @@ class ToyReader(Reader):
             "question": [text for _, text, _ in rows],
             "answers": [["yes"] for _ in rows],
             "answer_type": ["yes/no" for _ in rows],
-            "box": [more for *_, more in rows],
-            "captions": [more for *_, more in rows],
+            "box": [label for *_, label in rows],
+            "captions": [label for *_, label in rows],
             "subset": [part for _ in rows],
         }
         return Part(pa.table({name: columns[name] for name in self.source.features(task)}), skips)
 
 
 class Toy(FileSource):
-    """Validation is held out from `train`; test is val and testA together; nobody needs `extra`."""
+    """A data set with validation held out of `train`, val and testA as test, and an unused part `extra`."""
 
     name = "toy"
     tasks = frozenset({"rec", "captioning", "pairs"})

@@ -26,18 +26,18 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def document(part: str) -> Document:
-    """As COCO writes it, annotations not in the images' order: 5 to 7 captions of each image."""
+    """Return a document in COCO's form, with 5 to 7 captions per image, not in the images' order."""
     numbers = TRAIN if part.startswith("train") else VAL
     pictures = [{"license": 1, "id": n, "file_name": image_name(part, n).partition("/")[2]} for n in numbers]
-    said = [(n, rank) for rank in range(7) for n in reversed(numbers) if rank < 5 + n % 3]
+    captions = [(n, rank) for rank in range(7) for n in reversed(numbers) if rank < 5 + n % 3]
     annotations = [
-        {"image_id": n, "id": 1000 * n + rank, "caption": f"Thing {n} seen from side {rank}"} for n, rank in said
+        {"image_id": n, "id": 1000 * n + rank, "caption": f"Thing {n} seen from side {rank}"} for n, rank in captions
     ]
     return {"images": pictures, "annotations": annotations}
 
 
 def written(root: Path, year: int = 2017, below: str = "annotations", images: str = "") -> Path:
-    """The data root, with both parts of a year."""
+    """Write both parts of a year and return the data root."""
     for part in (f"train{year}", f"val{year}"):
         content = document(part)
         (root / below).mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def test_files_are_found_where_people_keep_them(tmp_path: Path, year: int, below
     assert len(made.load("captioning", "test")) == len(VAL)
 
 
-def test_a_year_whose_files_are_missing_is_told_with_where_to_get_them(tmp_path: Path) -> None:
+def test_the_error_for_a_year_without_files_says_where_to_get_them(tmp_path: Path) -> None:
     made = source(written(tmp_path, 2014))
     with pytest.raises(UserError, match=r"no part 'train2017'.* there are train2014, val2014; annotations: http"):
         made.check()
@@ -112,8 +112,8 @@ def test_a_year_whose_files_are_missing_is_told_with_where_to_get_them(tmp_path:
 def test_what_cannot_be_used_is_left_out_and_counted(tmp_path: Path) -> None:
     root = written(tmp_path)
     content = document("val2017")
-    content["annotations"] = [said for said in content["annotations"] if said["image_id"] != 102]
-    blank = next(said for said in content["annotations"] if said["image_id"] == 103)
+    content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] != 102]
+    blank = next(entry for entry in content["annotations"] if entry["image_id"] == 103)
     blank["caption"] = "\n "
     (root / "annotations" / "captions_val2017.json").write_text(json.dumps(content))
     made = source(root)
@@ -127,7 +127,7 @@ def test_what_cannot_be_used_is_left_out_and_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "expected"),
     [
         (lambda d: d["annotations"][3].update(id=104000), "has annotation id 104000 twice"),
         (lambda d: d["images"][3].update(id=101), "has image id 101 twice"),
@@ -140,7 +140,7 @@ def test_what_cannot_be_used_is_left_out_and_counted(tmp_path: Path) -> None:
     ],
 )
 def test_damage_is_refused_in_one_line_that_names_the_file(
-    tmp_path: Path, change: Callable[[Document], None], said: str
+    tmp_path: Path, change: Callable[[Document], None], expected: str
 ) -> None:
     root = written(tmp_path)
     content = document("val2017")
@@ -150,7 +150,7 @@ def test_damage_is_refused_in_one_line_that_names_the_file(
     with pytest.raises(UserError) as caught:
         source(root).load("captioning", "test")
     assert str(caught.value).startswith(f"{path} ")
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -1,4 +1,4 @@
-"""What all data sets of files share: splits, limits, missing and broken images, the cache, fingerprints."""
+"""Tests of what all data sets of files share: splits, limits, missing and broken images, cache, fingerprints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.miniatures import picture
 
 
 class Lines(Reader):
-    """A file of image names for each part; every image once, as a row of rec."""
+    """A reader of a file of image names for each part; every image gives one row of rec."""
 
     layout = "lines"
     readings: ClassVar[list[str]] = []
@@ -218,9 +218,9 @@ def test_code_decides_what_is_kept_and_not_which_data_it_is(root: Path, monkeypa
     assert Lines.readings == ["train", "testA", "testB"]
     real = closure_of
 
-    def another(kind: type) -> Closure | None:
-        found = real(kind)
-        return Closure(found.definitions, "another") if found and kind is Lines else found
+    def another(cls: type) -> Closure | None:
+        closure = real(cls)
+        return Closure(closure.definitions, "another") if closure and cls is Lines else closure
 
     monkeypatch.setattr(source, "closure_of", another)
     assert listed(root).fingerprint("rec") == data and listed(root)._key("rec", "train") != key
@@ -242,14 +242,14 @@ def test_tables_of_files_with_other_names_are_kept_apart(root: Path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("split", "said"),
+    ("split", "expected"),
     [
         ("testAA", r"no split 'testAA': did you mean 'testA'\? there are train, validation, test, testA, testB$"),
         ("x", r"no split 'x': there are train, validation, test, testA, testB$"),
     ],
 )
-def test_an_unknown_split_is_answered_with_the_nearest_and_all(root: Path, split: str, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_an_unknown_split_is_answered_with_the_nearest_and_all(root: Path, split: str, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
         listed(root).load("rec", split)
 
 
@@ -266,8 +266,8 @@ def test_wrong_places_are_answered_in_one_line(root: Path, tmp_path: Path) -> No
         "pass --data-root DIR or set PETLBENCH_DATA": listed(None),
         "no layout 'line': did you mean 'lines'": listed(root, layout="line"),
     }
-    for said, wrong in cases.items():
-        with pytest.raises(UserError, match=said):
+    for expected, wrong in cases.items():
+        with pytest.raises(UserError, match=expected):
             wrong.check()
     with pytest.raises(UserError, match="has no task 'vqa': choose one of rec"):
         listed(root).load("vqa", "train")
@@ -283,9 +283,9 @@ def test_a_folder_of_images_that_is_not_there_says_where_it_was_looked_for(root:
 
 @pytest.mark.parametrize("dataset", DATASETS.names())
 def test_a_source_declares_the_columns_that_its_tasks_do(dataset: str) -> None:
-    kind = DATASETS.get(dataset)
-    source = kind(kind.Config())
-    for task in kind.tasks:
+    cls = DATASETS.get(dataset)
+    source = cls(cls.Config())
+    for task in cls.tasks:
         assert source.features(task) == TASKS.get(task).features
 
 

@@ -1,4 +1,4 @@
-"""GQA on a miniature in the official layout: what is read, which parts make up a split, and what is refused."""
+"""Tests of GQA on a miniature in the official layout: rows, the parts of each split, and refused files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def question(image: str, answer: str = "yes", **more: Any) -> dict[str, Any]:
 
 
 def of_part(part: str) -> dict[str, Any]:
-    """Two questions about each image of a part."""
+    """Return two questions about each image of a part."""
     names = [f"{PREFIX.get(part, '')}{number}" for number in IMAGES[part]]
     return {f"{name}{i}": question(name, ("yes", "red")[i]) for name in names for i in range(2)}
 

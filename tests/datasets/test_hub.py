@@ -1,4 +1,4 @@
-"""Copies of the data sets in Parquet files: the hub's layouts, made here in small."""
+"""Tests of copies of data sets in Parquet files, on small files in the hub's layouts."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def encoded(seed: int, size: tuple[int, int] = (32, 24)) -> bytes:
-    """A picture of one colour, which tells which it is."""
+    """Return a picture of one colour, which identifies it."""
     made = io.BytesIO()
     Image.new("RGB", size, (seed * 7 % 256, seed % 256, 128)).save(made, "PNG")
     return made.getvalue()
@@ -96,7 +96,7 @@ def seed_of(image: Image.Image) -> int:
 
 
 def write(path: Path, rows: Iterable[Row], group: int = 2, **kinds: pa.DataType) -> Path:
-    """Rows as the hub writes them. `kinds`: types of columns that pyarrow would not guess."""
+    """Write rows as the hub does; `kinds` gives the types of columns that pyarrow would not guess."""
     rows = list(rows)
     guessed = pa.Table.from_pylist(rows).schema
     schema = pa.schema([(name, kinds.get(name, guessed.field(name).type)) for name in guessed.names])
@@ -106,7 +106,7 @@ def write(path: Path, rows: Iterable[Row], group: int = 2, **kinds: pa.DataType)
 
 
 def reference(i: int, **changes: Any) -> Row:
-    """A row as in lmms-lab/RefCOCO: an object with its expressions."""
+    """Return a row as in lmms-lab/RefCOCO: an object with its expressions."""
     row = {
         "question_id": str(i),
         "image": inside(i),
@@ -119,16 +119,16 @@ def reference(i: int, **changes: Any) -> Row:
 
 
 def refer(root: Path, **parts: list[Row]) -> Path:
-    """A copy in the layout of lmms-lab/RefCOCO."""
+    """Write a copy in the layout of lmms-lab/RefCOCO."""
     for name, rows in parts.items():
         write(root / "refcoco" / "data" / f"{name}-00000-of-00001.parquet", rows, image=IMAGE)
     return root
 
 
-def said(doing: Callable[[], object]) -> str:
-    """The one line of the error that `doing` ends in."""
+def error_of(call: Callable[[], object]) -> str:
+    """Return the error of `call`, which must be one line."""
     with pytest.raises(UserError) as caught:
-        doing()
+        call()
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -139,15 +139,15 @@ def test_an_object_with_several_expressions_gives_a_row_for_each(tmp_path: Path)
     rows = source.load("rec", "train")
     assert rows["expression"][:] == ["thing 0", "that 0", "thing 1", "that 1", "thing 2", "that 2"]
     assert rows["sample_id"][:3] == ["train-0-0", "train-0-1", "train-1-0"]
-    assert rows["image_id"][:] == ["0", "0", "0", "0", "1", "1"]  # COCO's number, without the annotation's
+    assert rows["image_id"][:] == ["0", "0", "0", "0", "1", "1"]  # COCO's number, without the annotation's number
     assert rows[2]["box"] == [2.0, 2.0, 10.0, 8.0] and rows[2]["subset"] == "train"
     assert [seed_of(row["image"]) for row in rows] == [0, 0, 1, 1, 2, 2]
     assert [seed_of(row["image"]) for row in source.stream("rec", "train")] == [0, 0, 1, 1, 2, 2]
     assert source.parts("rec") == ("train", "val", "testA")
-    assert "has no part 'testB': did you mean 'testA'? there are train, val, testA; get it" in said(source.check)
+    assert "has no part 'testB': did you mean 'testA'? there are train, val, testA; get it" in error_of(source.check)
 
 
-def test_shards_are_read_in_their_order_and_a_missing_one_is_told(tmp_path: Path) -> None:
+def test_shards_are_read_in_their_order_and_a_missing_one_is_reported(tmp_path: Path) -> None:
     for shard in range(2):
         rows = [reference(2 * shard + i) for i in range(2)]
         write(tmp_path / "refcoco" / f"val-0000{shard}-of-00002.parquet", rows, image=IMAGE)
@@ -156,21 +156,21 @@ def test_shards_are_read_in_their_order_and_a_missing_one_is_told(tmp_path: Path
     assert len(rows) == 8 == len(set(rows["sample_id"][:]))
     assert [seed_of(row["image"]) for row in rows] == [0, 0, 1, 1, 2, 2, 3, 3]
     (tmp_path / "refcoco" / "val-00001-of-00002.parquet").unlink()
-    missing = said(lambda: Refer(FilesConfig(), tmp_path).load("rec", "val"))
+    missing = error_of(lambda: Refer(FilesConfig(), tmp_path).load("rec", "val"))
     assert "val-00001 is missing beside " in missing and "val-00000-of-00002.parquet" in missing
 
 
 @pytest.mark.parametrize(
     "other", ["refcoco/two/val.parquet", "refcoco/validation.parquet", "refcoco/val-00000-of-00001.parquet"]
 )
-def test_a_part_that_is_there_twice_is_told(tmp_path: Path, other: str) -> None:
+def test_a_part_that_occurs_twice_is_refused(tmp_path: Path, other: str) -> None:
     for name in ("refcoco/val.parquet", other):
         write(tmp_path / name, [reference(0)], image=IMAGE)
-    assert "has val more than once (" in said(lambda: Refer(FilesConfig(), tmp_path).load("rec", "val"))
+    assert "has val more than once (" in error_of(lambda: Refer(FilesConfig(), tmp_path).load("rec", "val"))
 
 
 def annotation(i: int, split: str, sentences: int = 2) -> Row:
-    """A row as in jxu124/refcoco: no image, corners of the box, the official part in a column."""
+    """Return a row as in jxu124/refcoco: no image, corners of the box, the official part in a column."""
     name = f"COCO_train2014_{i:012d}"
     return {
         "image_id": i,
@@ -201,7 +201,7 @@ def test_a_copy_without_images_takes_their_files_and_corners_become_boxes(tmp_pa
     source = Refer(FilesConfig(), text_only(tmp_path))
     source.check()
     rows = source.load("rec", "test")
-    assert rows["subset"][:] == ["testA", "testA", "testB", "testB"]  # the column says it, not the file
+    assert rows["subset"][:] == ["testA", "testA", "testB", "testB"]  # from the column, not from the file's name
     assert rows["expression"][:2] == ["the 3 0", "the 3 1"] and rows["sample_id"][:2] == ["30", "31"]
     assert rows[0]["box"] == [1.0, 2.0, 10.0, 8.0] and rows[0]["image_id"] == "3"
     assert rows[0]["image"].size == (64, 48)
@@ -210,7 +210,7 @@ def test_a_copy_without_images_takes_their_files_and_corners_become_boxes(tmp_pa
 
 def test_boxes_that_are_not_those_of_the_annotation_are_refused(tmp_path: Path) -> None:
     source = Refer(FilesConfig(), text_only(tmp_path, bbox=[5.0, 5.0, 6.0, 6.0]))
-    assert "its boxes are not those of raw_anns: set columns" in said(lambda: source.load("rec", "val"))
+    assert "its boxes are not those of raw_anns: set columns" in error_of(lambda: source.load("rec", "val"))
 
 
 def test_boxes_of_a_copy_are_left_alone_where_they_are_those_of_the_annotation(tmp_path: Path) -> None:
@@ -218,10 +218,10 @@ def test_boxes_of_a_copy_are_left_alone_where_they_are_those_of_the_annotation(t
     assert source.load("rec", "val")[0]["box"] == [1.0, 2.0, 10.0, 8.0]
 
 
-def test_corners_can_be_told(tmp_path: Path) -> None:
+def test_an_option_can_name_the_corners(tmp_path: Path) -> None:
     refer(tmp_path, val=[{**reference(0), "bbox": [0, 0, 1, 1], "wh": [3.0, 4.0, 10.0, 20.0]}])
     source = Refer(FilesConfig(columns={"corners": "wh", "box": "none"}), tmp_path)
-    assert "has no column 'none'" in said(source.check)
+    assert "has no column 'none'" in error_of(source.check)
     write(tmp_path / "b/refcoco/val.parquet", [{"image": inside(0), "answer": "a", "wh": [3.0, 4.0, 10.0, 20.0]}])
     source = Refer(FilesConfig(columns={"corners": "wh"}), tmp_path / "b")
     assert source.load("rec", "val")[0]["box"] == [3.0, 4.0, 7.0, 16.0]
@@ -294,7 +294,9 @@ def test_images_that_only_an_identifier_names_are_files(tmp_path: Path) -> None:
         write(tmp_path / path, [{"id": "1", "imageId": name, "question": "what?", "answer": "a"}])
     source = Compositions(FilesConfig(), tmp_path)
     assert source.load("vqa", "val_balanced")[0]["image"].size == (64, 48)
-    assert "names the image '../n7', which is not a file below" in said(lambda: source.load("vqa", "testdev_balanced"))
+    assert "names the image '../n7', which is not a file below" in error_of(
+        lambda: source.load("vqa", "testdev_balanced")
+    )
 
 
 def test_a_column_of_splits_divides_one_file(tmp_path: Path) -> None:
@@ -340,35 +342,35 @@ def test_the_year_of_a_part_is_read_off_the_names_of_images(tmp_path: Path) -> N
     class Years(Captions):
         made_of: ClassVar[Mapping[str, tuple[str, ...]]] = dict.fromkeys(Small.made_of, ("val2017", "val2014"))
 
-    for name, known in (("COCO_val2014_000000000009.jpg", "val2014"), ("000000000009.jpg", "val2017")):
-        root = tmp_path / known
+    for name, expected in (("COCO_val2014_000000000009.jpg", "val2014"), ("000000000009.jpg", "val2017")):
+        root = tmp_path / expected
         write(root / "flickr30k/val.parquet", [{"image": inside(0), "answer": ["a"], "file_name": name}], image=IMAGE)
         source = Years(FilesConfig(), root)
-        assert source.parts("captioning") == (known,)
-        assert source.load("captioning", known)["image_id"][:] == ["9"]
+        assert source.parts("captioning") == (expected,)
+        assert source.load("captioning", expected)["image_id"][:] == ["9"]
 
 
-def test_columns_of_other_names_are_listed_and_can_be_told(tmp_path: Path) -> None:
+def test_columns_of_other_names_are_listed_and_an_option_can_name_them(tmp_path: Path) -> None:
     rows = [{"photo": inside(i), "utterance": f"u{i}", "rectangle": [1.0, 1.0, 5.0, 5.0]} for i in range(2)]
     folder = write(tmp_path / "elsewhere/val.parquet", rows, photo=IMAGE).parent
-    lacking = said(Refer(FilesConfig(hub=str(folder))).check)
+    lacking = error_of(Refer(FilesConfig(hub=str(folder))).check)
     assert "has no column for expression, box or corners, image or image_id" in lacking
     assert "it has photo, utterance, rectangle; set columns: {expression: NAME}" in lacking
     columns = {"image": "photo", "expression": "utterance", "box": "rectangle"}
     rows = Refer(FilesConfig(hub=str(folder), columns=columns)).load("rec", "val")
     assert [(row["expression"], seed_of(row["image"])) for row in rows] == [("u0", 0), ("u1", 1)]
     wrong = Refer(FilesConfig(hub=str(folder), columns={**columns, "expression": "utterence"}))
-    assert "has no column 'utterence': did you mean 'utterance'?; it has photo" in said(wrong.check)
+    assert "has no column 'utterence': did you mean 'utterance'?; it has photo" in error_of(wrong.check)
     wrong = Refer(FilesConfig(hub=str(folder), columns={"expresion": "utterance"}))
-    assert "columns: there is no 'expresion': did you mean 'expression'?" in said(wrong.check)
+    assert "columns: there is no 'expresion': did you mean 'expression'?" in error_of(wrong.check)
 
 
 def test_files_of_other_things_are_not_taken_for_a_copy(tmp_path: Path) -> None:
-    write(tmp_path / "refcoco/results.parquet", [reference(0)], image=IMAGE)  # named after no split
+    write(tmp_path / "refcoco/results.parquet", [reference(0)], image=IMAGE)  # a name without a split
     write(tmp_path / "refcoco/val.parquet", [{"step": 1, "loss": 2.0}])  # holds something else
     write(tmp_path / "val.parquet", [reference(0)], image=IMAGE)  # lies in no folder of the data set's name
     write(tmp_path / "refcocog/val.parquet", [reference(0)], image=IMAGE)
-    assert "refcoco is not there: looked below" in said(Refer(FilesConfig(), tmp_path).check)
+    assert "refcoco is not there: looked below" in error_of(Refer(FilesConfig(), tmp_path).check)
     (tmp_path / "val.parquet").rename(tmp_path / "refcoco/testA.parquet")
     assert Refer(FilesConfig(), tmp_path).parts("rec") == ("testA",)
     assert Refer(FilesConfig(), tmp_path / "refcoco").parts("rec") == ("testA",)  # the root is the folder itself
@@ -379,7 +381,9 @@ def test_a_part_with_more_rows_than_were_published_is_another_division(tmp_path:
         sizes: ClassVar[Mapping[str, Mapping[str, Mapping[str, int]]]] = {"rec": {"val": {"expressions": 3}}}
 
     source = Counted(FilesConfig(), refer(tmp_path, val=[reference(i) for i in range(2)]))
-    assert "has 4 expressions in val, where 3 were published: it is divided" in said(lambda: source.load("rec", "val"))
+    assert "has 4 expressions in val, where 3 were published: it is divided" in error_of(
+        lambda: source.load("rec", "val")
+    )
 
 
 def test_rows_that_cannot_be_used_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -401,7 +405,7 @@ def test_rows_that_cannot_be_used_are_left_out_and_counted(tmp_path: Path) -> No
     assert loaded["sample_id"][:] == ["val-0-0", "val-0-1", "val-6-0"]
     assert [seed_of(row["image"]) for row in loaded] == [0, 0, 6]
     notes = "; ".join(source.notes())
-    for told in (
+    for message in (
         "left out 2 (box that is missing or not finite), first row 1",
         "left out 1 (box without area), first row 2",
         "left out 1 (box outside its image), first row 3",
@@ -409,7 +413,7 @@ def test_rows_that_cannot_be_used_are_left_out_and_counted(tmp_path: Path) -> No
         "left out 1 (empty expression), first row 6",
         "left out 2 (no image), first row 7",
     ):
-        assert told in notes
+        assert message in notes
     again = Refer(FilesConfig(), tmp_path)  # from the cache
     assert again.load("rec", "val")["sample_id"][:] == loaded["sample_id"][:] and again.notes() == source.notes()
 
@@ -429,7 +433,7 @@ def test_captions_that_are_empty_are_left_out_and_counted(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("twice", ["question", "sentence", "image"])
-def test_identifiers_that_occur_twice_are_told(tmp_path: Path, twice: str) -> None:
+def test_identifiers_that_occur_twice_are_refused(tmp_path: Path, twice: str) -> None:
     source: FileSource
     if twice == "question":
         source, task = Questions(FilesConfig(), questions(tmp_path, validation=[question(0), question(0)])), "vqa"
@@ -440,8 +444,10 @@ def test_identifiers_that_occur_twice_are_told(tmp_path: Path, twice: str) -> No
         rows = [{"image": inside(0), "caption": ["a"], "img_id": "7"}] * 2
         write(tmp_path / "flickr30k/val.parquet", rows, image=IMAGE)
         source, task = Captions(FilesConfig(), tmp_path), "captioning"
-    known = {"question": "100", "sentence": "0", "image": "7"}[twice]
-    assert f"'{known}' identifies several rows: get the copy again" in said(lambda: source.load(task, "validation"))
+    expected = {"question": "100", "sentence": "0", "image": "7"}[twice]
+    assert f"'{expected}' identifies several rows: get the copy again" in error_of(
+        lambda: source.load(task, "validation")
+    )
 
 
 def damaged(data: bytes, how: str) -> bytes:
@@ -465,7 +471,7 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, how: str) -> None:
     rows = [{"image": inside(i), "answer": [f"{i} " * 400], "bbox": [1.0, 1.0, 2.0, 2.0]} for i in range(40)]
     path = write(tmp_path / "refcoco/val.parquet", rows, group=40, image=IMAGE)
     path.write_bytes(damaged(path.read_bytes(), how))
-    message = said(lambda: Refer(FilesConfig(), tmp_path).load("rec", "val"))
+    message = error_of(lambda: Refer(FilesConfig(), tmp_path).load("rec", "val"))
     assert f"{path} is truncated, or not a Parquet file" in message and "get the file again" in message
 
 
@@ -475,16 +481,16 @@ def test_claims_of_huge_sizes_are_refused_before_memory_is_taken(
     source = Refer(FilesConfig(), refer(tmp_path, val=[reference(i) for i in range(4)]))
     rows = source.load("rec", "val")
     monkeypatch.setattr(shards, "MOST_GROUP_BYTES", 100)
-    assert "bytes of images in one row group: do not trust it" in said(lambda: rows[0])
+    assert "bytes of images in one row group: do not trust it" in error_of(lambda: rows[0])
     monkeypatch.setattr(local_copy, "MOST_TEXT_BYTES", 100)
     monkeypatch.setenv("PETLBENCH_CACHE", str(tmp_path / "other"))
-    assert "holds more than 100 bytes of text" in said(lambda: Refer(FilesConfig(), tmp_path).load("rec", "val"))
+    assert "holds more than 100 bytes of text" in error_of(lambda: Refer(FilesConfig(), tmp_path).load("rec", "val"))
     monkeypatch.setattr(local_copy, "MOST_ROWS", 3)
-    assert "claims 4 rows: do not trust it" in said(lambda: Refer(FilesConfig(), tmp_path).load("rec", "val"))
+    assert "claims 4 rows: do not trust it" in error_of(lambda: Refer(FilesConfig(), tmp_path).load("rec", "val"))
 
 
 def test_images_are_not_read_with_the_table(tmp_path: Path) -> None:
-    """Pages of images are overwritten: rows are there, and only a picture that is taken is told to be broken."""
+    """With damaged pages of images, rows can be read, and only taking a picture reports the damage."""
     path = refer(tmp_path, val=[reference(i) for i in range(2)]) / "refcoco/data/val-00000-of-00001.parquet"
     group = pq.read_metadata(path).row_group(0)
     chunk = next(group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema == "image.bytes")
@@ -494,7 +500,7 @@ def test_images_are_not_read_with_the_table(tmp_path: Path) -> None:
     path.write_bytes(bytes(data))
     rows = Refer(FilesConfig(), tmp_path).load("rec", "val")
     assert len(rows) == 4
-    assert f"{path} is truncated, or not a Parquet file" in said(lambda: rows[0])
+    assert f"{path} is truncated, or not a Parquet file" in error_of(lambda: rows[0])
 
 
 def test_neighbouring_rows_decode_their_group_once_by_any_number_of_threads(
@@ -541,19 +547,19 @@ def test_a_reference_that_leads_elsewhere_is_refused(tmp_path: Path, place: str)
     write(tmp_path / "x.parquet", [reference(0)], image=IMAGE)
     copy = tmp_path / "refcoco"
     place = place.format(copy=copy, file=copy / "data/val-00000-of-00001.parquet")
-    refused = said(lambda: source.reader.opened({"path": place, "bytes": None}))
+    refused = error_of(lambda: source.reader.opened({"path": place, "bytes": None}))
     assert "is not an image of the copy" in refused
-    assert "is not an image of the copy" in said(lambda: source.reader.located(["../x.parquet#0"]))
+    assert "is not an image of the copy" in error_of(lambda: source.reader.located(["../x.parquet#0"]))
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "coco/../../COCO_train2014_000000000001.jpg"])
 def test_a_name_of_an_image_that_leads_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
     source = Refer(FilesConfig(), text_only(tmp_path, image_path=name))
-    assert "which is not a file below the image folder: do not trust it" in said(lambda: source.load("rec", "val"))
+    assert "which is not a file below the image folder: do not trust it" in error_of(lambda: source.load("rec", "val"))
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"answer": 7}, "expression is of type int64, not text or lists of text: set `columns`"),
         ({"answer": [{"words": "a"}]}, "which has none of sent, raw, expression"),
@@ -562,16 +568,16 @@ def test_a_name_of_an_image_that_leads_elsewhere_is_refused(tmp_path: Path, name
         ({"file_name": [1]}, "a column is of another type"),
     ],
 )
-def test_a_column_of_another_type_is_one_line(tmp_path: Path, changes: Row, told: str) -> None:
+def test_a_column_of_another_type_is_one_line(tmp_path: Path, changes: Row, message: str) -> None:
     source = Refer(FilesConfig(), refer(tmp_path, val=[reference(0, **changes)]))
-    assert told in said(lambda: source.load("rec", "val"))
+    assert message in error_of(lambda: source.load("rec", "val"))
 
 
-def test_a_broken_image_inside_is_told_or_left_out(tmp_path: Path) -> None:
+def test_a_broken_image_inside_is_reported_or_left_out(tmp_path: Path) -> None:
     rows = [reference(0), reference(1, image={"bytes": encoded(1)[:40], "path": None}), reference(2)]
     refer(tmp_path, val=rows)
     whole = Refer(FilesConfig(), tmp_path).load("rec", "val")
-    assert "val-00000-of-00001.parquet#1 cannot be used" in said(lambda: whole[2])
+    assert "val-00000-of-00001.parquet#1 cannot be used" in error_of(lambda: whole[2])
     source = Refer(FilesConfig(skip_broken=True), tmp_path)
     assert [seed_of(row["image"]) for row in source.load("rec", "val")] == [0, 0, 2, 2]
     assert "1 images of refcoco" in source.notes()[-1]
@@ -579,7 +585,7 @@ def test_a_broken_image_inside_is_told_or_left_out(tmp_path: Path) -> None:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The library's cache, in its layout, with one data set in two revisions; and no network."""
+    """Make the hub library's cache, with one data set in two revisions, and forbid the network."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     kept = tmp_path / "hub/datasets--lmms-lab--RefCOCO"
@@ -601,7 +607,7 @@ def test_a_name_on_the_hub_works_offline_once_fetched(hub: Path, name: str, coun
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("lmms-lab/RefCOC", "was not fetched; did you mean 'lmms-lab/RefCOCO'? ("),
         ("lmms-lab/GQA", "'lmms-lab/GQA' is not on this machine and was not fetched ("),
@@ -614,8 +620,8 @@ def test_a_name_on_the_hub_works_offline_once_fetched(hub: Path, name: str, coun
         ("", "hub: folder '' does not exist"),
     ],
 )
-def test_a_name_that_cannot_be_had_is_one_line(hub: Path, name: str, told: str) -> None:
-    assert told in said(Refer(FilesConfig(hub=name)).check)
+def test_a_name_that_cannot_be_fetched_is_one_line(hub: Path, name: str, message: str) -> None:
+    assert message in error_of(Refer(FilesConfig(hub=name)).check)
 
 
 def test_the_hubs_own_conversion_is_taken_where_a_data_set_has_no_parquet(hub: Path) -> None:
@@ -672,7 +678,7 @@ def test_captions_of_a_copy_are_retrieved_after_an_epoch(tmp_path: Path) -> None
 
 
 class Riddles(Questions):
-    """Of a third party's tasks: one has the columns of questions, the other columns of its own."""
+    """A source with a third party's tasks: one has the columns of questions, the other its own columns."""
 
     tasks = frozenset({"riddles", "counting"})
 
@@ -683,4 +689,4 @@ class Riddles(Questions):
 def test_a_copy_serves_whichever_task_has_its_columns_and_no_other(tmp_path: Path) -> None:
     source = Riddles(FilesConfig(), questions(tmp_path, validation=[question(i) for i in range(2)]))
     assert source.load("riddles", "validation")[1]["question"] == question(1)["question"]
-    assert "has no part 'val2014'" in said(lambda: source.load("counting", "validation"))
+    assert "has no part 'val2014'" in error_of(lambda: source.load("counting", "validation"))

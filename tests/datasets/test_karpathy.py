@@ -1,4 +1,4 @@
-"""COCO and Flickr30k on miniatures of Karpathy's files."""
+"""Tests of COCO and Flickr30k on miniatures of Karpathy's files."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def document(name: str) -> dict[str, Any]:
-    """A file of the official layout with 15 images (fewer of flickr30k, which has no restval), 5 to 7 captions each."""
+    """Return a file's document: 15 images (fewer in flickr30k, without restval), 5 to 7 captions each."""
     entries = []
     for rank, split in enumerate(PARTS):
         if name == "flickr30k" and split == "restval":
             continue
         raws = [f"A {colour} thing, number {rank}." for colour in COLOURS]
-        said = [
+        sentences = [
             {"tokens": raw.split(), "raw": raw, "imgid": rank, "sentid": 10 * rank + number}
             for number, raw in enumerate(raws[: 5 + rank % 3])
         ]
-        entry = {"imgid": rank, "split": split, "sentids": [s["sentid"] for s in said], "sentences": said}
+        entry = {"imgid": rank, "split": split, "sentids": [s["sentid"] for s in sentences], "sentences": sentences}
         folder = "train2014" if split == "train" else "val2014"
         number = 1000 - rank
         entry |= (
@@ -54,7 +54,7 @@ def document(name: str) -> dict[str, Any]:
 
 
 def written(root: Path, content: dict[str, Any], name: str, below: str = "", images: str | None = None) -> Path:
-    """The data root, with the file at `below` and pictures in the folder `images`."""
+    """Write the file at `below` and pictures in the folder `images`, and return the data root."""
     (root / below).mkdir(parents=True, exist_ok=True)
     (root / below / f"dataset_{name}.json").write_text(json.dumps(content))
     images = ("" if name == "coco" else "flickr30k-images") if images is None else images
@@ -68,7 +68,7 @@ def source(root: Path, name: str = "coco", **options: Any) -> Karpathy:
 
 
 def changed(tmp_path: Path, change: Callable[[list[dict[str, Any]]], None], name: str = "coco") -> Karpathy:
-    """A source whose images are all there, but whose file then had its entries changed."""
+    """Return a source with all its images, whose file's entries were changed afterwards."""
     content = document(name)
     root = written(tmp_path / "data", content, name)
     change(content["images"])
@@ -135,7 +135,7 @@ def test_the_rows_are_the_index_that_the_released_code_builds(tmp_path: Path, na
         assert where == [line["image_path"] for line in index]
         assert [rank for rank, _, _ in lines] == [line["image_id"] for line in index]
         kept = {split, "restval"} if split == "train" else {split}
-        raws = [said["raw"] for e in GOLDEN[name]["images"] if e["split"] in kept for said in e["sentences"]]
+        raws = [sentence["raw"] for e in GOLDEN[name]["images"] if e["split"] in kept for sentence in e["sentences"]]
         assert [caption for _, _, caption in lines] == raws
         ends = [line["text_segment"][-1] == PERIOD for line in index]
         assert [caption.endswith(".") for _, _, caption in lines] == ends
@@ -183,8 +183,8 @@ def test_what_cannot_be_used_is_left_out_and_counted(tmp_path: Path) -> None:
     def silent(entries: list[dict[str, Any]]) -> None:
         entries[5]["sentences"] = []
         entries[6]["sentences"][1]["raw"] = " \n"
-        for said in entries[13]["sentences"]:
-            said["raw"] = ""
+        for sentence in entries[13]["sentences"]:
+            sentence["raw"] = ""
 
     made = changed(tmp_path, silent)
     rows = made.load("retrieval", "test")
@@ -200,7 +200,7 @@ def test_what_cannot_be_used_is_left_out_and_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "expected"),
     [
         (lambda e: e[3].update(cocoid=e[8]["cocoid"]), "has cocoid 992 twice"),
         (lambda e: e[3]["sentences"][1].update(sentid=62), "has sentid 62 twice"),
@@ -216,10 +216,10 @@ def test_what_cannot_be_used_is_left_out_and_counted(tmp_path: Path) -> None:
     ],
 )
 def test_damage_is_refused_in_one_line_that_names_the_file(
-    tmp_path: Path, change: Callable[[list[dict[str, Any]]], None], said: str
+    tmp_path: Path, change: Callable[[list[dict[str, Any]]], None], expected: str
 ) -> None:
     message = refusal(changed(tmp_path, change))
-    assert said in message
+    assert expected in message
     assert "dataset_coco.json" in message or "no usable row" in message
     assert not list((tmp_path / "cache").rglob("*.parquet")) or "no usable row" in message
 
@@ -239,14 +239,14 @@ def test_a_truncated_file_and_one_of_another_data_set_are_refused(tmp_path: Path
     assert f"{path} is truncated or malformed" in refusal(source(root))
 
 
-def test_a_file_that_is_not_there_is_told_with_where_to_get_it(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_file_says_where_to_get_it(tmp_path: Path) -> None:
     message = refusal(source(tmp_path, "flickr30k"))
     assert "flickr30k is not there" in message
     assert "dataset_flickr30k.json (here or in karpathy, annotations, " in message
     assert "caption_datasets.zip" in message
 
 
-def test_a_split_that_does_not_exist_is_told_with_those_that_do(tmp_path: Path) -> None:
+def test_the_error_for_an_unknown_split_lists_the_known_ones(tmp_path: Path) -> None:
     made = source(written(tmp_path, document("coco"), "coco"))
     assert "no split 'restva': did you mean 'restval'?" in refusal(made, "restva")
 

@@ -1,4 +1,4 @@
-"""NLVR2 on a miniature in the official layout: the files are read, the pairs are shown in order, damage is refused."""
+"""Tests of NLVR2 on a miniature in the official layout: rows, the order of pairs, and refused files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def line(identifier: str, label: str = "True", **more: Any) -> dict[str, Any]:
 
 
 def miniature(root: Path, *, flat: bool = False) -> Path:
-    """The repository's data folder and the image folders, as its README says; or training images in one folder."""
+    """Write the repository's data and image folders, as its README describes, or all training images in one folder."""
     (root / "nlvr2" / "data").mkdir(parents=True)
     for part, count in PAIRS_OF.items():
         lines = []
@@ -86,7 +86,7 @@ def test_training_images_are_found_in_numbered_folders_and_in_one(tmp_path: Path
     assert {Path(image).parent.name for image in images} == ({"train"} if flat else {"0", "1"})
 
 
-def test_a_second_image_that_is_missing_or_broken_is_told_or_left_out(root: Path) -> None:
+def test_a_second_image_that_is_missing_or_broken_is_reported_or_left_out(root: Path) -> None:
     (root / "nlvr2" / "test1" / "test1-0-0-img1.png").unlink()
     broken = root / "nlvr2" / "test1" / "test1-1-0-img1.png"
     with pytest.raises(UserError, match=r"1 images of nlvr2, test, .*test1-0-0-img1.png \(missing\)"):
@@ -151,7 +151,9 @@ def test_what_is_not_there_is_named_with_where_to_get_it(root: Path, tmp_path: P
         source(root).check()
 
 
-@pytest.mark.parametrize("backbone", ["tiny", "vl_bart:tiny"])  # with a lent order, and with its own
+@pytest.mark.parametrize(
+    "backbone", ["tiny", "vl_bart:tiny"]
+)  # with the suite's image order, and with the backbone's own
 def test_a_miniature_trains_and_is_scored(root: Path, tmp_path: Path, backbone: str) -> None:
     record = one_epoch("pairs", "nlvr2", root, tmp_path / "out", rows=8, backbone=backbone)
     assert record.outcome == "ok", record.reason

@@ -1,4 +1,4 @@
-"""Pickles come through as plain data, and a hostile one does nothing but end in an error of one line."""
+"""Tests that pickles are read as plain data, and that a hostile one only causes an error of one line."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def written(folder: Path, content: bytes) -> Path:
 
 
 def refused(path: Path, load: Callable[[Path], Any] = load_pickle) -> str:
-    """The error's text, which is one line and names the file."""
+    """Return the error's text, which must be one line and name the file."""
     with pytest.raises(UserError) as caught:
         load(path)
-    said = str(caught.value)
-    assert str(path) in said
-    assert "\n" not in said
-    return said
+    message = str(caught.value)
+    assert str(path) in message
+    assert "\n" not in message
+    return message
 
 
 @pytest.mark.parametrize("protocol", range(2, 6))
@@ -59,7 +59,7 @@ def test_text_and_numbers_come_through_in_the_oldest_protocols(tmp_path: Path, p
         (b"\x80\x02]U\x04caf\xe9a.", "café"),
         (b"\x80\x02]U\x06\xc3\xa9caf\xe9a.", "écafé"),  # both in one string
         (b"\x80\x02]X\x05\x00\x00\x00caf\xc3\xa9a.", "café"),  # unicode
-        (b"\x80\x02]X\x03\x00\x00\x00\xed\xa0\x80a.", "?"),  # half of a surrogate pair: no character
+        (b"\x80\x02]X\x03\x00\x00\x00\xed\xa0\x80a.", "?"),  # half of a surrogate pair, which is not a character
     ],
 )
 def test_strings_of_python_2_are_text(tmp_path: Path, content: bytes, expected: str) -> None:
@@ -80,33 +80,33 @@ def test_strings_of_python_2_are_text(tmp_path: Path, content: bytes, expected: 
     ],
 )
 def test_numpys_numbers_become_lists_and_numbers(tmp_path: Path, numbers: Any, protocol: int, core: bytes) -> None:
-    said = pickle.dumps(numbers, protocol)
-    found = load_pickle(written(tmp_path, _renamed(said, core)))
+    content = pickle.dumps(numbers, protocol)
+    found = load_pickle(written(tmp_path, _renamed(content, core)))
     assert found == numbers.tolist()
     assert isinstance(found, list) == isinstance(numbers, np.ndarray)
 
 
-def _renamed(said: bytes, core: bytes) -> bytes:
-    """With the module named as NumPy 1 or as NumPy 2 names it; protocol 4 says the name's length, and the frame's."""
+def _renamed(content: bytes, core: bytes) -> bytes:
+    """Rename the module as in NumPy 1 or NumPy 2; protocol 4 stores the lengths of the name and of the frame."""
     new = b"numpy.%s.multiarray" % core
     old = b"numpy.%s.multiarray" % (b"core" if core == b"_core" else b"_core")
-    said = said.replace(b"\x8c" + bytes([len(old)]) + old, b"\x8c" + bytes([len(new)]) + new).replace(
+    content = content.replace(b"\x8c" + bytes([len(old)]) + old, b"\x8c" + bytes([len(new)]) + new).replace(
         b"c" + old, b"c" + new
     )
-    assert new in said
-    return said[:3] + struct.pack("<Q", len(said) - 11) + said[11:] if said[2:3] == b"\x95" else said
+    assert new in content
+    return content[:3] + struct.pack("<Q", len(content) - 11) + content[11:] if content[2:3] == b"\x95" else content
 
 
 def test_an_array_written_by_python_2_keeps_its_bytes(tmp_path: Path) -> None:
-    said = (
+    content = (
         b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n(I2\ntcnumpy\ndtype\n(S'u1'\nI0\n"
         b"I1\ntR(I3\nS'|'\nNNNI-1\nI-1\nI0\ntbI00\nS'\\xc3\\xe9'\ntb."
     )
-    assert load_pickle(written(tmp_path, said)) == [0xC3, 0xE9]
+    assert load_pickle(written(tmp_path, content)) == [0xC3, 0xE9]
 
 
 class Call:
-    """Pickled as a call."""
+    """An object that is pickled as a call."""
 
     def __init__(self, function: Callable[..., Any], *args: Any) -> None:
         self.call = function, args
@@ -137,7 +137,7 @@ def _system(marker: Path, protocol: int) -> bytes:
     return pickle.dumps(Call(os.system, f"touch {marker}"), protocol)
 
 
-# What a plain `pickle.loads` runs: each leaves the marker.
+# Pickles whose code a plain `pickle.loads` runs; each leaves the marker.
 LIVE: dict[str, Callable[[Path], bytes]] = {
     **{f"os.system, protocol {n}": (lambda m, n=n: _system(m, n)) for n in range(6)},  # type: ignore[misc]
     "os": lambda m: b"cos\nsystem\n(" + _touch(m) + b"tR.",
@@ -182,7 +182,7 @@ LIVE: dict[str, Callable[[Path], bytes]] = {
 
 @pytest.fixture
 def extension() -> Iterator[None]:
-    """`os.system` registered by its number, as another library might have done with something of its own."""
+    """Register `os.system` by a number, as another library might do with its own functions."""
     copyreg.add_extension("os", "system", EXTENSION)
     yield
     copyreg.remove_extension("os", "system", EXTENSION)
@@ -199,8 +199,8 @@ def test_a_hostile_pickle_that_runs_elsewhere_runs_nothing_here(tmp_path: Path, 
     assert marker.exists(), "the payload is not live: this test would prove nothing"
     marker.unlink()
     for load in (load_pickle, load_torch):
-        said = refused(written(tmp_path, content), load)
-        assert "do not trust" in said
+        message = refused(written(tmp_path, content), load)
+        assert "do not trust" in message
         assert not marker.exists()
 
 
@@ -222,9 +222,9 @@ def test_a_hostile_pickle_that_runs_elsewhere_runs_nothing_here(tmp_path: Path, 
     ],
 )
 def test_names_and_references_are_refused(tmp_path: Path, content: bytes) -> None:
-    said = refused(written(tmp_path, content))
-    assert "do not trust" in said
-    assert said.isprintable()
+    message = refused(written(tmp_path, content))
+    assert "do not trust" in message
+    assert message.isprintable()
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_names_and_references_are_refused(tmp_path: Path, content: bytes) -> Non
         b"cnumpy\nndarray\n)\x81.",
         b"cnumpy\nndarray\n)R.",
         b"cnumpy.core.multiarray\nscalar\n(NS'x'\ntR.",
-        # An array that says it is huge, with nothing in it; and one whose state is no state.
+        # An array that claims to be huge but is empty, and one with a malformed state.
         b"cnumpy.core.multiarray\n_reconstruct\n)R(I1\n(I99999\nI0\ntcnumpy\ndtype\n(S'u1'\ntRI00\nS''\ntb.",
         b"cnumpy.core.multiarray\n_reconstruct\n)RI5\nb.",
     ],
@@ -348,10 +348,10 @@ def _archive(path: Path, members: dict[str, bytes], compression: int = zipfile.Z
 
 
 def test_an_archive_that_is_not_as_torch_writes_it_is_refused(tmp_path: Path) -> None:
-    path, said = tmp_path / "x.pth", pickle.dumps(ENTRIES, 2)
-    assert load_torch(_archive(path, {"x/data.pkl": said})) == ENTRIES
-    refused(_archive(path, {"x/other": said}), load_torch)
-    refused(_archive(path, {"x/data.pkl": said, "y/data.pkl": said}), load_torch)
+    path, content = tmp_path / "x.pth", pickle.dumps(ENTRIES, 2)
+    assert load_torch(_archive(path, {"x/data.pkl": content})) == ENTRIES
+    refused(_archive(path, {"x/other": content}), load_torch)
+    refused(_archive(path, {"x/data.pkl": content, "y/data.pkl": content}), load_torch)
 
 
 def test_a_zip_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

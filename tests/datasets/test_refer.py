@@ -1,4 +1,4 @@
-"""RefCOCO, RefCOCO+, RefCOCOg and ReferItGame on miniatures in the layouts of the refer toolkit and of TransVG."""
+"""Tests of RefCOCO, RefCOCO+, RefCOCOg and ReferItGame on miniatures in the refer toolkit's and TransVG's layouts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.miniatures import one_epoch, picture
 
 KINDS = {kind.name: kind for kind in (RefCOCO, RefCOCOPlus, RefCOCOg, ReferItGame)}
 SIZE = (64, 48)
-FIRST = 60  # of the images of lists: among the 60 that follow are some that are held out
+FIRST = 60  # first image id of the lists: some of the next 60 images are held out
 SPLITS = ("train", "val", "testA", "testB", "test")
 
 
@@ -79,7 +79,7 @@ class Refer:
 
 
 def index(root: Path, name: str, key: str, parts: tuple[str, ...], *, new: bool = True) -> Path:
-    """TransVG's lists: six expressions about three images for each of `parts`, which may name one several times."""
+    """Write TransVG's lists: six expressions about three images for each of `parts`, which may repeat a part."""
     corners = name == "referit"
     pictures = root / ("referit/images" if corners else "other/images/mscoco/images/train2014")
     lists: dict[str, list[Any]] = {part: [] for part in parts}
@@ -104,7 +104,9 @@ def refused(name: str, root: Path, part: str = "train", **options: Any) -> str:
 
 
 THREE, FOUR, GOOGLE = ("train", "val", "test"), SPLITS[:4], ("train",) * 20 + ("val",)
-MINIATURES: dict[str, tuple[Callable[[Path], Any], str, str, int]] = {  # made by, data set, split_by, rows of its test
+MINIATURES: dict[
+    str, tuple[Callable[[Path], Any], str, str, int]
+] = {  # maker, data set, split_by, rows of its test split
     "refcoco": (lambda r: Refer(r), "refcoco", "unc", 24),
     "refcoco+": (lambda r: Refer(r, "refcoco+"), "refcoco+", "unc", 24),
     "refcocog umd": (lambda r: Refer(r, "refcocog", "umd", THREE), "refcocog", "umd", 12),
@@ -244,7 +246,7 @@ def test_boxes_are_exact_or_truncated_as_transvg_truncates_them(tmp_path: Path) 
     assert source("refcoco", made.root, boxes="int").load("rec", "train")[0]["box"] == [0, 4, 20, 11]
     for name, key, exact, whole in (
         ("refcoco", "unc", [5.5, 6.5, 20.25, 23.75], [5, 6, 20, 23]),
-        ("referit", "referit", [5.5, 6.5, 20.25, 23.75], [5, 6, 20, 24]),  # corners are truncated, not extents
+        ("referit", "referit", [5.5, 6.5, 20.25, 23.75], [5, 6, 20, 24]),  # corners are truncated, not sizes
     ):
         root = index(tmp_path / name, name, key, ("train", "val"))
         assert source(name, root).load("rec", "train")[0]["box"] == exact
@@ -322,7 +324,7 @@ def test_faulty_entries_of_lists_are_left_out_and_counted(tmp_path: Path) -> Non
 
 
 def _set(path: list[Any], value: Any) -> Callable[[Refer], None]:
-    """Damage: a value deep in the references (path from `refs`) or in instances.json (from `instances`)."""
+    """Return damage that sets a value in the references (path from `refs`) or in instances.json (from `instances`)."""
 
     def damage(made: Refer) -> None:
         place = getattr(made, path[0])

@@ -1,4 +1,4 @@
-"""The embedded data: scenes are sound, what is said about them is true, and the cache never lies."""
+"""Tests of the embedded data: scenes are valid, texts about them are true, and the cache is never stale."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def centre(thing: Obj, axis: int) -> float:
 
 
 def read(text: str, scene: Scene) -> list[Obj]:
-    """The objects that 'red three left of the small four', with or without 'the', describes."""
+    """Return the objects that 'red three left of the small four', with or without 'the', describes."""
     head, *rest = re.split(r" (left of|right of|above|below) ", text.removeprefix("the "), maxsplit=1)
     words = head.split()
     attributes = [word for word in words if word != "object" and word not in ENDS]

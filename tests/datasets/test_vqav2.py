@@ -1,4 +1,4 @@
-"""VQAv2 on miniatures in the layout of the official files."""
+"""Tests of VQAv2 on miniatures in the layout of the official files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TRAIN_IMAGES = [HELD, *islice((n for n in count(1) if not held_out(str(n))), 5)]
 VAL_IMAGES = [n + 1000 for n in range(4)]
 TEST_IMAGES = [2001, 2002]
 ANSWERS = {"yes/no": ["yes"] * 10, "number": ["2"] * 6 + ["3"] * 4, "other": ["red"] * 3 + ["dark red"] * 7}
-# By Karpathy's split: restval is of val2014 and trains.
+# In Karpathy's split, restval is part of val2014 and belongs to train.
 KARPATHY = {
     **dict.fromkeys(TRAIN_IMAGES, "train"),
     **dict(zip(VAL_IMAGES, ["restval", "val", "test", "test"], strict=True)),
@@ -82,7 +82,7 @@ def write_part(folder: Path, part: str, image_ids: list[int]) -> None:
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A data root with `vqa` and `coco`, complete."""
+    """Write a complete data root with `vqa` and `coco`."""
     monkeypatch.setenv("PETLBENCH_CACHE", str(tmp_path / "cache"))
     made, vqa = tmp_path / "data", tmp_path / "data" / "vqa"
     write_part(vqa, "train2014", TRAIN_IMAGES)
@@ -113,7 +113,7 @@ def images_of(found: VQAv2, split: str) -> set[int]:
 
 
 def refusal(found: VQAv2, split: str = "train") -> str:
-    """The one line that loading a split ends in."""
+    """Return the error of loading a split, which must be one line."""
     with pytest.raises(UserError) as caught:
         found.load("vqa", split)
     assert "\n" not in str(caught.value)
@@ -132,7 +132,7 @@ def test_rows_keep_the_official_question_and_all_ten_answers(root: Path) -> None
 
 
 def test_annotations_are_joined_by_question_and_not_by_place(root: Path) -> None:
-    """With both files in different orders that sorting does not undo."""
+    """The two files have different orders, which sorting does not undo."""
     edit(questions_file(root / "vqa", "val2014"), lambda c: c["questions"].sort(key=lambda q: q["question_id"] % 7))
     edit(annotations_file(root / "vqa", "val2014"), lambda c: c["annotations"].sort(key=lambda q: q["image_id"] % 3))
     kinds = list(ANSWERS)
@@ -377,13 +377,13 @@ def test_a_hidden_test_part_gives_a_submission_and_no_score(root: Path, capsys: 
     for command in (["plot", folder, "--out", str(root / "plots")], ["compare", folder]):
         assert main(command) in (0, 2)
         assert "Traceback" not in capsys.readouterr().err
-    # The gallery takes a record's data set options from its cell, and has no true answer to show.
+    # The gallery reads a record's data set options from its cell, and has no true answer to show.
     assert main(["show", folder, "--out", str(root / "pictures"), *asked]) == 0
     assert len(list((root / "pictures").glob("*.png"))) == 1
 
 
 def test_a_copy_in_parquet_files_gives_the_official_parts(root: Path) -> None:
-    """As on the hub: the answers as in the official files, the images inside."""
+    """The copy is as on the hub: answers as in the official files, images inside."""
     copy = root / "copy"
     copy.mkdir()
     schema = None

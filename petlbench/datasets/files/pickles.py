@@ -130,7 +130,7 @@ class _Plain(pickle.Unpickler):
 
 
 class _Inert:
-    """A callable that a file cannot change: each subclass declares `__slots__`, so it has no `__dict__`, no state."""
+    """A callable that a file cannot change: each subclass declares `__slots__`, hence no `__dict__`, no state."""
 
     __slots__ = ()
 

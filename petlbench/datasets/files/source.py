@@ -272,7 +272,7 @@ def _paths(table: pa.Table, name: str) -> pa.Array:
 
 
 def _of_images(table: pa.Table, which: str) -> pa.Table:
-    """Return the rows whose image is chosen out, or is not; a hash of the image decides, so no image is in both."""
+    """Return the rows whose image is held out, or is not; a hash of the image decides, so no image is in both."""
     import pyarrow as pa
 
     if which == "all":

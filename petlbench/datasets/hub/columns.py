@@ -62,7 +62,7 @@ IDENTIFIERS = ("sent_id", "sentid")
 
 
 def kind_of(features: Features) -> str | None:
-    """Return the kind of rows with these columns, or None if no schema copy has such rows."""
+    """Return the kind of rows with these columns, or None if no known copy has such rows."""
     from petlbench.api.schemas import CAPTIONING, REC, VQA
 
     kinds = {"expressions": REC, "questions": VQA, "captions": CAPTIONING}
@@ -84,7 +84,7 @@ def check_overrides(overrides: Mapping[str, str], kinds: Iterable[str], present:
     names = list(dict.fromkeys(name for kind in sorted(kinds) for name in BY_KIND[kind]))
     for ours, theirs in overrides.items():
         if ours not in names:
-            raise UserError(f"columns: present is no '{ours}'{did_you_mean(ours, names)}; choose of {', '.join(names)}")
+            raise UserError(f"columns: there is no '{ours}'{did_you_mean(ours, names)}; choose of {', '.join(names)}")
         if theirs not in present:
             raise UserError(f"{where} has no column '{theirs}'{did_you_mean(theirs, present)}; {list_columns(present)}")
 
