@@ -20,7 +20,9 @@ def ended(*command: str) -> str:
     """What a command printed, from the repository's root."""
     # The current folder is not always on sys.path: PYTHONSAFEPATH keeps it off.
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
-    environment = {**os.environ, "TOY": "1", "PYTHONPATH": path}
+    # Run by a worker, pytest-benchmark would take its child for one too, and measure nothing.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment = {**inherited, "TOY": "1", "PYTHONPATH": path}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
