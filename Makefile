@@ -8,10 +8,10 @@ JOBS    ?= 1
 WORKERS ?= 2
 TOY     ?=
 PYTEST_ARGS ?=
-SOURCES := petlbench methods tasks tests
+SOURCES := petlbench methods tasks tests docs
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test microbench lint pretrain tree clean
+.PHONY: help bench test microbench lint types docs pretrain tree clean
 
 ifeq ($(INSTALL),0)
   INTERPRETER := $(PYTHON)
@@ -22,6 +22,7 @@ else
   INTERPRETER := "$(CURDIR)/.venv/bin/python"
   READY := .venv/.installed-test
   LINTERS := .venv/.installed-lint
+  SITE := .venv/.installed-docs
   RUN := $(INTERPRETER)
 endif
 
@@ -41,10 +42,16 @@ microbench: $(READY) ## time training and prediction steps; compare with the las
 	TOY=$(TOY) $(RUN) -m pytest --import-mode=append tests/benchmarks -o python_files='bench_*.py' -q -s \
 		$(if $(TOY),,--benchmark-autosave --benchmark-compare) --benchmark-columns=median,iqr,rounds $(PYTEST_ARGS)
 
-lint: tree ## ruff and mypy
+lint: types ## ruff and mypy
 	$(RUN) -m ruff check $(SOURCES)
 	$(RUN) -m ruff format --check $(SOURCES)
+
+types: tree ## mypy alone
 	cd build/tree && $(RUN) -m mypy --config-file "$(CURDIR)/setup.cfg" --cache-dir "$(CURDIR)/.mypy_cache" -p petlbench
+
+docs: $(SITE) tree ## the web site, into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 pretrain: $(READY) ## train the embedded backbone again
 	$(RUN) -m petlbench.commands.pretrain

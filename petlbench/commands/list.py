@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--matrix", action="store_true", help="with `backbones`: the tasks that each serves, and why not the others"
     )
-    parser.add_argument("--markdown", action="store_true", help="with `methods`: the table in README.md")
+    parser.add_argument("--markdown", action="store_true", help="with `methods`: the table in docs/methods.md")
     parser.add_argument(
         "--results",
         type=Path,
@@ -71,7 +71,7 @@ def command(args: argparse.Namespace) -> int:
 
 
 def _table_of_methods(args: argparse.Namespace) -> int:
-    """Print the table of README.md: what each method states about itself and what it does."""
+    """Print the table of docs/methods.md: what each method states about itself and what it does."""
     from petlbench.describe import methods
 
     rows = methods.rows(args.pattern)

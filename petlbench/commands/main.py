@@ -83,6 +83,24 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}: `{self.prog} --help` shows the usage")
 
 
+class _Version(argparse.Action):
+    """Prints the version; git is asked for the commit only then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        print(version_line())
+        parser.exit()
+
+
+def version_line() -> str:
+    """The version, with the commit where petlbench runs from a checkout: `0.1.0 (commit 1a2b3c4d5e6f, modified)`."""
+    from petlbench.measure.environment import source_tree
+
+    tree = source_tree()
+    if not tree["git_commit"]:
+        return __version__
+    return f"{__version__} (commit {tree['git_commit'][:12]}{', modified' if tree['git_dirty'] else ''})"
+
+
 def _parsed(argv: Sequence[str]) -> argparse.Namespace:
     """Parse with the verb's own parser: it accepts options before positionals, which sub-parsers do not."""
     verb = next((" ".join(argv[:n]) for n in (1, 2) if " ".join(argv[:n]) in VERBS), None)
@@ -110,7 +128,7 @@ def verb_module(verb: str) -> ModuleType:
 def _parser() -> argparse.ArgumentParser:
     """Return the parser of all verbs, which prints the overview."""
     parser = _Parser(prog="petlbench", description="Parameter-efficient transfer learning, measured fairly.")
-    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--version", action=_Version, nargs=0, help="the version, and the commit of a checkout")
     subparsers = parser.add_subparsers(metavar="|".join(COMMANDS), required=True)
     for command in COMMANDS:
         if command in GROUPS:

@@ -176,7 +176,7 @@ def _has_path(single: Projection, module: nn.Module) -> bool:
 
 
 def markdown(methods: Sequence[Row]) -> str:
-    """Return the table of README.md; the row of a method in error states the error."""
+    """Return the table of docs/methods.md; the row of a method in error states the error."""
     lines = [LEGEND, "", _line(COLUMNS), _line(["---"] * len(COLUMNS)), *map(_markdown_row, methods)]
     return "\n".join(lines) + "\n"
 

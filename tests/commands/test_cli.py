@@ -20,6 +20,7 @@ from petlbench.core.cell import Cell
 from petlbench.core.errors import UserError
 from petlbench.core.recipe import Outcome
 from petlbench.core.record import Record
+from petlbench.measure import environment
 from petlbench.pipeline.fingerprint import fingerprints
 from petlbench.pipeline.launch.claims import claim_cell
 from petlbench.pipeline.options import RunOptions
@@ -108,10 +109,29 @@ def test_packaged_suites_are_listed_with_their_descriptions(capsys: pytest.Captu
     ]
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.mark.parametrize(
+    ("commit", "dirty", "shown"),
+    [
+        (None, None, __version__),
+        (COMMIT, False, f"{__version__} (commit 0123456789ab)"),
+        (COMMIT, True, f"{__version__} (commit 0123456789ab, modified)"),
+        (COMMIT, None, f"{__version__} (commit 0123456789ab)"),
+    ],
+)
+def test_the_version_names_the_commit_of_a_checkout(
+    commit: str | None,
+    dirty: bool | None,
+    shown: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(environment, "source_tree", lambda: {"git_commit": commit, "git_dirty": dirty})
     with pytest.raises(SystemExit, match="0"):
         main.main(["--version"])
-    assert capsys.readouterr().out.strip() == __version__
+    assert capsys.readouterr().out.strip() == shown
 
 
 def test_a_mistyped_method_exits_with_2_and_writes_nothing(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ SOUND = (broken.Gains, broken.DeclaredDeadParameter, broken.DetachedTail)
 def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cache of its own, and the packages of third parties where Python finds them, also in a new process."""
     folder = tmp_path_factory.mktemp("packages")
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "extending" / "method.md").read_text(encoding="utf-8")
     example = re.search(r"`petlbench_scaling.py`:\n\n```python\n(.*?)```", text, re.DOTALL)
     assert example
     (folder / "petlbench_scaling.py").write_text(example[1], encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Lists of methods and variants: variants are read without an import, and the README has the printed table."""
+"""Lists of methods and variants: variants are read without an import, and docs/methods.md has the printed table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from petlbench.describe.variants import declared, list_variants
 from petlbench.pipeline.assembly import build_backbone
 from tests.core.test_registry import install
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 SHIPPED = [name for name in METHODS.names() if METHODS.origin(name) == "petlbench"]
 PLUGIN = """
 from somewhere import Below
@@ -148,8 +148,8 @@ def test_the_command_shows_table_and_variants(capsys: pytest.CaptureFixture[str]
     assert "--markdown works with methods only" in capsys.readouterr().err
 
 
-def test_the_readme_holds_the_table_of_methods() -> None:
-    """If this fails, put the output of `petlbench list methods --markdown` between the marks in README.md."""
-    _, _, rest = README.read_text(encoding="utf-8").partition("<!-- methods -->\n")
+def test_the_page_of_methods_holds_their_table() -> None:
+    """If this fails, put the output of `petlbench list methods --markdown` between the marks in docs/methods.md."""
+    _, _, rest = PAGE.read_text(encoding="utf-8").partition("<!-- methods -->\n")
     held, _, _ = rest.partition("<!-- /methods -->")
     assert held == markdown([row for row in rows() if row.name in SHIPPED])
