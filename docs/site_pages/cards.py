@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Iterator
 
 from petlbench.api.method import Method
 from petlbench.api.registries import METHODS
 from petlbench.describe.methods import Row, rows
 from petlbench.describe.variants import declared
-from site_pages.tables import field_table, table
+from site_pages.tables import field_table, table, without_tags
 
 MOST_VARIANTS = 12  # of a method that has more, the command lists them
 
@@ -22,7 +23,7 @@ def cards() -> str:
 
 def card(row: Row, cls: type[Method]) -> str:
     """The card of one method, a section in Markdown."""
-    parts = [f"### {row.name}", _indented_code(inspect.cleandoc(cls.__doc__ or "")), table(("", ""), _facts(row, cls))]
+    parts = [f"### {row.name}", _described(inspect.cleandoc(cls.__doc__ or "")), table(("", ""), _facts(row, cls))]
     if variants := _variants(row.name):
         parts.append(variants)
     if cls.Config.model_fields:
@@ -30,13 +31,13 @@ def card(row: Row, cls: type[Method]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _indented_code(docstring: str) -> str:
+def _described(docstring: str) -> str:
     """A docstring as Markdown: its first paragraph, which has the formula, in bold; the rest as it stands."""
     first, _, rest = docstring.partition("\n\n")
-    return f"**{' '.join(_plain(first).split())}**\n\n{_escaped(rest)}"
+    return f"**{' '.join(_plain(first).split())}**\n\n{_paragraphs(rest)}"
 
 
-def _escaped(text: str) -> str:
+def _paragraphs(text: str) -> str:
     """Plain paragraphs keep their signs; indented ones, which are formulas, become blocks of code."""
     blocks = text.split("\n\n")
     return "\n\n".join(
@@ -46,10 +47,8 @@ def _escaped(text: str) -> str:
 
 def _plain(text: str) -> str:
     """Signs that Markdown would take for marks are written out; code in backticks stays."""
-    pieces = text.split("`")
-    for index in range(0, len(pieces), 2):
-        for sign in "*_[]<>":
-            pieces[index] = pieces[index].replace(sign, f"\\{sign}" if sign not in "<>" else f"&{'lg'[sign == '>']}t;")
+    pieces = without_tags(text).split("`")
+    pieces[::2] = [re.sub(r"([*_\[\]])", r"\\\1", piece) for piece in pieces[::2]]
     return "`".join(pieces)
 
 

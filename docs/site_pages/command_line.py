@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Iterator
 
 from petlbench.commands import main
 from site_pages.tables import table
+
+USAGE_WIDTH = 76  # signs that fit beside the contents
 
 
 def reference() -> str:
@@ -23,7 +26,7 @@ def parser_of(verb: str) -> argparse.ArgumentParser:
 
 def _section(verb: str, purpose: str) -> str:
     parser = parser_of(verb)
-    usage = " ".join(parser.format_usage().removeprefix("usage: ").split())
+    usage = "\n".join(textwrap.wrap(_usage(parser), USAGE_WIDTH, subsequent_indent="    ", break_on_hyphens=False))
     parts = [f"### petlbench {verb}", f"{purpose[0].upper()}{purpose[1:]}.", f"```text\n{usage}\n```"]
     positional = [_row(parser, action) for action in parser._actions if not action.option_strings]
     options = [_row(parser, action) for action in parser._actions if action.option_strings]
@@ -32,6 +35,10 @@ def _section(verb: str, purpose: str) -> str:
     if options:
         parts.append(table(("option", "meaning"), options))
     return "\n\n".join(parts) + "\n"
+
+
+def _usage(parser: argparse.ArgumentParser) -> str:
+    return " ".join(parser.format_usage().removeprefix("usage: ").split())
 
 
 def _row(parser: argparse.ArgumentParser, action: argparse.Action) -> tuple[str, str]:

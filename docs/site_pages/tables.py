@@ -12,17 +12,24 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 FIELD_COLUMNS = ("field", "type", "default", "meaning")
-BOUNDS = (("gt", "> {}"), ("ge", ">= {}"), ("lt", "< {}"), ("le", "<= {}"))
+BOUNDS = (("gt", "`> {}`"), ("ge", "`>= {}`"), ("lt", "`< {}`"), ("le", "`<= {}`"))
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown; bars and line ends in a cell are escaped."""
+    """A table in Markdown; bars, line ends and, outside of code, angle brackets in a cell are escaped."""
     lines = [list(columns), ["---"] * len(columns), *map(list, rows)]
     return "\n".join("| " + " | ".join(_cell(text) for text in line) + " |" for line in lines) + "\n"
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return without_tags(text.replace("|", "\\|").replace("\n", " "))
+
+
+def without_tags(text: str) -> str:
+    """The text with angle brackets written out, so that `<suite>` is no tag of HTML; code in backticks stays."""
+    pieces = text.split("`")
+    pieces[::2] = [piece.replace("<", "&lt;").replace(">", "&gt;") for piece in pieces[::2]]
+    return "`".join(pieces)
 
 
 def field_table(model: type[BaseModel]) -> str:
