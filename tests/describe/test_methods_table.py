@@ -16,6 +16,7 @@ from petlbench.api.registries import METHODS
 from petlbench.commands import main
 from petlbench.core.cell import Cell
 from petlbench.core.errors import UserError
+from petlbench.core.source_code import files
 from petlbench.describe import methods, variants
 from petlbench.describe.methods import Row, markdown, rows, sites
 from petlbench.describe.variants import declared, list_variants
@@ -50,7 +51,8 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, "declared-plugin", points, {"declared_plugin": PLUGIN}, "petlbench.methods")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "declared_plugin", raising=False)
-    variants._source.cache_clear()
+    for read in (variants.module_of, files.read_module, files.place_of):
+        read.cache_clear()
 
 
 @pytest.mark.parametrize("name", SHIPPED)
