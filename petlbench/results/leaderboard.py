@@ -1,4 +1,4 @@
-"""Records to the leaderboard: one row per method, variant, task, data set and backbone. Imports no torch."""
+"""The leaderboard, made from records: one row per method, variant, task, data set and backbone. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,15 +17,44 @@ from petlbench.results.store import Merged, Store
 from petlbench.results.uncertainty.analysis import analyse
 from petlbench.results.uncertainty.pairs import mean_std
 
+# The meaning of each column, in the order of the CSV; the documentation's table is made from it.
+COLUMNS = {
+    "method": "name of the method, as in `petlbench list methods`",
+    "variant": "name of its configuration; `#` and a digest where nothing else tells rows apart",
+    "size_name": "the option that sets the method's size; empty where it has none, or where the backbone decides",
+    "size": "value of that option",
+    "task": "name of the task",
+    "dataset": "name of the data set",
+    "backbone": "name of the backbone",
+    "seeds": "seeds that ended well",
+    "outcome": "`ok` if all did, else the most frequent of `oom`, `diverged`, `failed`, `timeout`",
+    "stale": "True if the code or data that made it have changed since, or its schema version is an earlier one",
+    "metric": "main metric of the task: `acc_50`, `vqa_accuracy`, `cider_d` or `mean_r1`",
+    "score_mean": "mean of `metric` on test: from 0 to 1, `cider_d` from 0 to 10 (papers print it times 100)",
+    "score_std": "sample standard deviation over seeds; empty for one seed",
+    "score_low": "lower end of the 95 % interval of the mean, over seeds and test samples",
+    "score_high": "upper end of that interval",
+    "rank": "1 + the number of rows that are significantly better; ties share a rank",
+    "trainable_params": "parameters that train: the method's, the head's and the host's",
+    "trainable_percent": "share of all parameters of the adapted backbone and the head, in percent",
+    "effective_params": "parameters that train and get a gradient in this cell: none in modules of other tasks",
+    "head_params": "parameters that train in the task's head",
+    "stored_params": "parameters in the adapter file",
+    "inference_extra_params": "parameters beyond the untouched backbone and the head; after merging if possible",
+    "stored_bytes": "size of the adapter file, in bytes",
+    "accounted_bytes": "weights, gradients, optimizer state and tensors saved for backward, in bytes; canonical",
+    "peak_bytes": "peak allocated on CUDA, else peak resident memory of the process, in bytes",
+    "train_seconds": "training, evaluation not included",
+    "step_seconds": "median training step",
+    "step_flops": "floating-point operations of one training step, forward and backward",
+    "latency_seconds": "median prediction of one sample",
+    "merged_latency_seconds": "median prediction of one sample after merging; empty where the method cannot merge",
+    "throughput": "samples per second that are predicted in batches, nothing merged",
+    "step_joules": "energy of a training step in joules, where NVML gives it",
+    "contended": "True if it was timed while other cells ran",
+    "pareto": "True if no row of the setting scores as well with fewer parameters, or better with as many",
+}
 # fmt: off
-COLUMNS = (
-    "method", "variant", "size_name", "size", "task", "dataset", "backbone", "seeds", "outcome", "stale", "metric",
-    "score_mean", "score_std", "score_low", "score_high", "rank", "trainable_params", "trainable_percent",
-    "effective_params", "head_params", "stored_params", "inference_extra_params", "stored_bytes", "accounted_bytes",
-    "peak_bytes",
-    "train_seconds", "step_seconds", "step_flops", "latency_seconds", "merged_latency_seconds", "throughput",
-    "step_joules", "contended", "pareto",
-)
 TEXTS = ("method", "variant", "size_name", "task", "dataset", "backbone", "outcome", "metric")
 FLAGS = ("stale", "contended", "pareto")
 COUNTS = ("seeds", "rank", "trainable_params", "effective_params", "head_params", "stored_params",
@@ -33,29 +62,29 @@ COUNTS = ("seeds", "rank", "trainable_params", "effective_params", "head_params"
 # fmt: on
 TIMING = ("train_seconds", "step_seconds")
 INFERENCE = ("latency_seconds", "merged_latency_seconds", "throughput")
-# From bad luck to bad code: among equally frequent failures the last one names the row.
+# Ordered from bad luck to bad code: of equally frequent failures, the last one names the row.
 SEVERITY = ("timeout", "oom", "diverged", "failed")
 Notes = dict[tuple[str, str, str], list[str]]
 
 
 def table(results: Store | Merged | Iterable[Record], *, stale: Stale = fresh) -> pd.DataFrame:
-    """The leaderboard, with exactly COLUMNS; what is unknown is missing (NaN or NA).
+    """Return the leaderboard, with exactly the columns of COLUMNS; unknown values are missing (NaN or NA).
 
     Scores, seconds and joules are means over the seeds that ended `ok`, `score_std` is the sample standard deviation
-    (missing for one seed), counts and bytes are the largest of any seed. `seeds` counts the ones that ended `ok`;
+    (missing for one seed), counts and bytes are the largest of any seed. `seeds` counts the seeds that ended `ok`;
     `outcome` is `ok` only if all did. Cells that differ in recipe, configuration, code or data are never averaged: each
-    such group is a row, its `variant` ending in `#` and a digest when that is all that tells two rows apart.
+    such group is a row. Where nothing else tells two rows apart, `variant` ends in `#` and a digest.
 
-    `stale` names the parts of the code and data that have changed since a record was made; such rows are marked. `rank`
-    (1 + the rows that are significantly better) and `pareto` look only at rows of the setting that differ in nothing
+    `stale` returns the parts of code and data that have changed since a record was made; such rows are marked. `rank`
+    (1 + the rows that are significantly better) and `pareto` compare only rows of the setting that differ in nothing
     but the method and are equally fresh or stale. `score_low` and `score_high` are the 95 % interval over seeds and
-    test samples. Interval and rank need `results` to be a Store or Merged, and are missing for bare records.
+    test samples. Interval and rank need a Store or Merged as `results`, and are missing for plain records.
 
-    Records of an earlier schema version are rows too, marked as stale and, in the notes, as OLDER; they have no
-    interval and no rank, count in nobody else's, and are on no front.
+    Records of an earlier schema version are rows too, marked as stale and, in the notes, as OLDER. They have no
+    interval and no rank, do not count in the ranks of other rows, and are on no front.
 
     `attrs` holds, by row index, `runs` (seeds run), `stale` (parts changed), `tied` (a set: rows that share their rank)
-    and, by setting, `machines` and `notes` (what a reader must know).
+    and, by setting, `machines` and `notes` (facts that a reader must know).
     """
     store, records = (results, results.load()) if isinstance(results, (Store, Merged)) else (None, results)
     rows = groups(records, stale)
@@ -78,7 +107,7 @@ def table(results: Store | Merged | Iterable[Record], *, stale: Stale = fresh) -
 
 
 def write_csv(frame: pd.DataFrame, path: Path) -> None:
-    """Write the leaderboard atomically; missing values are empty fields. Raises UserError when that fails."""
+    """Write the leaderboard atomically; missing values become empty fields. Raises UserError when that fails."""
     write_atomic(path, frame.to_csv(index=False, lineterminator="\n").encode())
 
 
@@ -116,7 +145,7 @@ def _row(group: Group) -> dict[str, Any]:
 
 
 def _timed(ok: Sequence[Record]) -> dict[str, Any]:
-    """What depends on the machine being otherwise idle: from the cells that ran alone, if there are any."""
+    """Return the columns that other load on the machine changes: from the cells that ran alone, if there are any."""
     timed = [record for record in ok if record.timing]
     alone = [record for record in timed if record.timing and record.timing.jobs == 1]
     chosen = alone or timed
@@ -151,7 +180,7 @@ def _largest(values: Iterable[float | None]) -> float | None:
 def _add_statistics(
     columns: Sequence[dict[str, Any]], results: Store | Merged, rows: Sequence[Group]
 ) -> tuple[Notes, set[int]]:
-    """Fill in intervals and ranks; the notes of the analysis by setting, and the rows that share their rank."""
+    """Fill in intervals and ranks; return the analysis's notes by setting, and the rows that share their rank."""
     notes: Notes = defaultdict(list)
     tied: set[int] = set()
     for indices, found in analyse(results, rows):
@@ -159,7 +188,7 @@ def _add_statistics(
         ranks = found.ranks
         shared = Counter(ranks[~np.isnan(ranks)].tolist())
         for index, low, high, rank in zip(indices, found.low, found.high, ranks.tolist(), strict=True):
-            # The reported score can differ a little from the mean of the samples': the interval is laid around it.
+            # The reported score can differ a little from the mean over samples; the interval goes around the former.
             mean = columns[index]["score_mean"]
             columns[index].update(score_low=mean + low, score_high=mean + high)
             if rank == rank:
@@ -170,7 +199,10 @@ def _add_statistics(
 
 
 def _pareto(columns: Sequence[Mapping[str, Any]], comparable: Sequence[Sequence[int]]) -> list[int]:
-    """No other ok row of the pool scores at least as well with at most as many parameters, one of them strictly."""
+    """Return the ok rows that no other ok row of their pool beats.
+
+    A row beats another if it scores at least as well with at most as many parameters, and one of both strictly.
+    """
     best: list[int] = []
     for pool in comparable:
         rows = [i for i in pool if columns[i]["outcome"] == "ok" and columns[i]["trainable_params"] is not None]
