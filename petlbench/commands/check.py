@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from petlbench.commands.options import names
 from petlbench.commands.output import json_object, print_table
+from petlbench.core.registry import is_wildcard
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +37,7 @@ def command(args: argparse.Namespace) -> int:
 
 def _subjects(names: Sequence[str]) -> list[str]:
     """Replace each wildcard by the methods and variants that it matches."""
-    from petlbench.pipeline.plan.variants import is_wildcard, method_specs
+    from petlbench.pipeline.plan.variants import method_specs
 
     subjects: list[str] = []
     for name in names:

@@ -98,6 +98,11 @@ class Registry(Generic[T]):
         return points[name]
 
 
+def is_wildcard(pattern: str) -> bool:
+    """Return whether a pattern is more than a name."""
+    return bool(set("*?[") & set(pattern))
+
+
 @cache
 def _installed(group: str, path: tuple[str, ...]) -> dict[str, list[EntryPoint]]:
     """Return entry points by name. Cached, because reading takes milliseconds and each look-up needs it.

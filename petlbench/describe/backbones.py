@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from petlbench.api.registries import BACKBONES, TASKS
 from petlbench.core.errors import UserError
 from petlbench.core.messages import did_you_mean, one_line
+from petlbench.core.registry import is_wildcard
+from petlbench.core.tables import plain_table
 from petlbench.core.units import human_count
 
 if TYPE_CHECKING:
@@ -27,7 +29,6 @@ PARTS = {
     "pair": "order",
 }  # the part supplied for an ability that a backbone lacks
 SUPPLIED = "+fusion, +decoder, +order: a part supplied for the task; it trains and counts as the task's head"
-WILDCARDS = set("*?[")
 SHOWN = 6  # sizes of a family listed by name
 
 
@@ -91,7 +92,7 @@ def _sizes_of(family: str, pattern: str) -> list[str]:
     except UserError:  # the family's own entry states the error
         return []
     sizes = [size for size in cls.sizes if fnmatchcase(size, pattern)]
-    if not sizes and not WILDCARDS & set(pattern):
+    if not sizes and not is_wildcard(pattern):
         cls.options_of(pattern)  # raises if there is no such size
         sizes = [pattern]
     return sizes
@@ -209,13 +210,10 @@ def task_matrix(families: Sequence[FamilyEntry]) -> Table:
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], families: Sequence[FamilyEntry]) -> Table:
     """Return a grid with the table, to which lines can be added; the errors of entries follow below."""
-    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    inner = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
-    for column in columns:
-        inner.add_column(column, justify="right" if column == "parameters" else "left", overflow="fold")
+    inner = plain_table(columns, ["parameters"], wrap=True)
     for row in rows:
         inner.add_row(*map(Text, row))
     grid = Table.grid()

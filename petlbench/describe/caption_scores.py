@@ -13,6 +13,7 @@ from petlbench.api.registries import TASKS
 from petlbench.core.cell import MethodSpec
 from petlbench.core.errors import UserError
 from petlbench.core.record import Record
+from petlbench.core.tables import plain_table
 from petlbench.core.units import score_text
 from petlbench.describe.variants import attribute, declaring
 from petlbench.metrics import java_captions
@@ -59,13 +60,9 @@ def _row(record: Record, store: Store, metrics: Sequence[str], data_root: Path |
 
 def score_table(frame: pd.DataFrame) -> Table:
     """Return the scores as a table; a task's own metric has the unit that it has in a record."""
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
-    for name in frame.columns:
-        table.add_column(str(name), justify="left" if name in CELL else "right", no_wrap=name not in CELL)
+    table = plain_table(frame.columns, [name for name in frame.columns if name not in CELL])
     for row in frame.itertuples(index=False):
         texts = [
             str(value) if name in CELL else score_text(value) for name, value in zip(frame.columns, row, strict=True)

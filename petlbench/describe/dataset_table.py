@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from petlbench.core.tables import plain_table
 from petlbench.describe.dataset import DatasetPart, DatasetReport
 
 if TYPE_CHECKING:
@@ -15,17 +16,14 @@ SHOWN = 5  # faulty images named for each part
 
 def dataset_table(report: DatasetReport) -> Group:
     """Return a table with a line for each part and split; errors, faulty images and notes follow below."""
-    from rich import box
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
     entries = report.entries
     columns = list(dict.fromkeys(what for entry in entries for what in entry.counts))
     parted = any(entry.made_of for entry in entries)
-    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
-    for title in ["part", *(["made of"] if parted else []), *columns, "left out", "opened", "verdict"]:
-        table.add_column(title, justify="right" if title in (*columns, "left out", "opened") else "left")
+    numbers = [*columns, "left out", "opened"]
+    table = plain_table(["part", *(["made of"] if parted else []), *numbers, "verdict"], numbers, wrap=True)
     for entry in entries:
         sizes = [_size(entry, what) for what in columns]
         left_out = f"{sum(entry.left_out.values()):,}" if entry.left_out else ""

@@ -31,6 +31,7 @@ from petlbench.core.cell import Cell, MethodSpec
 from petlbench.core.errors import UserError
 from petlbench.core.recipe import Frozen
 from petlbench.core.record import Parameters
+from petlbench.core.tables import plain_table
 from petlbench.measure import parameters
 from petlbench.measure.memory import SavedTensors
 from petlbench.pipeline.assembly import build_backbone, build_setup
@@ -305,14 +306,10 @@ def _options(figure: Figure) -> list[str]:
 
 
 def _section(rows: Sequence[FigureCheck]) -> Table:
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
-    section = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
-    for name in ("method", "quantity", "published", "ours", "difference", "verdict", "source"):
-        number = name in ("published", "ours", "difference")
-        section.add_column(name, justify="right" if number else "left", no_wrap=number, overflow="fold")
+    numbers = ("published", "ours", "difference")
+    section = plain_table(("method", "quantity", *numbers, "verdict", "source"), numbers)
     for row in rows:
         figure = row.figure
         source = figure.source

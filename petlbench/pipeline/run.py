@@ -11,6 +11,7 @@ from pathlib import Path
 from petlbench.core.cell import Cell, MethodSpec, Suite
 from petlbench.core.errors import UserError
 from petlbench.core.record import Record
+from petlbench.core.registry import is_wildcard
 from petlbench.pipeline.compatibility import incompatible_cells
 from petlbench.pipeline.freshness import CellState, fingerprints_of, state_of
 from petlbench.pipeline.launch.local import refuse_offered, run_cells
@@ -18,7 +19,7 @@ from petlbench.pipeline.launch.process import server_beside
 from petlbench.pipeline.launch.progress import Progress
 from petlbench.pipeline.options import Device, RunOptions, need_device
 from petlbench.pipeline.plan.suite import expand, load_suite
-from petlbench.pipeline.plan.variants import is_wildcard, matches
+from petlbench.pipeline.plan.variants import matches
 from petlbench.results.store import Store
 
 

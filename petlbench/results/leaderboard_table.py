@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from petlbench.core.record import OLDER
+from petlbench.core.tables import plain_table
 from petlbench.core.units import human_bytes, human_count, human_seconds, score_text
 from petlbench.results.rows import SETTING, label
 
@@ -56,18 +57,11 @@ def _caption(frame: pd.DataFrame) -> list[str]:
 
 
 def _section(rows: pd.DataFrame, attrs: Mapping[Any, Any]) -> Table:
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
     texts = [_texts(row, attrs) for row in rows.itertuples()]
     shown = [name for name in texts[0] if name not in OPTIONAL or any(row[name] for row in texts)]
-    section = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
-    for name in shown:
-        if name == "method":
-            section.add_column(name, overflow="fold")
-        else:
-            section.add_column(name, justify="right", no_wrap=True)
+    section = plain_table(shown, shown[1:])  # the first is the method
     best = rows.loc[~rows["stale"], "score_mean"].max()
     for row, row_texts in zip(rows.itertuples(), texts, strict=True):
         dim = row.stale or row.outcome != "ok"

@@ -10,12 +10,10 @@ from petlbench.api.registries import METHODS
 from petlbench.core.cell import MethodSpec
 from petlbench.core.errors import UserError
 from petlbench.core.messages import did_you_mean
-from petlbench.core.registry import Registry
+from petlbench.core.registry import Registry, is_wildcard
 
 if TYPE_CHECKING:
     from petlbench.api.method import Method
-
-WILDCARDS = frozenset("*?[")
 
 
 def resolve_variant(spec: MethodSpec, registry: Registry[Method] = METHODS) -> MethodSpec:
@@ -49,10 +47,6 @@ def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, An
 def matches(spec: MethodSpec, pattern: str) -> bool:
     """Return whether the pattern matches the spec's name, or its `name:variant`."""
     return fnmatchcase(spec.name, pattern) or fnmatchcase(spec.label, pattern)
-
-
-def is_wildcard(pattern: str) -> bool:
-    return bool(WILDCARDS & set(pattern))
 
 
 def specs_beyond(pool: Sequence[MethodSpec], pattern: str, registry: Registry[Method] = METHODS) -> list[MethodSpec]:
