@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -24,6 +23,7 @@ from petlbench.measure.clock import IN_STEP, TRAINING, WARMUP
 from petlbench.measure.environment import describe
 from petlbench.measure.memory import planned, with_peaks, with_saved
 from petlbench.pipeline.assembly import build_backbone, build_setup
+from petlbench.pipeline.compatibility import quiet_meta
 from petlbench.pipeline.data import load_source, load_split
 from petlbench.pipeline.plan.suite import expand
 from petlbench.pipeline.plan.variants import method_specs
@@ -86,9 +86,7 @@ def profile(
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = torch.device("meta" if meta else automatic if device == "auto" else device)
     costs: dict[str, Costs] = {}  # by cell id
-    with _threads(threads), warnings.catch_warnings():
-        # Weights that are read into a backbone without memory are dropped, which is intended.
-        warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
+    with _threads(threads), quiet_meta():
         environment = {} if meta else describe(str(chosen), torch.get_num_threads())
         for _, group in groupby(sorted(cells, key=_shared), key=_shared):
             subjects = _subjects(list(group), chosen)

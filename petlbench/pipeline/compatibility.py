@@ -1,15 +1,15 @@
-"""Every method tried on every backbone before anything runs."""
+"""A trial before anything runs: every method goes into every backbone once, without memory and weights."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import signal
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
-from types import FrameType
+from multiprocessing.connection import Connection
 
 import torch
 
@@ -23,62 +23,85 @@ TRIAL_SECONDS = 10.0  # that a method may take to go into a backbone without mem
 
 
 def incompatible_cells(cells: Sequence[Cell], kind: type[Method] | None = None) -> dict[str, str]:
-    """Every method tried on every backbone of `cells`, without memory and weights, before anything runs: what is wrong,
-    by the cell's id, with those that do not fit. `kind`: the class of all their methods, where it is not registered."""
+    """Return, by cell id, why the method of a cell does not fit its backbone; cells that fit are left out.
+
+    `kind` is the class of all the methods, where it is not registered.
+    """
     found: dict[str, str] = {}
-    with warnings.catch_warnings():
-        # Weights that are read into a backbone without memory go nowhere, as they should.
-        warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
+    with quiet_meta():
         for _, group in groupby(sorted(cells, key=_backbone_key), key=_backbone_key):
-            backbone: Backbone | None = None
-            tried: dict[str, str | None] = {}
+            by_method: dict[str, list[Cell]] = {}
             for cell in group:
-                method = f"{cell.method} {sorted(cell.method_config.items(), key=str)} {cell.task}"
-                if method not in tried:
-                    backbone = backbone or build_backbone(cell, torch.device("meta"))
-                    tried[method] = _incompatibility(cell, backbone, kind)
-                if reason := tried[method]:
+                key = f"{cell.method} {sorted(cell.method_config.items(), key=str)} {cell.task}"
+                by_method.setdefault(key, []).append(cell)
+            first = [alike[0] for alike in by_method.values()]
+            reasons = _trials(first, build_backbone(first[0], torch.device("meta")), kind)
+            for alike, reason in zip(by_method.values(), reasons, strict=True):
+                for cell in alike if reason else []:
                     label = MethodSpec(name=cell.method, variant=cell.variant).label
                     found[cell.id] = f"method '{label}' does not fit backbone '{cell.backbone}': {reason}"
     return found
+
+
+@contextmanager
+def quiet_meta() -> Iterator[None]:
+    """Silence torch where weights are read into a backbone without memory: they go nowhere, as they should."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
+        yield
 
 
 def _backbone_key(cell: Cell) -> str:
     return json.dumps([cell.backbone, cell.backbone_config], sort_keys=True)
 
 
-class _TooLong(BaseException):
-    """No Exception, which somebody else's code might catch."""
+def _trials(cells: Sequence[Cell], backbone: Backbone, kind: type[Method] | None) -> list[str | None]:
+    """Try the method of each cell; return why it does not fit, or None.
+
+    The trials run in a forked process, which knows all classes of this one, a notebook's too. One that takes longer
+    than TRIAL_SECONDS, or ends its process, has no verdict, and the next process goes on after it. Where CUDA has
+    started no process can be forked, and the trials run here, without a limit.
+    """
+    if torch.cuda.is_initialized():
+        return [_incompatibility(cell, backbone, kind) for cell in cells]
+    context = multiprocessing.get_context("fork")
+    reasons: list[str | None] = []
+    while len(reasons) < len(cells):
+        reader, writer = context.Pipe(duplex=False)
+        child = context.Process(target=_report, args=(cells[len(reasons) :], backbone, kind, writer))
+        child.start()
+        writer.close()
+        try:
+            while len(reasons) < len(cells):
+                reasons.append(reader.recv())
+        except EOFError:
+            reasons.append(None)
+        finally:
+            reader.close()
+            child.kill()
+            child.join()
+    return reasons
 
 
-@contextmanager
-def _at_most(seconds: float) -> Iterator[None]:
-    """Raise _TooLong in the block after so many seconds; without effect outside of the main thread."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise _TooLong
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL if previous is None else previous)
+def _report(cells: Sequence[Cell], backbone: Backbone, kind: type[Method] | None, writer: Connection) -> None:
+    """Send the verdict on each cell. The kernel ends this process if one takes too long, even without a parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    torch.set_num_threads(1)  # the threads of the parent's pool do not exist here, and work for them would wait forever
+    for cell in cells:
+        signal.setitimer(signal.ITIMER_REAL, TRIAL_SECONDS)
+        writer.send(_incompatibility(cell, backbone, kind))
 
 
 def _incompatibility(cell: Cell, backbone: Backbone, kind: type[Method] | None) -> str | None:
     handle = Snapshot(backbone)
     try:
-        with drawing_on(torch.device("meta")), _at_most(TRIAL_SECONDS):
+        with drawing_on(torch.device("meta")):
             build_method(cell, kind).adapt(backbone)
         return None
     except ValueError as error:
         return " ".join(str(error).split())
-    except (Exception, _TooLong):  # a fault of the method's, of which its cell will leave a record
+    except Exception:  # a fault in the method, of which its cell will leave a record
         return None
     finally:
         handle.restore()

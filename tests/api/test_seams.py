@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -180,6 +182,24 @@ def test_a_pair_that_does_not_fit_is_found_before_anything_runs(monkeypatch: pyt
         == {}
     )
     assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("end", [lambda: time.sleep(60), lambda: os._exit(1)], ids=["endless", "fatal"])
+def test_the_trials_after_one_without_a_verdict_go_on(monkeypatch: pytest.MonkeyPatch, end: Callable[[], None]) -> None:
+    class Fickle(VLAdapter):
+        def adapt(self, backbone: Backbone) -> Backbone:
+            if self.tasks == ("vqa",):
+                end()
+            raise ValueError(f"not for {self.tasks}")
+
+    monkeypatch.setattr(compatibility, "TRIAL_SECONDS", 1.0)
+    cells = [CELL.model_copy(update={"task": task}) for task in ("rec", "vqa", "captioning")]
+    found = incompatible_cells(cells, Fickle)
+    assert {identity: reason.partition(" not for ")[2] for identity, reason in found.items()} == {
+        cells[0].id: "('rec',)",
+        cells[2].id: "('captioning',)",
+    }
+    assert not multiprocessing.active_children()
 
 
 def vl_bart() -> Backbone:
