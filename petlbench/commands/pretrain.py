@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from petlbench.api.tokens import Images, Tokens
 from petlbench.backbones.tiny import Tiny, TinyConfig
 from petlbench.backbones.weights.tensors import ASSETS
 from petlbench.backbones.weights.tokenizer import build_tokenizer
+from petlbench.core.files import replacing
 from petlbench.datasets.scenes.language import VOCABULARY, captions, expressions, questions
 from petlbench.datasets.scenes.world import DIGITS, SHAPES, Scene, make_scene
 
@@ -182,9 +182,8 @@ class Pretraining:
 
     def checkpoint(self) -> None:
         state = {name: part.state_dict() for name, part in self._parts().items()}
-        partial = self.folder / "state.pt.partial"
-        torch.save({**state, "step": self.step, "history": json.dumps([self.curves, self.schedules])}, partial)
-        os.replace(partial, self.folder / "state.pt")
+        with replacing(self.folder / "state.pt") as partial:
+            torch.save({**state, "step": self.step, "history": json.dumps([self.curves, self.schedules])}, partial)
 
     def losses(self, rows: list[Row], rng: np.random.Generator) -> dict[str, Tensor]:
         batches = {name: task.collate(rows, self.backbone, rng).to(self.device) for name, task in self.tasks.items()}
@@ -237,10 +236,9 @@ class Pretraining:
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.backbone.state_dict().items()}
         for name, t in self.heads.state_dict().items():
             tensors[f"head.{name}"] = t.detach().cpu().contiguous()
-        partial = self.folder / "model.safetensors.partial"
-        save_file(tensors, partial)
-        partial.chmod(0o644)  # safetensors makes the file private
-        os.replace(partial, self.folder / "model.safetensors")
+        with replacing(self.folder / "model.safetensors") as partial:
+            save_file(tensors, partial)
+            partial.chmod(0o644)  # the library makes it private
         digest = hashlib.sha256((self.folder / "model.safetensors").read_bytes()).hexdigest()
         summary = {
             "recipe": self.recipe.model_dump(),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -29,18 +31,19 @@ def _content_digest(path: Path, size: int, mtime_ns: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` so that `path` always holds either all of its old content or all of the new content.
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give the block a temporary file to write; when the block ends well, that file takes the place of `path`.
 
-    The temporary name is unique, so several processes can write the same path: the last one wins.
-    Raises Unwritable if the disk is full, the folder cannot be written, or the name is too long.
+    So `path` holds either its old content or all of the new one. The temporary name is unique, so that several
+    processes can write the same path: the last one wins. Raises Unwritable when the disk is full, the folder cannot be
+    written, or the name is too long.
     """
     temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
     try:
         try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
+            yield temporary
+            with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
@@ -50,6 +53,12 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise Unwritable(
             f"cannot write {path}: {error.strerror or error}; free some space there or choose another folder"
         ) from error
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace the content of `path` by `data` as `replacing` does. Raises Unwritable as it does."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def make_folder(path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from petlbench.core.errors import Unwritable
+from petlbench.core.files import replacing
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -29,15 +31,7 @@ def write_table(table: pa.Table, path: Path, **options: Any) -> None:
     """Write a table; processes that race write the same content. `options` go to pyarrow's `write_table`."""
     import pyarrow.parquet as pq
 
-    partial: Path | None = None
-    try:
+    with suppress(OSError, Unwritable):  # the cache is a convenience: read-only or full disks must not stop a run
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
-            partial = Path(file.name)
-            pq.write_table(table, file, **SOUND, **options)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:  # the cache only saves time: a read-only or full disk must not stop a run
-        if partial:
-            partial.unlink(missing_ok=True)
+        with replacing(path) as temporary:
+            pq.write_table(table, temporary, **SOUND, **options)

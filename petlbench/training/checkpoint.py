@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from petlbench.core.errors import Unwritable
+from petlbench.core.files import replacing
 
 SHARE = 50  # wait at least this many times as long as the last checkpoint took to write
 
@@ -39,20 +37,13 @@ def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
-    """Write a safetensors file atomically and return its size in bytes. Raise Unwritable if it cannot be written."""
-    partial = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
+    """Write a safetensors file atomically and return its size in bytes. Raises Unwritable as `replacing` does."""
+    with replacing(path) as temporary:
         try:
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, metadata=dict(metadata))
-            with open(partial, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-    except (OSError, SafetensorError) as error:  # a full disk raises either, depending on the step
-        reason = (isinstance(error, OSError) and error.strerror) or str(error).rpartition(": ")[2]
-        raise Unwritable(f"cannot write {path}: {reason}; free some space there or choose another folder") from error
+            plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+            save_file(plain, temporary, metadata=dict(metadata))
+        except SafetensorError as error:  # a full disk; the reason stands last
+            raise OSError(str(error).rpartition(": ")[2]) from error
     return path.stat().st_size
 
 

@@ -13,7 +13,6 @@ import pytest
 
 from petlbench.api.registries import TASKS
 from petlbench.api.source import Split
-from petlbench.core import table_cache
 from petlbench.core.errors import UserError
 from petlbench.datasets.scenes import digits
 from petlbench.datasets.scenes.digits import Digits, Scenes, ScenesConfig, Shapes
@@ -265,7 +264,7 @@ def test_a_damaged_cache_is_rebuilt(cache: Path, damage: str) -> None:
     flipped = whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :]
     path.write_bytes({"truncated": whole[: len(whole) // 2], "flipped": flipped, "emptied": b""}[damage])
     assert Shapes(SMALL).load("captioning", "test").to_list() == before
-    assert path.read_bytes() == whole and not list(cache.glob("*/*.partial"))
+    assert path.read_bytes() == whole and not list(cache.glob("*/.*.tmp"))
 
 
 def test_an_unwritable_cache_costs_time_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +277,7 @@ def test_a_full_disk_leaves_nothing_half_written(cache: Path, monkeypatch: pytes
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(table_cache.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     assert len(Shapes(SMALL).load("vqa", "validation")) == 8
     assert not [path for path in cache.rglob("*") if path.is_file()]
 
