@@ -57,13 +57,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def entry() -> NoReturn:
-    """The program: `main`, and out at once, for unloading torch takes seconds, which nobody should wait for."""
+    """Run the program, and leave at once: to tear down an interpreter with torch loaded takes 3 seconds."""
+    status = 1
+
+    def leave() -> NoReturn:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(BrokenPipeError):
+                stream.flush()
+        os._exit(status)
+
+    atexit.register(leave)  # the first to be registered runs last: after what removes temporary folders
     status = main()
-    atexit._run_exitfuncs()  # temporary folders go here
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(BrokenPipeError):
-            stream.flush()
-    os._exit(status)
+    sys.exit(status)
 
 
 def _checked(argv: Sequence[str]) -> Sequence[str]:

@@ -1,4 +1,4 @@
-"""A cell's process, from outside; the server that it is forked from; the signals that end them."""
+"""A cell's process, seen from its parent; the server that forks it; the signals that end them."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from petlbench.pipeline.launch.claims import Claim
 from petlbench.pipeline.launch.progress import Event
 from petlbench.pipeline.launch.watch import Limits, Watch, signal_group
 
-# None of these may touch CUDA when imported: a process forked after that can not use it. transformers alone is lazy and
-# imports next to nothing; its modeling_utils is what every model of it waits for.
+# None of these may touch CUDA when imported: a process forked after that cannot use it. `transformers` itself is lazy and
+# imports next to nothing; its modeling_utils is what takes the time before every model.
 PRELOAD = ("torch", "transformers.modeling_utils", "datasets", "sklearn.datasets", "petlbench.pipeline.cell")
-GRACE_SECONDS = 0.5  # to unwind in; what matters on disk is written atomically, so that a kill does no harm
+GRACE_SECONDS = 0.5  # for a process to clean up; files are written atomically, so that a kill does no harm
 KILL_SECONDS = 1.0  # for the kernel to carry out a kill
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(KeyboardInterrupt):
-    """The launcher got SIGTERM or SIGHUP; `status` is the exit status that says so."""
+    """Raised when the launcher gets SIGTERM or SIGHUP; `status` is the exit status for that signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.strsignal(number))
@@ -44,17 +44,21 @@ class Stopped(KeyboardInterrupt):
 
 
 def preloaded_context() -> ForkServerContext:
-    """The `forkserver` context, its server on its way; the imports cost once in the life of the calling process."""
+    """Return the `forkserver` context and start its server, which does its imports once for all cells."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOAD))
-    with signals_ignored():  # inherited by the server: Ctrl-C is the launcher's affair, also while it imports
+    with signals_ignored():  # the server inherits this: Ctrl-C concerns the launcher, also while the server imports
         forkserver.ensure_running()
     return context
 
 
 def end_server() -> None:
-    """At once: it may be amid its imports, and unloading all of them takes seconds. The next run gets a new one."""
-    server: Any = forkserver._forkserver  # there is no public way to end it
+    """Kill the server at once; the next run gets a new one.
+
+    It has no public way to be ended. Its own `_stop` waits for it, which takes 10 seconds while it still imports; after
+    the kill, 0.01.
+    """
+    server: Any = forkserver._forkserver
     if server._forkserver_pid is not None:
         with suppress(ProcessLookupError):
             os.kill(server._forkserver_pid, signal.SIGKILL)
@@ -63,7 +67,7 @@ def end_server() -> None:
 
 @contextmanager
 def server_beside() -> Iterator[None]:
-    """The server does its imports beside those of the block, and is gone after it."""
+    """Let the server do its imports while the block does its own; end the server after the block."""
     preloaded_context()
     try:
         yield
@@ -73,9 +77,9 @@ def server_beside() -> Iterator[None]:
 
 @contextmanager
 def _without_main() -> Iterator[None]:
-    """A process that starts here does not run the caller's script again: it has nothing to do with it.
+    """Keep a process that starts in the block from running the caller's script again.
 
-    Else every script that calls `petlbench.run` would need `if __name__ == "__main__"`.
+    Without this, every script that calls `petlbench.run` would need `if __name__ == "__main__"`.
     """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
@@ -87,7 +91,7 @@ def _without_main() -> Iterator[None]:
 
 @contextmanager
 def _handling(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # only the main thread gets and handles signals
+    if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
         yield
         return
     previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
@@ -103,7 +107,7 @@ def signals_ignored() -> AbstractContextManager[None]:
 
 
 def stopped_by_signals() -> AbstractContextManager[None]:
-    """SIGTERM and SIGHUP end a run as Ctrl-C does, unless the caller handles or (nohup) ignores them."""
+    """Let SIGTERM and SIGHUP end the block as Ctrl-C does, unless the caller handles them or ignores them (nohup)."""
 
     def raise_stopped(number: int, frame: FrameType | None) -> None:
         raise Stopped(number)
@@ -113,7 +117,7 @@ def stopped_by_signals() -> AbstractContextManager[None]:
 
 @dataclass
 class Run:
-    """A cell that runs, as its launcher sees it."""
+    """A running cell, as its launcher sees it."""
 
     cell: Cell
     claim: Claim
@@ -125,7 +129,7 @@ class Run:
     fingerprints: dict[str, str]
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     record: Record | None = None
-    verdict: tuple[Outcome, str] | None = None  # why the launcher ends it
+    verdict: tuple[Outcome, str] | None = None  # why the launcher ended it
     error: str = ""
     open: bool = True
 
@@ -137,16 +141,16 @@ class Run:
     def start(self) -> None:
         with _without_main():
             self.process.start()
-        self.writer.close()  # the child's copy is then the only one, and its end ends the pipe
+        self.writer.close()  # only the child's copy is left, so that the pipe ends with the child
         assert self.process.pid is not None
         self.watch = Watch(self.process.pid, self.limits)
 
     def handles(self) -> list[Any]:
-        """What to wait for: the process's end, and its messages while there can be any."""
+        """Return the handles to wait for: the end of the process, and its messages while the pipe is open."""
         return [self.process.sentinel, *([self.reader] if self.open else [])]
 
     def receive(self) -> Iterator[Event]:
-        """Take all messages that have arrived; yield the events among them. Raises Unwritable if the cell did."""
+        """Read all messages that have arrived and yield the events among them. Raises Unwritable if the cell did."""
         while self.open and self.reader.poll():
             try:
                 kind, content = self.reader.recv()
@@ -155,7 +159,7 @@ class Run:
                 return
             if kind == "event":
                 yield content
-            elif kind == "begun":  # imports of the server, which the first cell waits for, are not the cell's time
+            elif kind == "begun":  # the time in which a first cell waits for the server's imports does not count
                 self.watch.begun = time.monotonic()
             elif kind == "unwritable":
                 raise Unwritable(content)
@@ -165,7 +169,7 @@ class Run:
                 self.error = content
 
     def check(self) -> None:
-        """End the process once it has passed a limit: at once for memory, after a request for time."""
+        """End the process if it has passed a limit: at once for memory, for time with a request first."""
         if self.verdict is None:
             self.verdict = self.watch.passed()
             if self.verdict and self.verdict[0] == "timeout":
@@ -184,7 +188,7 @@ class Run:
 
 
 def failure(run: Run) -> Record:
-    """The record of a cell that did not leave one itself."""
+    """Return the record of a cell that did not make one itself."""
     code = run.process.exitcode or 0
     outcome: Outcome = "failed"
     if run.verdict:
@@ -201,7 +205,7 @@ def failure(run: Run) -> Record:
 
 
 def stop(runs: Collection[Run]) -> None:
-    """End the processes: a request first, force after GRACE_SECONDS. A second Ctrl-C does not cut this short."""
+    """End the processes: first by request, by force after GRACE_SECONDS. A second Ctrl-C does not interrupt this."""
     with signals_ignored():
         started = {run.process.pid: run for run in runs if run.process.pid is not None}
         for pid in started:
@@ -209,10 +213,10 @@ def stop(runs: Collection[Run]) -> None:
         deadline = time.monotonic() + GRACE_SECONDS
         for run in started.values():
             run.process.join(max(0.0, deadline - time.monotonic()))
-        for pid in started:  # also one that is said to have ended: it is the server that says so, and it may be dead
+        for pid in started:  # also those reported as ended: the report comes from the server, which may be dead
             signal_group(pid, signal.SIGKILL)
         for run in started.values():
             run.process.join(KILL_SECONDS)
         for run in runs:
-            run.reader.close()  # one that the server has yet to fork ends at its first message
+            run.reader.close()  # a process that the server has yet to fork ends at its first message
             run.claim.release()
