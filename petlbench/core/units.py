@@ -9,9 +9,10 @@ BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10
 
 
 def parse_bytes(value: Any) -> Any:
-    """Return the number of bytes in `4 GiB`, `800MB` or `1024`; a value that is not a string passes through.
+    """Return `4 GiB`, `800MB` or `1024` as a number of bytes; a value that is not a string passes through.
 
-    Raises ValueError for other text.
+    Raises ValueError, which names a good size, for other text. pydantic.ByteSize has no such message, takes "1 bit"
+    for 0 bytes, and would cost the parser of the command line an import of 40 ms or more.
     """
     if not isinstance(value, str):
         return value

@@ -1,4 +1,4 @@
-"""The same computation on every machine: dropout that keeps one byte an element, attention as matrix products."""
+"""The same computation on every machine: dropout that keeps one byte per element, attention as matrix products."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
 
 
 def _bias(attn_mask: Tensor | None, is_causal: bool, scores: Tensor) -> Tensor | None:
-    """What is added to the scores (…, L, S): adding saves nothing for backward, where selecting would save a mask."""
+    """Return what to add to the scores (…, L, S). Adding saves nothing for backward; selecting would save a mask."""
     if is_causal:
         if attn_mask is not None:
             raise RuntimeError("attention takes a mask or is_causal=True, not both")
@@ -50,7 +50,7 @@ def _bias(attn_mask: Tensor | None, is_causal: bool, scores: Tensor) -> Tensor |
 def _scored(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, enable_gqa: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(…, L, E), (…, S, E), (…, S, Ev) -> scores (…, L, S), and values with as many heads (…, S, Ev)."""
+    """Map (…, L, E), (…, S, E), (…, S, Ev) to scores (…, L, S) and to values with as many heads (…, S, Ev)."""
     if enable_gqa:
         groups = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
@@ -68,7 +68,7 @@ def _attention(
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention`: (…, L, E), (…, S, E), (…, S, Ev) -> (…, L, Ev).
 
-    `options`: the two that torch takes by name alone, see `_scored`.
+    `options` are the two that torch takes by keyword only, see `_scored`.
     """
     scores, value = _scored(query, key, value, **options)
     bias = _bias(attn_mask, is_causal, scores)
@@ -103,17 +103,19 @@ class _Canonical(TorchFunctionMode):
 
 @contextmanager
 def canonical() -> Iterator[None]:
-    """A context in which what autograd saves, and what is computed, does not depend on the machine.
+    """A context in which the computation, and what autograd saves for backward, do not depend on the machine.
 
-    The ordinary kernels keep dropout masks of different sizes (four bytes an element on a CPU, one on a GPU, none
-    when fused), and attention maps or not. Here dropout keeps one byte an element, and attention is plain matrix
-    products. Values and gradients are those of the ordinary operations, random draws apart. It holds for all threads.
+    The ordinary kernels keep dropout masks of different sizes (four bytes per element on a CPU, one on a GPU, none when
+    fused), and attention maps or none. Here dropout keeps one byte per element, and attention is plain matrix products.
+    Values and gradients are those of the ordinary operations, except for random draws. It holds for all threads.
     """
-    # The mode sees calls by whatever name, but is off inside torch functions written in Python: in backward, where
-    # checkpointed layers run again, and in torch's attention layer. Those look the names up in this module.
+    # The mode sees calls under any name, but it is off inside torch functions written in Python: in torch's attention
+    # layer, and in backward, where checkpointed layers run again. Those find the functions by name in
+    # torch.nn.functional. With the mode alone, backward through a checkpointed layer with dropout ends in a
+    # CheckpointError, because the mask has one type in the first pass and another in the second.
     ordinary = F.dropout, F.scaled_dot_product_attention
     F.dropout = _dropout
-    F.scaled_dot_product_attention = _attention  # type: ignore[assignment]  # torch's types lack "by name alone"
+    F.scaled_dot_product_attention = _attention  # type: ignore[assignment]  # torch's types do not know of keyword-only
     try:
         with _Canonical():
             yield

@@ -38,7 +38,7 @@ Row = dict[str, Any]
 
 
 class Object(BaseModel):
-    """One object of a box: its upper left corner within the box, and its side, in pixels. The extent is tight."""
+    """One object of a box: its upper left corner within the box, and the side of its tight square, in pixels."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -53,7 +53,7 @@ Scene = tuple[tuple[Object, ...], tuple[Object, ...], tuple[Object, ...]]
 
 
 class NLVRAnnotation(BaseModel):
-    """A line of an annotation file; `evals` and whatever else it holds is ignored."""
+    """A line of an annotation file; `evals` and all other keys are ignored."""
 
     sentence: str = Field(min_length=1)
     label: Literal["true", "false"]
@@ -125,7 +125,11 @@ class NLVR(Source):
         return tuple(f"skipped {_summary(part, faults)}" for part, faults in self._faults.items() if faults)
 
     def fingerprint(self, task: str) -> str:
-        """Of the annotation files, the images' sizes, and which images are left out; `skip_broken` decides no more."""
+        """Return a digest of the annotation files, the images' sizes, and which images are left out.
+
+        `skip_broken` itself does not count. The digest of FileSource, from which this class could derive, would make
+        all records of NLVR stale.
+        """
         digest = hashlib.sha256(task.encode())
         for part, examples in self._parts.items():
             left_out = self._faults_of(part) if self._skip_broken else {}
@@ -138,7 +142,7 @@ class NLVR(Source):
 
     @cached_property
     def _folder(self) -> Path:
-        """Where `dev` and `hidden` lie: the root, its `nlvr` (a copy), or `nlvr/nlvr` (a clone of the repository)."""
+        """The folder of `dev` and `hidden`: the root, its `nlvr` (a copy), or `nlvr/nlvr` (a clone of the repository)."""
         root = self.root or data_root()
         for folder in [root, root / "nlvr", root / "nlvr" / "nlvr"] if root else []:
             if (folder / "dev" / "dev.json").is_file():
@@ -164,7 +168,7 @@ class NLVR(Source):
         return [e for e in dev if not e.held_out and e.scene not in taken]
 
     def _faults_of(self, part: str) -> dict[Path, str]:
-        """The images of `part` that cannot be used, with the reason; decoded once, about half a millisecond each."""
+        """Return the unusable images of `part` with the reason; each is decoded once, in about half a millisecond."""
         if part not in self._faults:
             reasons = {e.image: images.fault(e.image, IMAGE_SIZE) for e in self._parts[part]}
             faults = {path: reason for path, reason in reasons.items() if reason}
@@ -176,12 +180,12 @@ class NLVR(Source):
         if faults and len(faults) == len(self._parts[part]):
             raise UserError(f"{_summary(part, faults)}: none is left, get the images again")
         if faults and not self._skip_broken:
-            advice = "mend them or set dataset_configs: {nlvr: {skip_broken: true}}"
+            advice = "fix them or set dataset_configs: {nlvr: {skip_broken: true}}"
             raise UserError(f"{_summary(part, faults)}: {advice}")
 
 
 def read_part(folder: Path, part: str) -> list[NLVRExample]:
-    """The examples of `<folder>/<part>/<part>.json`. Raises UserError that names the file and the line."""
+    """Return the examples of `<folder>/<part>/<part>.json`. Raises UserError that names the file and the line."""
     path = folder / part / f"{part}.json"
     try:
         lines = path.read_bytes().splitlines()
@@ -254,7 +258,7 @@ ROWS: dict[str, Callable[[Iterable[NLVRExample]], list[Row]]] = {
 
 
 def _by_image(examples: Iterable[NLVRExample]) -> list[tuple[Row, list[NLVRExample]]]:
-    """The image's columns and its examples; files with the same scene are one image, known by the first."""
+    """Return each image's columns and examples; files with the same scene are one image, named after the first."""
     groups: dict[Scene, list[NLVRExample]] = {}
     for example in examples:
         groups.setdefault(example.scene, []).append(example)
@@ -265,10 +269,10 @@ def _by_image(examples: Iterable[NLVRExample]) -> list[tuple[Row, list[NLVRExamp
 
 
 def _expressions(example: NLVRExample) -> list[tuple[str, list[float]]]:
-    """For a few objects that colour, shape and size single out: an expression, and the box it refers to.
+    """Return, for a few objects that colour, shape and size identify, an expression and the box it refers to.
 
-    Boxes are x, y, width, height in pixels. A hash of the sample picks the objects, and for each the full description
-    or a shorter one that still singles it out.
+    Boxes are x, y, width, height in pixels. A hash of the sample chooses the objects, and for each the full description
+    or a shorter one that still identifies it.
     """
     placed = [(thing, BOX_PITCH * slot) for slot, box in enumerate(example.scene) for thing in box]
     uses = Counter(phrase for thing, _ in placed for phrase in _phrases(thing))
@@ -283,11 +287,11 @@ def _expressions(example: NLVRExample) -> list[tuple[str, list[float]]]:
 
 
 def _phrases(thing: Object) -> tuple[str, ...]:
-    """The full description and the shorter ones. Where a shorter one is unique, so is the full one."""
+    """Return the full description and the shorter ones. Where a shorter one is unique, so is the full one."""
     size, colour, shape = SIZES[thing.size], COLOURS[thing.color], thing.type
     return f"the {size} {colour} {shape}", f"the {colour} {shape}", f"the {size} {shape}", f"the {shape}"
 
 
 def _hash(text: str) -> int:
-    """The same number for the same text on every machine and version."""
+    """Return the same number for the same text on every machine and version."""
     return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)

@@ -27,8 +27,8 @@ from petlbench.pipeline.launch.claims import Claim
 from petlbench.pipeline.launch.progress import Event
 from petlbench.pipeline.launch.watch import Limits, Watch, signal_group
 
-# None of these may touch CUDA when imported: a process forked after that cannot use it. `transformers` itself is lazy and
-# imports next to nothing; its modeling_utils is what takes the time before every model.
+# None of these may touch CUDA when imported: a process forked after that cannot use it. `transformers` itself imports
+# next to nothing; its modeling_utils is what every model of it waits for.
 PRELOAD = ("torch", "transformers.modeling_utils", "datasets", "sklearn.datasets", "petlbench.pipeline.cell")
 GRACE_SECONDS = 0.5  # for a process to clean up; files are written atomically, so that a kill does no harm
 KILL_SECONDS = 1.0  # for the kernel to carry out a kill

@@ -1,4 +1,4 @@
-"""The texts inside a panel: names beside points, sizes along curves. Imports no torch."""
+"""Texts inside a panel: names beside points, sizes along curves. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ OFFSET: dict[str, Any] = {"textcoords": "offset points", "annotation_clip": Fals
 
 
 class Labels:
-    """Writes texts beside the `points` [n, 2], in data units, of `axes`, whose limits are final.
+    """Write texts beside the `points` [n, 2], in data units, of `axes`, whose limits are final.
 
-    `marker` is a marker's diameter in typographic points; `lines` [k, 2, 2], in data units, go from point to point and
-    are better not written over. What has been written is kept clear of by what is written next.
+    `marker` is the diameter of a marker in typographic points. `lines` [k, 2, 2], in data units, go from point to
+    point; texts avoid them, and texts that were written before.
     """
 
     def __init__(self, axes: Axes, points: np.ndarray, marker: float, lines: np.ndarray) -> None:
@@ -33,7 +33,7 @@ class Labels:
         self.written = np.empty((0, 4))
 
     def name(self, names: Mapping[int, str]) -> None:
-        """Write each name near its point, with a line to it where that is not right beside it."""
+        """Write each name near its point, with a line between them where they are not side by side."""
         chosen = list(names)
         texts = [self._text(index, _short(name), 8.0, INK) for index, name in names.items()]
         solid = self._markers([*chosen, *np.setdiff1d(np.arange(len(self.points)), chosen)])
@@ -50,7 +50,7 @@ class Labels:
         self.written = np.vstack([self.written, boxes])
 
     def hint(self, hints: Mapping[int, str]) -> None:
-        """Write each hint in small print right beside its point, where there is room."""
+        """Write each hint in small print right beside its point; leave it out where there is no room."""
         chosen = list(hints)
         texts = [self._text(index, hint, 6.0, FAINT) for index, hint in hints.items()]
         solid = np.vstack([self._markers(range(len(self.points))), self.written])
@@ -81,5 +81,5 @@ class Labels:
 
 
 def _short(name: str) -> str:
-    """At most 32 characters: the beginning and the end tell most."""
+    """Return at most 32 characters: the beginning and the end, which say most."""
     return name if len(name) <= 32 else f"{name[:18]}…{name[-13:]}"
