@@ -142,7 +142,7 @@ class NLVR(Source):
 
     @cached_property
     def _folder(self) -> Path:
-        """The folder of `dev` and `hidden`: the root, its `nlvr` (a copy), or `nlvr/nlvr` (a clone of the repository)."""
+        """The folder of `dev` and `hidden`: the root, its `nlvr` (a copy), or `nlvr/nlvr` (a clone)."""
         root = self.root or data_root()
         for folder in [root, root / "nlvr", root / "nlvr" / "nlvr"] if root else []:
             if (folder / "dev" / "dev.json").is_file():
