@@ -25,7 +25,7 @@ class AdaptFormerConfig(BottleneckConfig):
     """Sizes, scale and form; the defaults are those of the authors' image code."""
 
     form: Literal["parallel", "sequential"] = Field(
-        "parallel", description="the branch reads the FFN's residual input, or what the FFN gives"
+        "parallel", description="the branch reads the FFN's residual input (parallel) or the FFN's output (sequential)"
     )
     reduction: Reduction = 12  # rank 64 at width 768
     scale: Scale = 0.1
@@ -34,15 +34,16 @@ class AdaptFormerConfig(BottleneckConfig):
 
 
 class AdaptFormer(BottleneckMethod[AdaptFormerConfig]):
-    """y = x + drop(h) + s ( U drop_q( relu( D x + b_D ) ) + b_U ) beside every FFN; x its residual input, not normed.
+    """y = x + drop(h) + s ( U drop_q( relu( D x + b_D ) ) + b_U ) beside every FFN; x is its residual input, un-normed.
 
-    The branch is outside host dropout and drop-path; s = 0.1 multiplies b_U too; in a post-norm host the norm follows
-    the sum. `sequential`, which no script of the authors uses: the branch reads drop(h) in place of x. `image`, the
-    default: U = 0, so identity at the start, and q = 0.1. `video`: D and U N(0, 0.02^2), so no identity, and q = 0.
+    Host dropout and drop-path do not touch the branch; s = 0.1 multiplies b_U too; in a post-norm host the norm follows
+    the sum. Variants: `image`, the default, starts with U = 0, which is the identity, and has q = 0.1. `video` draws D
+    and U from N(0, 0.02^2), which is not the identity, and has q = 0. In `sequential` the branch reads drop(h) in place
+    of x; no script of the authors uses it.
 
-    The paper's equation has the branch read LN(x), the code x: `norm_in` gives the former. A learned scale starts at
-    1, not 0.1. The video code trains its final norm as well, which is new and so part of its head. Theirs is SGD for
-    recognition; the rates here are VL-Adapter's, and TransVG's where it is the host.
+    In the paper's equation the branch reads LN(x), in the code it reads x; `norm_in` follows the paper. A learned scale
+    starts at 1, not 0.1. The video code trains its final norm as well; that norm is new and so part of its head. The
+    authors use SGD for recognition; the rates here are VL-Adapter's, and TransVG's on that host.
     """
 
     Config = AdaptFormerConfig
@@ -63,5 +64,5 @@ class AdaptFormer(BottleneckMethod[AdaptFormerConfig]):
         self.identity = self.config.init == "zero"
 
     def layer(self, sublayer: SubLayer) -> HubLayer:
-        kind = ParallelLayer if self.config.form == "parallel" else HubLayer
-        return kind(sublayer.width, self.config)
+        cls = ParallelLayer if self.config.form == "parallel" else HubLayer
+        return cls(sublayer.width, self.config)

@@ -1,4 +1,4 @@
-"""What the classical bottleneck adapters share: one general layer, and where it goes."""
+"""The base of the classical bottleneck adapters: one general layer, and the sites that receive it."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu_tanh": partial(nn.GELU, approximate="tanh"),
 }
 
-# The options' meaning and range stand here once; each method has its own defaults.
+# Methods share these meanings and ranges of options; each method has its own defaults.
 Reduction = Annotated[int, Field(gt=0, description="bottleneck rank = width // reduction, at least 1")]
 Phi = Annotated[Literal["relu", "silu", "gelu", "gelu_tanh"], Field(description="the bottleneck's activation")]
 Scale = Annotated[
     Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["learned", "learned_vector"],
-    Field(description="of the branch: a number, or learned from 1 on as one number or as one for each channel"),
+    Field(description="factor of the branch: fixed, or learned (it starts at 1) as one number or one per channel"),
 ]
 Init = Annotated[
     Literal["normal", "truncated", "zero"],
     Field(
-        description="both weights normal, or normal and cut at two standard deviations; or down Kaiming-uniform and up "
-        "0, so that the branch starts at 0. Biases start at 0"
+        description="normal: both weights normal; truncated: normal, cut at two standard deviations; zero: down "
+        "Kaiming-uniform and up 0, so that the branch starts at 0. Biases start at 0"
     ),
 ]
 Deviation = Annotated[float, Field(gt=0, description="standard deviation of init `normal` and `truncated`")]
@@ -44,44 +44,46 @@ InAttention = Annotated[bool, Field(description="adapters at self-attention")]
 
 
 class BottleneckConfig(StackedConfig):
-    """What every bottleneck of this kind can have; the defaults are those of the adapters library."""
+    """Options of every bottleneck of this kind; the defaults are those of the adapters library."""
 
     reduction: Reduction = 16
     rank: int | None = Field(None, gt=0, description="the same rank at every width, in place of `reduction`")
     activation: Phi = "relu"
     scale: Scale = 1.0
-    norm_in: bool = Field(False, description="a norm of its own on what the bottleneck reads")
-    norm_out: bool = Field(False, description="a norm of its own on the scaled branch")
-    gate: bool = Field(False, description="the branch times mean over tokens of sigmoid(w q + b); not in decoders")
+    norm_in: bool = Field(False, description="a new norm on the bottleneck's input")
+    norm_out: bool = Field(False, description="a new norm on the scaled branch")
+    gate: bool = Field(
+        False, description="multiply the branch by the mean over tokens of sigmoid(w q + b); not in decoders"
+    )
     mask_gate: bool = Field(
-        True, description="that mean leaves padding out; the library's counts it, so that scores depend on the batch"
+        True, description="that mean leaves padding out; the library counts it, which makes scores depend on the batch"
     )
     inner_dropout: Rate = Field(0.0, description="on the bottleneck's activation")
     dropout: Rate = Field(0.0, description="on the scaled branch")
-    drop_path: Rate = Field(0.0, description="chance that a sample goes without the branch, in training")
+    drop_path: Rate = Field(0.0, description="chance that a training sample skips the branch")
     init: Init = "normal"
     init_std: Deviation = 0.02
     attention: InAttention = False
     cross_attention: bool = Field(False, description="adapters at cross-attention")
     ffn: bool = Field(True, description="adapters at the feed-forward network")
-    train_norms: bool = Field(False, description="norms of the adapted stacks train too, gains and biases")
+    train_norms: bool = Field(False, description="also train norms of the adapted stacks, gains and biases")
 
     @model_validator(mode="after")
     def _goes_somewhere(self) -> Self:
         if not self.positions():
-            raise ValueError("of attention, cross_attention and ffn at least one must be true")
+            raise ValueError("at least one of attention, cross_attention and ffn must be true")
         return self
 
     def positions(self) -> tuple[str, ...]:
-        """The sub-layers it goes into."""
+        """Return the names of the sub-layers that get a bottleneck."""
         return tuple(name for name in ("attention", "cross_attention", "ffn") if getattr(self, name))
 
 
 class HubLayer(nn.Module):
-    """u = q + LN_out( g(q) drop( s bn( LN_in(q) ) ) ), q the value at the site; (B, N, width) -> (B, N, width).
+    """u = q + LN_out( g(q) drop( s bn( LN_in(q) ) ) ), q is the value at the site; (B, N, width) -> (B, N, width).
 
-    bn is a bottleneck, g(q) = mean over tokens of sigmoid(w q + b), in (0, 1), one for each sample. s, g, both norms
-    and the dropouts are there where asked for. This is the general layer of the adapters library.
+    bn is a bottleneck, g(q) = mean over tokens of sigmoid(w q + b), in (0, 1), one for each sample. The options switch
+    on s, g, both norms and the dropouts. This is the general layer of the adapters library.
     """
 
     def __init__(self, width: int, options: BottleneckConfig, *, norm_takes_residual: bool = False) -> None:
@@ -110,7 +112,7 @@ class HubLayer(nn.Module):
         return self.add(value, value)
 
     def add(self, q: Tensor, residual: Tensor) -> Tensor:
-        """The branch that reads q, and the residual."""
+        """Return the sum of the branch, which reads q, and the residual."""
         o: Tensor = self.bottleneck(q if self.norm_in is None else self.norm_in(q))
         if not isinstance(self.scale, float) or self.scale != 1:
             o = o * self.scale
@@ -126,7 +128,7 @@ class HubLayer(nn.Module):
         return normed
 
     def _opening(self, gates: Tensor) -> Tensor:
-        """(B, N, 1) -> (B, 1, 1): their mean over tokens."""
+        """Average the gates over tokens, (B, N, 1) -> (B, 1, 1)."""
         mask = current_pass().mask if self.mask_gate else None
         if mask is None:
             return gates.mean(1, keepdim=True)
@@ -134,14 +136,14 @@ class HubLayer(nn.Module):
 
 
 class ParallelLayer(HubLayer):
-    """The same with q = x, the sub-layer's residual input: u = value + LN_out(...)."""
+    """A HubLayer with q = x, the sub-layer's residual input: u = value + LN_out(...)."""
 
     def forward(self, x: Tensor, value: Tensor) -> Tensor:
         return self.add(x, value)
 
 
 def initialise(bottleneck: Bottleneck, init: str, std: float) -> None:
-    """Both weights as `init` says, see its description; biases 0."""
+    """Draw both weights as option `init` describes; set biases to 0."""
     if init == "zero":
         draw_like_lora(bottleneck)
         return
@@ -157,13 +159,13 @@ B = TypeVar("B", bound=BottleneckConfig)
 
 
 class BottleneckMethod(Method[B]):
-    """A layer of its own at each of the chosen sub-layers, after the host's dropout or drop-path."""
+    """One layer at each chosen sub-layer, after the host's dropout or drop-path."""
 
     recipe: ClassVar[dict[str, Any]] = {"lr": 1e-3}
     recipes: ClassVar[dict[str, dict[str, Any]]] = {"vl_t5": {"lr": 3e-4}, "transvg": REC_RECIPE}
 
     def layer(self, sublayer: SubLayer) -> HubLayer:
-        """What goes into `sublayer`."""
+        """Return a new layer for `sublayer`."""
         raise NotImplementedError
 
     def site(self) -> Place:
@@ -178,7 +180,7 @@ class BottleneckMethod(Method[B]):
             raise ValueError(f"no sub-layer called {' or '.join(positions)} in the chosen stacks")
         if self.config.gate and any("cross_attention" in layer.sublayers for layer in layers):
             raise ValueError(
-                "a gate that averages over tokens would see words yet to be decoded: leave the decoder out, by `stacks`"
+                "a gate that averages over tokens would see words of the future: leave the decoder out with `stacks`"
             )
         for sublayer in chosen:
             sublayer.insert(self.site(), place(self.layer(sublayer), sublayer))

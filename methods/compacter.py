@@ -18,16 +18,16 @@ from .vl_adapter import Adapter, AfterSubLayers, AfterSubLayersConfig
 
 
 def drawn_rule(n: int) -> nn.Parameter:
-    """A (n, n, n), N(0, 0.01^2)."""
+    """Draw A (n, n, n) from N(0, 0.01^2)."""
     return nn.Parameter(torch.randn(n, n, n) * 0.01)
 
 
 class PHMLinear(nn.Module):
     """y = z M + b, M = sum_i kron(A_i, S_i) (in, out); A (n, n, n), S (n, in / n, out / n). (…, in) -> (…, out).
 
-    With a `factor_rank` k, S_i = L_i R_i with L (n, in / n, k) and R (n, k, out / n). `rule`: an A that others share.
-    Every S_i (or L_i and R_i) is drawn Xavier-uniform with gain sqrt 2; b is 0. Raises ValueError where n does not
-    divide both sides.
+    With a `factor_rank` k, S_i = L_i R_i with L (n, in / n, k) and R (n, k, out / n). `rule` is an A that several
+    layers share. Every S_i (or L_i and R_i) is drawn Xavier-uniform with gain sqrt 2; b starts at 0. Raises ValueError
+    if n does not divide both sides.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class PHMLinear(nn.Module):
         self.b = nn.Parameter(torch.zeros(d_out))
 
     def matrix(self) -> Tensor:
-        """M (in, out)."""
+        """Compute M (in, out)."""
         blocks = self.S_left @ self.S_right if self.S is None else self.S
         return torch.einsum("iab,icd->acbd", self.A, blocks).flatten(2).flatten(0, 1)
 
@@ -84,25 +84,26 @@ class PHMBottleneck(nn.Module):
 
 
 class CompacterConfig(AfterSubLayersConfig):
-    """Sizes and what is shared; the defaults are those of VL-Adapter's and VL-PET's repositories."""
+    """Sizes and sharing; the defaults are those of VL-Adapter's and VL-PET's repositories."""
 
     reduction: int = Field(8, gt=0, description="bottleneck rank = width // reduction; a multiple of n")
-    n: int = Field(2, gt=0, description="Kronecker products that a matrix is the sum of; divides width and rank")
+    n: int = Field(2, gt=0, description="number of Kronecker products in a matrix's sum; divides width and rank")
     factor_rank: int | None = Field(
         None,
         gt=0,
-        description="rank of every S_i as a product; null: no product, as in the scripts; the paper: 1",
+        description="rank of the factors of every S_i; null: S_i is not factorised, as in the scripts; the paper: 1",
     )
-    shared_rule: bool = Field(False, description="A is one for all layers and positions, as in the paper")
-    sharing: Literal["single", "multiple"] = Field("single", description="one adapter for all tasks, or one for each")
+    shared_rule: bool = Field(False, description="all layers and positions share one A, as in the paper")
+    sharing: Literal["single", "multiple"] = Field("single", description="one adapter for all tasks, or one per task")
 
 
 class Compacter(AfterSubLayers[CompacterConfig]):
     """VL-Adapter's bottlenecks with matrices M = sum_i kron(A_i, S_i): u = h + gelu(h M_d + b_d) M_u + b_u.
 
-    Positions, norms that train and adapters per task are VL-Adapter's; the repositories neither factorise S (the paper:
-    rank 1) nor share A, and `factorized` is the paper's. Drawn as there: S Xavier-uniform with gain sqrt 2, A
-    N(0, 0.01^2), b 0, on BART and on T5. VL-Adapter's rate is taken where VL-PET leaves it to an argument.
+    Positions, trained norms and adapters per task are VL-Adapter's. The repositories neither factorise S nor share A;
+    the paper does both (rank 1), and so does `factorized`. Initial values are the repositories', on BART and on T5: S
+    Xavier-uniform with gain sqrt 2, A N(0, 0.01^2), b 0. The rate is VL-Adapter's, since VL-PET leaves it to an
+    argument.
     """
 
     Config = CompacterConfig

@@ -20,14 +20,15 @@ class HoulsbyConfig(SerialConfig):
 class Houlsby(SerialAdapter[HoulsbyConfig]):
     """After self-attention and feed-forward network, z = drop(h): u = z + U phi(D z + b_D) + b_U; then x + u, norm.
 
-    Houlsby et al., "Parameter-Efficient Transfer Learning for NLP" (ICML 2019). `hub`, the default, is what the
-    adapters library calls by this name: phi = SiLU, rank d/16, weights N(0, 0.02^2), nothing else trains. `paper` is
-    the authors' code: phi = GELU (tanh form), rank 64 at width 768, weights normal with std 1e-3 cut at two of them
-    (their paper says 1e-2), and all norms train, that of the embeddings included.
+    Houlsby et al., "Parameter-Efficient Transfer Learning for NLP" (ICML 2019). `hub`, the default, is the adapters
+    library's method of this name: phi = SiLU, rank d/16, weights N(0, 0.02^2), nothing else trains. `paper` follows
+    the authors' code: phi = GELU (tanh form), rank 64 at width 768, weights normal with std 1e-3, cut at two standard
+    deviations (their paper says 1e-2), and all norms train, the embeddings' norm included.
 
-    Host dropout comes before the adapter; VL-Adapter has it after. Neither starts at the pre-trained function. Here:
-    no adapter at cross-attention, as in the library, unless asked for; the gate's mean leaves padding out. There are
-    no vision-language settings of the authors': rates are VL-Adapter's, and TransVG's where it is the host.
+    Host dropout comes before the adapter; in VL-Adapter it comes after. Neither variant starts at the pre-trained
+    function. As in the library, cross-attention gets no adapter unless `cross_attention` is set; unlike there, the
+    gate's mean leaves padding out. The authors have no vision-language settings: rates are VL-Adapter's, and TransVG's
+    on that host.
     """
 
     Config = HoulsbyConfig

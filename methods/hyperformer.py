@@ -34,9 +34,10 @@ class Generator(nn.Module):
 
 
 class HyperNetwork(nn.Module):
-    """What generates the adapters of one stack: e = LN(W_b relu(W_a [t; l] + b_a) + b_b), then a generator per matrix.
+    """The generator of one stack's adapters: e = LN(W_b relu(W_a [t; l] + b_a) + b_b), then a generator per matrix.
 
-    `tasks`: the embeddings t (D,) by task, which the networks of all stacks share. The embeddings l are (layers, D).
+    `tasks` holds the embedding t (D,) of each task; the networks of all stacks share it. The embeddings l are
+    (layers, D).
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class HyperNetwork(nn.Module):
         self.up = nn.ModuleDict({name: Generator(projected, width, rank) for name in places})
 
     def draw(self, std: float, layers: float) -> None:
-        """Every linear weight N(0, std^2), every linear bias 0; layer embeddings N(0, layers^2)."""
+        """Draw linear weights from N(0, std^2) and layer embeddings from N(0, layers^2); set linear biases to 0."""
         nn.init.normal_(self.layers, std=layers)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -60,7 +61,7 @@ class HyperNetwork(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, task: str | None, layer: int, where: str) -> tuple[Affine, Affine]:
-        """Down and up projection of the adapter at one place. Raises ValueError for a task that has no embedding."""
+        """Generate both projections of the adapter at one place. Raises ValueError if the task has no embedding."""
         if task is None or task not in self.tasks:
             raise ValueError(f"no embedding for task '{task}', only for {', '.join(self.tasks)}")
         e = torch.cat([self.tasks[task], self.layers[layer]])
@@ -69,7 +70,7 @@ class HyperNetwork(nn.Module):
 
 
 class GeneratedAdapter(nn.Module):
-    """u = h + W_u gelu_t(W_d h + b_d) + b_u with weights for the pass's task; (…, d) -> (…, d)."""
+    """u = h + W_u gelu_t(W_d h + b_d) + b_u with the weights of the pass's task; (…, d) -> (…, d)."""
 
     def __init__(self, network: HyperNetwork, layer: int, where: str) -> None:
         super().__init__()
@@ -87,25 +88,25 @@ class HyperformerConfig(TaskedConfig):
     task_dim: int | None = Field(
         None, gt=0, description="size of task and layer embeddings; null: two thirds of the widest stack, 512 at 768"
     )
-    hidden: int | None = Field(None, gt=0, description="inside a hyper-network; null: a sixth of the width, 128 at 768")
-    projected: int = Field(8, gt=0, description="size of e, from which weights are generated")
+    hidden: int | None = Field(None, gt=0, description="hidden size of a hyper-network; null: width / 6, 128 at 768")
+    projected: int = Field(8, gt=0, description="size of e, the input of the weight generators")
     train_norms: bool | None = Field(
         None,
-        description="norms of the adapted stacks train too, gains and biases; null: those with a bias, as released, so "
-        "T5's do not",
+        description="also train norms of the adapted stacks, gains and biases; null: only norms with a bias, as "
+        "released, which excludes T5's",
     )
 
 
 class Hyperformer(Tasked[HyperformerConfig]):
-    """VL-Adapter's bottlenecks, their weights generated from embeddings of task and layer by one network per stack.
+    """VL-Adapter's bottlenecks, whose weights one network per stack generates from embeddings of task and layer.
 
-    e = LN(W_b relu(W_a [t; l] + b_a) + b_b); W_d = reshape(U e + c), and so for W_u, b_d, b_u at each sub-layer's
-    place; u = h + W_u gelu(W_d h + b_d) + b_u. The task embeddings, N(0, 1), are the same for all stacks. Weights are
-    generated in every pass, for all tokens at once; e is computed at each place, which costs less than one token does.
+    e = LN(W_b relu(W_a [t; l] + b_a) + b_b); W_d = reshape(U e + c), likewise W_u, b_d, b_u at each sub-layer's place;
+    u = h + W_u gelu(W_d h + b_d) + b_u. All stacks share the task embeddings, N(0, 1). Every pass generates the weights
+    anew, for all tokens at once; each place computes e, which costs less than one token does.
 
     In the repository BART's generic initialisation N(0, 0.02^2) / 0 overrides the intended N(0, 0.01^2) / 0 of linear
-    layers, and reaches layer embeddings; T5 keeps the intended one, and N(0, 1). Norms train as VL-Adapter's. Here,
-    every stack with sites has a network, a vision transformer's too.
+    layers, and reaches layer embeddings; T5 keeps the intended values, and N(0, 1) for embeddings. The same norms train
+    as in VL-Adapter. Here every stack with sites has a network, a vision transformer's too.
     """
 
     Config = HyperformerConfig

@@ -1,4 +1,4 @@
-"""What several methods are made of."""
+"""Layers, initialisations and a recipe that several methods use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Activation = Callable[[Tensor], Tensor]
-# Towers at a tenth of the rate of fusion encoder and head, as TransVG and all who adapt it train.
+# TransVG, and all who adapt it, train the towers at a tenth of the rate of fusion encoder and head.
 REC_RECIPE: dict[str, Any] = {
     "lr": 1e-4,
     "method_lr": 0.1,
@@ -23,14 +23,14 @@ REC_RECIPE: dict[str, Any] = {
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU's tanh approximation, which every adapter and gate of VL-Adapter and VL-PET uses."""
+    """Apply GELU's tanh approximation, which every adapter and gate of VL-Adapter and VL-PET uses."""
     return F.gelu(x, approximate="tanh")
 
 
 class Bottleneck(nn.Module):
     """bn(z) = W_u phi(W_d z + b_d) + b_u without a residual; (…, width) -> (…, out), by default `width`.
 
-    Drawn as torch draws linear layers; see `draw_like_bart` and `start_at_zero`.
+    The initial values are torch's for linear layers; `draw_like_bart` and `start_at_zero` set others.
     """
 
     def __init__(self, width: int, rank: int, activation: Activation = gelu_tanh, out: int | None = None) -> None:
@@ -44,7 +44,7 @@ class Bottleneck(nn.Module):
 
 
 def draw_like_bart(module: nn.Module) -> None:
-    """Every linear weight N(0, 0.02^2), every linear bias 0: BART's generic initialisation, which reaches adapters."""
+    """Draw every linear weight from N(0, 0.02^2), set every linear bias to 0: BART's generic initialisation."""
     for child in module.modules():
         if isinstance(child, nn.Linear):
             nn.init.normal_(child.weight, std=0.02)
@@ -53,7 +53,7 @@ def draw_like_bart(module: nn.Module) -> None:
 
 
 def start_at_zero(*linears: nn.Linear) -> None:
-    """Weights and biases 0."""
+    """Set weights and biases to 0."""
     for linear in linears:
         nn.init.zeros_(linear.weight)
         if linear.bias is not None:
@@ -61,12 +61,12 @@ def start_at_zero(*linears: nn.Linear) -> None:
 
 
 def draw_like_lora(bottleneck: Bottleneck) -> None:
-    """LoRA's: down Kaiming-uniform (a = sqrt 5) with bias 0, up 0; the bottleneck is 0 at the start."""
+    """Draw as LoRA: down Kaiming-uniform (a = sqrt 5) with bias 0, up 0; the bottleneck's output starts at 0."""
     nn.init.kaiming_uniform_(bottleneck.down.weight, a=math.sqrt(5))
     nn.init.zeros_(bottleneck.down.bias)
     start_at_zero(bottleneck.up)
 
 
 def reduced(width: int, reduction: int) -> int:
-    """The rank of a bottleneck: width // reduction, at least 1."""
+    """Return the rank of a bottleneck: width // reduction, at least 1."""
     return max(1, width // reduction)

@@ -30,7 +30,7 @@ class LowRank(nn.Module):
         return self.scale * (self.drop(x) @ self.A.T) @ self.B.T
 
     def delta(self) -> Tensor:
-        """(d_out, d_in): what the path adds to the weight, dropout aside."""
+        """Return the matrix (d_out, d_in) that the path adds to the weight, dropout aside."""
         return self.scale * self.B @ self.A
 
 
@@ -40,25 +40,25 @@ class LoRAConfig(TaskedConfig):
     rank: int | None = Field(
         None,
         gt=0,
-        description="r; null: a sixth of the width, the papers' 128 at width 768, and on T5 the 150 of Ladder "
-        "Side-Tuning's scripts",
+        description="r; null: a sixth of the width, as the papers' 128 at width 768; on T5 Ladder Side-Tuning's 150",
     )
     alpha: float | None = Field(
         None, gt=0, description="numerator of the scale alpha / r; null: r / 4, the papers' 32 at rank 128"
     )
-    dropout: float = Field(0.1, ge=0, lt=1, description="on the path's input, in training only")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout on the path's input, in training only")
     targets: tuple[str, ...] = Field(("q", "v"), min_length=1, description="projections among q, k, v, o, in, out")
-    train_biases: bool = Field(True, description="all biases of the backbone train too, as in the VL papers")
-    sharing: Literal["single", "multiple"] = Field("single", description="one (A, B) for all tasks, or one for each")
+    train_biases: bool = Field(True, description="also train all biases of the backbone, as in the VL papers")
+    sharing: Literal["single", "multiple"] = Field("single", description="one (A, B) for all tasks, or one per task")
 
 
 class LoRA(Tasked[LoRAConfig]):
     """y = x W^T + b + (alpha / r) (drop(x) A^T) B^T on query and value of every attention; identity at the start.
 
-    `single`: the VL-Adapter and VL-PET repositories train every bias besides, and count it, but no gain; `multiple` has
-    an (A, B) for each task. `plain` is LoRA alone, with peft's defaults; peft's own layers go beside modules and not
-    beside rows of a packed matrix, so these are ours, and a test holds them equal to peft's. A is Kaiming-uniform with
-    a = sqrt 5, B is 0. The repositories build no LoRA on T5; the rank and rate there are Ladder Side-Tuning's.
+    In `single`, as in the VL-Adapter and VL-PET repositories, every bias also trains and counts, but no gain does.
+    `multiple` has an (A, B) for each task. `plain` is LoRA alone, with peft's defaults. peft's own layers go beside
+    modules and not beside rows of a packed matrix, so these layers are ours, and a test compares them with peft's. A is
+    Kaiming-uniform with a = sqrt 5, B is 0. The repositories build no LoRA on T5; rank and rate there are Ladder
+    Side-Tuning's.
     """
 
     Config = LoRAConfig
@@ -88,7 +88,7 @@ class LoRA(Tasked[LoRAConfig]):
 
     def adapt(self, backbone: Backbone) -> Backbone:
         self.start(backbone)
-        # Several tasks' paths cannot be in one weight.
+        # One weight cannot hold the paths of several tasks.
         self.mergeable = self.shares_all() or len(self.all_tasks()) == 1
         if self.config.train_biases:
             train_biases(backbone)
@@ -118,7 +118,7 @@ class LoRA(Tasked[LoRAConfig]):
         self._paths.append((projection, path))
 
     def merge(self) -> None:
-        """Fold every path into its weight, and take it out. Raises NotImplementedError where tasks have their own."""
+        """Fold every path into its weight and remove it. Raises NotImplementedError if tasks have separate paths."""
         if not self.mergeable:
             super().merge()
         for projection, path in self._paths:

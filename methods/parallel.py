@@ -19,11 +19,11 @@ class ParallelConfig(BottleneckConfig):
 
 
 class ParallelAdapter(BottleneckMethod[ParallelConfig]):
-    """Beside the feed-forward network, z = drop(h): u = z + s (U relu(D x + b_D) + b_U), x its residual input.
+    """Beside the feed-forward network, z = drop(h): u = z + s (U relu(D x + b_D) + b_U), x is its residual input.
 
     He et al., "Towards a Unified View of Parameter-Efficient Transfer Learning" (ICLR 2022), as the adapters library
-    has it: s = 4, rank d/2; identity at the start. `scaled`: s is one number that is learned, from 1 on. Rates as for
-    `houlsby`.
+    builds it: s = 4, rank d/2; identity at the start. In `scaled`, s is one learned number that starts at 1. Rates are
+    those of `houlsby`.
     """
 
     Config = ParallelConfig

@@ -1,4 +1,4 @@
-"""What methods with modules of their own for each task share: VL-Adapter's family."""
+"""The base of methods that may have separate modules for each task: VL-Adapter's family."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from petlbench.core.messages import did_you_mean
 
 
 class PerTask(nn.Module):
-    """One module per task, of which that of the pass is used."""
+    """One module per task; a pass uses the module of its task."""
 
     def __init__(self, make: Callable[[], nn.Module], tasks: Iterable[str]) -> None:
         super().__init__()
         self.tasks = nn.ModuleDict({task: make() for task in tasks})
 
     def of(self, task: str | None) -> nn.Module:
-        """Raises ValueError for a task that has none."""
+        """Return the task's module. Raises ValueError if the task has none."""
         if task is None or task not in self.tasks:
             raise ValueError(f"no module for task '{task}', only for {', '.join(self.tasks)}")
         return self.tasks[task]
@@ -34,24 +34,24 @@ class PerTask(nn.Module):
 
 
 class TaskedConfig(StackedConfig):
-    """Options of a method that may have modules of their own for each task."""
+    """Options of a method that may have separate modules for each task."""
 
     tasks: tuple[str, ...] | None = Field(
         None,
         min_length=1,
-        description="tasks that have modules too, where tasks share none, though the cell does not train on them: "
-        "published counts are of several tasks; null: the cell's tasks alone",
+        description="further tasks that get modules of their own though the cell does not train on them, since "
+        "published counts are of several tasks; null: only the cell's tasks",
     )
 
     @field_validator("tasks")
     @classmethod
     def _known(cls, tasks: tuple[str, ...] | None) -> tuple[str, ...] | None:
         if tasks is not None and len(set(tasks)) < len(tasks):
-            raise ValueError("every task once, by its name")
-        known = TASKS.names()
+            raise ValueError("tasks names a task twice: name every task once")
+        names = TASKS.names()
         for task in tasks or ():
-            if task not in known:
-                raise ValueError(f"unknown task '{task}'{did_you_mean(task, known) or f': there are {known}'}")
+            if task not in names:
+                raise ValueError(f"unknown task '{task}'{did_you_mean(task, names) or f': there are {names}'}")
         return tasks
 
 
@@ -64,21 +64,21 @@ class Tasked(Method[T]):
     own: ClassVar[str] = "*.tasks.{task}.*"  # wildcard of the names that only this task trains
 
     def shares_all(self) -> bool:
-        """Whether one module serves all tasks, everywhere."""
+        """Return whether one module serves all tasks at every site."""
         return False
 
     def all_tasks(self) -> tuple[str, ...]:
-        """The tasks with modules of their own: the cell's, which come first, and those of the option `tasks`."""
+        """Return the tasks with modules of their own: first the cell's, then those of the option `tasks`."""
         return tuple(dict.fromkeys([*self.tasks, *(self.config.tasks or ())]))
 
     def start(self, backbone: Backbone) -> None:
-        """Freeze the backbone, and say what cannot train.
+        """Freeze the backbone, and declare the parameters that cannot train.
 
-        Raises ValueError where modules are one per task and the method was told of no task.
+        Raises ValueError if every task needs a module and the method has no task.
         """
         if not self.shares_all():
             if not self.all_tasks():
-                raise ValueError("it has modules for each task, and was told of no task: make it with `make_method`")
+                raise ValueError("it has modules for each task, but no task was given: make it with `make_method`")
             others = self.all_tasks()[len(self.tasks) :]
             self.unused_parameters = {
                 self.own.format(task=task): "the cell does not train on this task" for task in others
@@ -86,5 +86,5 @@ class Tasked(Method[T]):
         backbone.freeze()
 
     def per_task(self, make: Callable[[], nn.Module], *, shared: bool) -> nn.Module:
-        """What `make` makes, for all tasks or for each."""
+        """Return one module of `make` if shared, else one module per task."""
         return make() if shared else PerTask(make, self.all_tasks())

@@ -18,13 +18,14 @@ class PfeifferConfig(SerialConfig):
 class Pfeiffer(SerialAdapter[PfeifferConfig]):
     """After the feed-forward network, z = drop(h): u = z + U relu(D q + b_D) + b_U, q = norm(x + z); then x + u, norm.
 
-    Pfeiffer et al., "AdapterFusion" (EACL 2021), as the adapters library has it: the host's norm is applied twice, and
-    a pre-norm host, which has none in that place, gives q = x + z, the raw stream. `plus` is Adapter+ (Steitz and
+    Pfeiffer et al., "AdapterFusion" (EACL 2021), as the adapters library builds it: the host's norm applies twice, and
+    a pre-norm host, which has no norm in that place, gives q = x + z, the raw stream. `plus` is Adapter+ (Steitz and
     Roth, CVPR 2024): y = q + s bn(q) after the norm, s one number for each channel, GELU, rank 8 at width 768, weights
-    normal with std 0.01 cut at two of them, drop-path 0.1 on the branch. Neither starts at the pre-trained function.
+    normal with std 0.01, cut at two standard deviations, drop-path 0.1 on the branch. Neither variant starts at the
+    pre-trained function.
 
-    Here residual `post_add` works in a pre-norm host too, where the library fails; it counts x twice, as it does
-    anywhere. Rates as for `houlsby`.
+    Here residual `post_add` also works in a pre-norm host, where the library fails; as in every host, x counts twice.
+    Rates are those of `houlsby`.
     """
 
     Config = PfeifferConfig

@@ -1,4 +1,4 @@
-"""Prompt tuning (Lester et al., EMNLP 2021) with a bottleneck, as VL-Adapter's repository has it."""
+"""Prompt tuning (Lester et al., EMNLP 2021) with a bottleneck, as in VL-Adapter's repository."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .per_task import PerTask, Tasked, TaskedConfig
 class PromptTokens(nn.Module):
     """P = W_2 tanh(W_1 E + b_1) + b_2 (length, width); E (length, width), W_1 (mid, width), W_2 (width, mid)."""
 
-    is_side_module = True  # it stands at no site
+    is_side_module = True  # it is not inserted at a site
 
     def __init__(self, length: int, width: int, mid: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class PromptTokens(nn.Module):
 
 @dataclass(frozen=True)
 class AfterPrompts(Tokens):
-    """Tokens of which the first `prompts` are prompts: attended to, but no part of a mean over the input's tokens."""
+    """Tokens, the first `prompts` of which are prompts: attention sees them, a mean over the input leaves them out."""
 
     prompts: int = 0
 
@@ -48,7 +48,7 @@ class AfterPrompts(Tokens):
 
 
 class Prompted(Wrapper):
-    """A backbone with prompt tokens before the text (or the image alone) in every joint or unimodal pass."""
+    """A backbone that puts prompt tokens before the text, or before a lone image, in every joint or unimodal pass."""
 
     def __init__(self, inner: Backbone, prompts: nn.Module) -> None:
         super().__init__(inner)
@@ -71,22 +71,22 @@ class PromptConfig(TaskedConfig):
 
     length: int = Field(40, gt=0, description="prompt tokens")
     mid: int | None = Field(
-        None, gt=0, description="width of the bottleneck that makes them; null: 25/24 of the width, 800 at 768"
+        None, gt=0, description="width of the bottleneck that makes prompts; null: 25/24 of the width, 800 at 768"
     )
     sharing: Literal["single", "multiple"] = Field(
-        "single", description="the same prompts for all tasks, or for each its own"
+        "single", description="the same prompts for all tasks, or own prompts for each"
     )
 
 
 class Prompt(Tasked[PromptConfig]):
     """Tokens P = W_2 tanh(W_1 E + b_1) + b_2 before the encoder's input; they and the host parts train, no norm does.
 
-    Prompts are real tokens of type text: masked in, seen by the decoder's cross-attention, through BART's embedding
-    norm but without positions, and counted as text by T5's relative distances. They stand before an image alone or a
-    text alone too, as retrieval has them; marks stay where they belong, and a mean over tokens leaves prompts out (the
-    authors have no such task). Linear layers and E are drawn as the host's generic initialisation has it: N(0, 0.02^2)
-    and 0 on BART and elsewhere; on T5 torch's default, and E N(0, 1). The repository's width is fixed at 768, and its
-    prompts for the decoder are used by no script and absent here. The rate on T5 is Ladder Side-Tuning's.
+    Prompts are real tokens of type text: the mask includes them, the decoder's cross-attention sees them, BART's
+    embedding norm applies to them, T5's relative distances count them as text; they have no positions. They also stand
+    before a lone image or text, as in retrieval; a mark keeps its token, and a mean over tokens leaves prompts out (the
+    authors have no such task). Linear layers and E take the host's generic initialisation: N(0, 0.02^2) and 0 on BART
+    and elsewhere; on T5 torch's default, and N(0, 1) for E. The repository fixes the width at 768; no script uses its
+    prompts for the decoder, and they are absent here. The rate on T5 is Ladder Side-Tuning's.
     """
 
     Config = PromptConfig

@@ -10,9 +10,9 @@ from petlbench.api.method import About, Method, train_biases
 
 
 class Full(Method):
-    """Full fine-tuning: every parameter trains that the backbone does not keep fixed.
+    """Full fine-tuning: every parameter trains unless the backbone keeps it fixed.
 
-    VL-Adapter (CVPR 2022) trains CLIP-BART so with a rate of 1e-4.
+    VL-Adapter (CVPR 2022) fine-tunes CLIP-BART this way at a rate of 1e-4.
     """
 
     about = About(
@@ -30,7 +30,7 @@ class Full(Method):
 
 
 class HeadOnly(Method):
-    """The floor: the task's head and the host's own visual projection train, nothing else."""
+    """The floor: only the task's head and the host's own visual projection train."""
 
     about = About(paper="", trains="nothing of its own", verified="authors' code: counts of host parts")
     identity = True
@@ -43,12 +43,12 @@ class HeadOnly(Method):
 
 
 class BitFit(Method):
-    """BitFit (Ben Zaken et al., ACL 2022): every bias trains, of projections and of norms, and no gain or weight.
+    """BitFit (Ben Zaken et al., ACL 2022): every bias trains, in projections and norms, and no gain or weight does.
 
-    Selected by the parameter's own name. The code of VL-Adapter and VL-PET selects by substring; on BART the two agree.
-    T5 has no biases: their code trains its two tables of relative positions instead (768 parameters more than the host
-    parts), and this class the host parts alone, as `head_only` does. Published numbers of BitFit on T5 (0.83 %) are
-    Ladder Side-Tuning's, which adds new biases to every projection, norm and the head; the rate there is its.
+    The parameter's own name decides. The code of VL-Adapter and VL-PET selects by substring; on BART the two agree.
+    T5 has no biases: there the authors' code trains the two tables of relative positions instead (768 parameters more
+    than the host parts), and this class only the host parts, as `head_only` does. Published numbers of BitFit on T5
+    (0.83 %) are Ladder Side-Tuning's, which adds biases to every projection, norm and the head; so is the rate on T5.
     """
 
     about = About(

@@ -1,4 +1,4 @@
-"""Bottlenecks behind a sub-layer, in any order with the host's residual addition and norm: Houlsby's, Pfeiffer's."""
+"""Bottlenecks after a sub-layer, in any order with the host's addition and norm: Houlsby's and Pfeiffer's."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from petlbench.api.sites import Place, SubLayer
 
 from .bottlenecks import BottleneckConfig, BottleneckMethod, HubLayer
 
-NormBefore = Annotated[bool, Field(description="the bottleneck reads what the host's norm makes of the residual sum")]
-NormAfter = Annotated[bool, Field(description="the host's addition and norm come after the adapter, as they would")]
+NormBefore = Annotated[bool, Field(description="the bottleneck reads the residual sum after the host's norm")]
+NormAfter = Annotated[bool, Field(description="the host's addition and norm follow the adapter")]
 Residual = Annotated[
     Literal["before", "post_add", "after"],
-    Field(description="what the branch is added to: the value before addition and norm, their sum, or that after both"),
+    Field(description="the branch adds to: the value (before), the residual sum (post_add), the normed sum (after)"),
 ]
 
 
 class SerialConfig(BottleneckConfig):
-    """How the bottleneck stands to the host's residual addition and norm, besides."""
+    """Options that also order the bottleneck among the host's residual addition and norm."""
 
     norm_before: NormBefore = False
     norm_after: NormAfter = True
     residual: Residual = "before"
-    residual_before_norm: bool = Field(False, description="with `norm_out`: it takes in the adapter's residual too")
+    residual_before_norm: bool = Field(False, description="`norm_out` also normalises the adapter's residual")
 
     @model_validator(mode="after")
     def _can_be_computed(self) -> Self:
@@ -34,16 +34,16 @@ class SerialConfig(BottleneckConfig):
         if not self.norm_after and (not self.norm_before or self.residual != "after"):
             raise ValueError("norm_after: false needs norm_before: true and residual 'after', or the stream is lost")
         if self.residual_before_norm and not self.norm_out:
-            raise ValueError("residual_before_norm says where norm_out stands: set norm_out too")
+            raise ValueError("residual_before_norm concerns norm_out: set norm_out too")
         return self
 
 
 class SumLayer(HubLayer):
-    """The same with q = norm(x + value), by the host's own norm, or q = x + value in a pre-norm host."""
+    """A HubLayer with q = norm(x + value), by the host's own norm, or q = x + value in a pre-norm host."""
 
     def __init__(self, host: SubLayer, options: SerialConfig) -> None:
         super().__init__(host.width, options, norm_takes_residual=options.residual_before_norm)
-        self._host = (host,)  # in a tuple, so that the host's parameters keep their one name
+        self._host = (host,)  # a tuple hides the host from torch, so its parameters keep one name
         self.residual = options.residual
 
     def forward(self, x: Tensor, value: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class SerialAdapter(BottleneckMethod[S]):
         return "branch" if self.config.norm_after else "normed"
 
     def layer(self, sublayer: SubLayer) -> HubLayer:
-        # With norm_before and without norm_after, what is read is the value at the place `normed` itself.
+        # With norm_before and without norm_after, the layer reads the value at the place `normed` itself.
         c = self.config
         if self._sums():
             return SumLayer(sublayer, c)

@@ -33,16 +33,18 @@ class LSTConfig(MethodConfig):
         4, gt=0, description="s: widths of side states, heads and FFN are the host's / s, which must divide them"
     )
     layers: dict[str, tuple[NonNegativeInt, ...]] = Field(
-        {}, description="by stack: the layers (from 0) that have a side layer; all, where a stack is not named"
+        {}, description="by stack: the layers (from 0) that have a side layer; a stack not named here has them all"
     )
     init: Literal["pruned", "random"] | None = Field(
-        None, description="of side layers: pruned weights of the host, or random; null: pruned beside encoder-decoders"
+        None,
+        description="side layers start from pruned weights of the host, or random; null: pruned beside "
+        "encoder-decoders",
     )
     importance: str = Field(
         "weights",
-        description="what pruning keeps the largest of: `weights`, or a safetensors file made by `pruning.fisher`",
+        description="pruning keeps the largest: `weights`, or a safetensors file of sums made by `pruning.fisher`",
     )
-    pruning_steps: int = Field(1, gt=0, description="prune at once (the authors' v2), or in so many steps (v5: 10)")
+    pruning_steps: int = Field(1, gt=0, description="number of pruning steps: 1 as the authors' v2, 10 as their v5")
 
     @field_validator("layers")
     @classmethod
@@ -53,7 +55,7 @@ class LSTConfig(MethodConfig):
 
 
 class SideNetwork(nn.Module):
-    """Two side stacks beside an encoder and a decoder, and W_up of everything that leaves them."""
+    """Two side stacks beside an encoder and a decoder, and the W_up that all their outputs pass through."""
 
     is_side_module = True
 
@@ -67,7 +69,7 @@ class SideNetwork(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class LadderMemory(Tokens):
-    """What a decoder attends to: side states (B, N, r), and the frozen encoder's text. `states` are for heads."""
+    """A decoder's memory: side states (B, N, r) and the frozen encoder's text. `states` are for heads."""
 
     side: Tensor
     text: Tokens
@@ -78,16 +80,16 @@ class LadderMemory(Tokens):
 
 @dataclass
 class TwoCaches:
-    """Of the frozen decoder and of the side's."""
+    """The frozen decoder's cache and the side decoder's."""
 
     frozen: Any
     side: SideCache
 
 
 class SideTuned(Wrapper):
-    """An encoder-decoder with a side network, whose result takes the place of the backbone's own.
+    """An encoder-decoder with a side network, whose result replaces the backbone's own.
 
-    The frozen encoder sees text alone; images reach the side alone. An image without a text stands beside an empty one.
+    The frozen encoder sees only text; images reach only the side. An image without a text gets an empty text.
     """
 
     inner: EncoderDecoder
@@ -112,13 +114,13 @@ class SideTuned(Wrapper):
         return LadderMemory(self.side.up(side), mask, types, positions, segments, side=side, text=frozen)
 
     def _empty(self, like: Tokens, task: str) -> Tokens:
-        """The empty text (its special tokens) for each row of `like`."""
+        """Embed the empty text (its special tokens) for each row of `like`."""
         texts = self.inner.texts([""], self.inner.max_text).to(like.states.device)
         rows = len(like.states)
         return self.inner.embed_text(Texts(texts.ids.expand(rows, -1), texts.mask.expand(rows, -1)), task=task)
 
     def _frozen(self, text: Tokens, task: str) -> tuple[list[Tensor], Tensor]:
-        """The states of the frozen encoder after each layer, and what leaves it; no gradient."""
+        """Run the frozen encoder without gradient; return the states after each layer, and its output."""
         stack = self.inner.stack("encoder")
         with torch.no_grad():
             context = text.context(task=task, bias=self.inner.encoder_bias(text))
@@ -127,7 +129,7 @@ class SideTuned(Wrapper):
             return states, self.inner.leave(final)
 
     def _dropped(self, states: Tensor) -> Tensor:
-        """What enters a stack: backbone and side each drop for themselves."""
+        """Apply dropout to a stack's input; backbone and side each draw their own mask."""
         return F.dropout(states, self.inner.dropout, self.training)
 
     def new_cache(self) -> TwoCaches:
@@ -146,7 +148,7 @@ class SideTuned(Wrapper):
             context = self._decoding(memory.text, ids, bias, task, step, None if cache is None else cache.frozen)
             states = frozen_states(host.stack("decoder"), entering, context)
             if self.training:
-                entering = host.embed_decoder(ids, step)  # with another mask of dropout
+                entering = host.embed_decoder(ids, step)  # draws another dropout mask
         if self.side.decoder.relative is not None:
             bias = self._relative_bias(ids, step)
         across = replace(memory, states=memory.side)
@@ -166,7 +168,7 @@ class SideTuned(Wrapper):
 
 
 class LadderStack(Stack):
-    """The frozen layers of a stack with a side stack along them; W_up of its result takes the place of the stack's."""
+    """The frozen layers of a stack with a side stack along them; W_up of the side's result replaces the stack's."""
 
     def __init__(self, host: Stack, side: LSTSideStack, up: nn.Linear) -> None:
         around = {"embedding_norm": host.embedding_norm, "final_norm": host.final_norm}
@@ -182,35 +184,35 @@ class LadderStack(Stack):
         return self.climb(x, states, context), {}
 
     def climb(self, entering: Tensor, states: Sequence[Tensor], context: Pass) -> Tensor:
-        """E_0 to E_L (B, N, d) of the frozen layers -> (B, N, d), what leaves this stack."""
+        """Map E_0 to E_L (B, N, d) of the frozen layers to this stack's output (B, N, d)."""
         climbed: Tensor = self.up(self.side(entering, states, replace(context, positions=None)))
         return climbed
 
 
 class LST(Method[LSTConfig]):
-    """A side network of thin copies of the host's layers climbs along its frozen states, and gives the result alone:
+    """A side network of thin copies of the host's layers reads its frozen states, and alone gives the result:
 
         side_0 = D_in drop(E_0);   side = block_l(mu_l side + (1 - mu_l) D_l E_l), mu_l = sigma(alpha_l / 0.1);
         the result is W_up side
 
-    Beside an encoder-decoder (the authors' CLIP-T5): the frozen encoder sees text alone, the side encoder text and
-    image, whose rows get no ladder; the side decoder attends to the side encoder, the frozen one to the frozen; a final
-    norm of its own where the host has one; the head is the host's. D_in, D_l, W_up as torch draws linear layers, alpha
-    0, side layers pruned from the host's weights (`pruning`). No gradient enters the backbone. Beside any other
-    stack (the authors' CLIP-ViL, one stream of post-norm layers): ladders for all tokens, no bias in D_in, D_l, W_up,
-    all drawn N(0, 0.02^2).
+    Beside an encoder-decoder (the authors' CLIP-T5) the frozen encoder sees only text. The side encoder sees text and
+    image; image rows get no ladder. The side decoder attends to the side encoder, the frozen one to the frozen one.
+    The side has a final norm where the host has one; the head is the host's. D_in, D_l, W_up start as torch draws
+    linear layers, alpha at 0, side layers from the host's pruned weights (`pruning`). No gradient enters the backbone.
+    Beside any other stack (the authors' CLIP-ViL, one stream of post-norm layers) all tokens have ladders; D_in, D_l
+    and W_up have no bias; all weights start N(0, 0.02^2).
 
-    Paper and code: gates of layers without a side layer are dead, and counted (`layers`). The authors' optimizer decays
+    Paper and code: gates of layers without a side layer never act, but count (`layers`). The authors' optimizer decays
     gates and gains; by default ours does not. They prune by Fisher information of the text-only backbone, 1024 samples
-    ("fisher-v2"); here the importance is the weights themselves ("t5-v2") unless a file of sums is given, since samples
-    are a matter of the data. `random` draws T5's side layers with the standard deviations of the big ones, as the code.
+    ("fisher-v2"); here the weights themselves are the importance ("t5-v2") unless a file of sums is given, since
+    samples depend on the data. As in the code, `random` draws T5's side layers with the big layers' deviations.
 
-    What differs here: an image alone (captioning, an image of retrieval) has an empty text beside it, where the authors
-    have the prompt; its rows are not handed on. What leaves the encoder (for heads) goes through the decoder's W_up.
-    Where the authors have no code: BART's side layers are BART's; other stacks that end with a norm have one on the
-    side instead, before W_up, for a gradient through the frozen norm would keep its activations; thin copies of
-    multiway layers have one branch for both modalities and no inner norms; DETR's get no positions but those in the
-    states; gates above the last side layer do not train.
+    What differs here: a lone image (captioning, an image of retrieval) gets an empty text, where the authors have the
+    prompt; the output leaves out its rows. The encoder's output for heads goes through the decoder's W_up. Where the
+    authors have no code: BART's side layers are BART's; other stacks that end with a norm have one on the side instead,
+    before W_up, since a gradient through the frozen norm would keep its activations; thin copies of multiway layers
+    have one branch for both modalities and no inner norms; DETR's get only the positions in the states; gates above the
+    last side layer do not train.
     """
 
     Config = LSTConfig
@@ -257,7 +259,7 @@ class LST(Method[LSTConfig]):
         return backbone
 
     def _ladder(self, host: Stack, role: str) -> LadderStack:
-        with _drawn(host):
+        with _creation_device(host):
             side = LSTSideStack(host, role, self.config.reduction, self.config.layers.get(role), bias=False)
             up = nn.Linear(side.width, host.width, bias=False)
             for module in (side, up):
@@ -268,7 +270,7 @@ class LST(Method[LSTConfig]):
 
     def _beside_language(self, host: EncoderDecoder) -> Backbone:
         host.freeze()
-        with _drawn(host):
+        with _creation_device(host):
             side = SideNetwork(host, self.config)
             if self.config.init == "random":
                 _draw(side, host)
@@ -278,7 +280,7 @@ class LST(Method[LSTConfig]):
         return SideTuned(host, side)
 
     def _prune(self, side: SideNetwork, host: EncoderDecoder) -> None:
-        """Copy what pruning leaves of the host's layers; on the meta device, only see that it would fit."""
+        """Copy the host's pruned weights into the side layers; on the meta device, only check that the sizes fit."""
         reduction, steps = self.config.reduction, self.config.pruning_steps
         values = {name: p.detach() for name, p in parts(host).items()}
         sizes = {size for name, value in values.items() if name.endswith(".weight") for size in value.shape}
@@ -291,33 +293,36 @@ class LST(Method[LSTConfig]):
         importance = values if path is None else read_tensors(path)
         if missing := values.keys() - importance.keys():
             raise ValueError(f"importance {self.config.importance} has no {min(missing)}: make it with `fisher`")
-        found = pruned(values, {name: importance[name].to(values[name].device) for name in values}, reduction, steps)
+        thin = pruned(values, {name: importance[name].to(values[name].device) for name in values}, reduction, steps)
         with torch.no_grad():
             for name, parameter in side_parts(side).items():
-                parameter.copy_(found[name])
+                parameter.copy_(thin[name])
 
 
 def side_parts(side: SideNetwork) -> dict[str, nn.Parameter]:
-    """The side network's parameters that are pruned or copied from the host, by the host's names of `parts`."""
-    found: dict[str, nn.Parameter] = {}
+    """Return the side parameters that come pruned or copied from the host, by the host's names in `parts`."""
+    named: dict[str, nn.Parameter] = {}
     for role, stack in zip(ROLES, (side.encoder, side.decoder), strict=True):
         for index, layer in zip(stack.kept, stack.layers.values(), strict=True):
             assert isinstance(layer, Layer)
-            found |= layer_parts(layer, f"{role}.{index}")
+            named |= layer_parts(layer, f"{role}.{index}")
         if stack.final_norm is not None:
-            found |= {f"{role}.final.norm.{name}": p for name, p in stack.final_norm.named_parameters()}
+            named |= {f"{role}.final.norm.{name}": p for name, p in stack.final_norm.named_parameters()}
         if stack.relative is not None:
-            found |= {f"{role}.relative": p for p in stack.relative.parameters()}
-    return found
+            named |= {f"{role}.relative": p for p in stack.relative.parameters()}
+    return named
 
 
-def _drawn(host: nn.Module) -> AbstractContextManager[Any]:
-    """Where a side network is made: on the CPU, so that its values are the same on every device; or without memory."""
+def _creation_device(host: nn.Module) -> AbstractContextManager[Any]:
+    """Return the context that creates a side network: the meta device's for a meta host, else the default device's.
+
+    The default device is the CPU, so that values are the same on every device.
+    """
     return torch.device("meta") if next(host.parameters()).is_meta else nullcontext()
 
 
 def _draw(side: SideNetwork, host: EncoderDecoder) -> None:
-    """The side layers as BART or T5 draws its own; T5's standard deviations are those of the big layers."""
+    """Draw the side layers as BART or T5 draws its own; T5's standard deviations are those of the big layers."""
     named, theirs = side_parts(side), parts(host)
     if host.initialisation != "t5":
         for stack in (side.encoder, side.decoder):

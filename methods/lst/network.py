@@ -1,4 +1,4 @@
-"""The side network of ladder side-tuning: thin copies of a stack's layers that climb along its states."""
+"""The side network of ladder side-tuning: thin copies of a stack's layers that read its states."""
 
 from __future__ import annotations
 
@@ -15,30 +15,35 @@ from petlbench.api.tokens import Tokens
 from petlbench.backbones.parts.masks import HIDDEN, additive
 
 TEMPERATURE = 0.1  # of the gates
-HEAD_COUNTS = ("num_heads", "n_heads", "heads", "num_attention_heads")  # what cores call how many heads they have
+HEAD_COUNTS = (
+    "num_heads",
+    "n_heads",
+    "heads",
+    "num_attention_heads",
+)  # attributes of cores that hold their number of heads
 
 Linears = dict[str, nn.Linear]
 
 
 class SideCache(dict[nn.Module, tuple[Tensor, Tensor]]):
-    """Keys and values (B, heads, N, head width) of each attention while text is decoded."""
+    """Keys and values (B, heads, N, head width) of each attention during decoding."""
 
     def reordered(self, index: Tensor) -> SideCache:
-        """With the batch rows at `index` (B',)."""
+        """Return a cache with the batch rows at `index` (B',)."""
         return SideCache({module: (key[index], value[index]) for module, (key, value) in self.items()})
 
 
 def divided(size: int, reduction: int, what: str) -> int:
-    """`size` / `reduction`. Raises ValueError where that leaves a remainder."""
+    """Return `size` / `reduction`. Raises ValueError if the division leaves a remainder."""
     if size % reduction:
         raise ValueError(f"reduction {reduction} does not divide its {what} of {size}")
     return size // reduction
 
 
 class SideAttention(nn.Module):
-    """o(softmax(scale q(x) k(m)^T + bias) v(m)), m = x or (`crossing`) the pass's memory; scale null: 1 / sqrt(width).
+    """o(softmax(scale q(x) k(m)^T + bias) v(m)), m = x or (`crossing`) the pass's memory; scale None: 1 / sqrt(width).
 
-    In a pass with a `SideCache`, keys and values of earlier tokens come from there, those of the memory once.
+    A pass with a `SideCache` takes earlier tokens' keys and values from there, and computes the memory's once.
     """
 
     def __init__(self, linears: Linears, heads: int, drop: float, *, scale: float | None, crossing: bool) -> None:
@@ -87,7 +92,7 @@ class SideFeedForward(nn.Module):
 
 
 class RelativePositions(nn.Module):
-    """T5's table of distances, buckets x heads: all heads stay."""
+    """T5's table of relative positions, buckets x heads, with all the host's heads."""
 
     def __init__(self, host: T5Attention) -> None:
         super().__init__()
@@ -96,7 +101,7 @@ class RelativePositions(nn.Module):
         self.longest, self.both_ways = int(host.relative_attention_max_distance), not host.is_decoder
 
     def forward(self, queries: int, keys: int, step: int = 0) -> Tensor:
-        """(1, heads, queries, keys), for queries that follow `step` earlier ones."""
+        """Return the bias (1, heads, queries, keys) of queries that follow `step` earlier ones."""
         where = torch.arange(max(keys, step + queries), device=self.table.weight.device)
         distance = where[None, :keys] - where[step : step + queries, None]
         bucket = T5Attention._relative_position_bucket(
@@ -106,7 +111,7 @@ class RelativePositions(nn.Module):
         return bias
 
     def joint(self, tokens: Tokens) -> Tensor:
-        """(B or 1, heads, N, N) for text and visual tokens: distances count between text tokens alone."""
+        """Return the bias (B or 1, heads, N, N) of text and visual tokens; only text tokens have distances."""
         kinds = [kind for kind, length in tokens.segments for _ in range(length)]
         texts = torch.tensor([i for i, kind in enumerate(kinds) if kind == TEXT], device=self.table.weight.device)
         relative = self(len(texts), len(texts))
@@ -119,7 +124,7 @@ class RelativePositions(nn.Module):
 
 
 def thin_norm(host: nn.Module, width: int) -> nn.Module:
-    """T5's gain alone, or an ordinary layer norm, of the host's epsilon."""
+    """Return a norm of the host's kind (T5's gain alone, or a layer norm) and epsilon."""
     if hasattr(host, "variance_epsilon"):
         made: nn.Module = type(host)(width, host.variance_epsilon)
         return made
@@ -128,9 +133,9 @@ def thin_norm(host: nn.Module, width: int) -> nn.Module:
 
 
 def thin_layer(host: Layer, reduction: int) -> Layer:
-    """A layer of the same kind, with widths of states, heads and FFN divided, and as many heads.
+    """Return a layer of the host's kind and number of heads, with widths of states, heads and FFN divided.
 
-    Raises ValueError where the reduction does not divide one of them.
+    Raises ValueError if the reduction does not divide one of the widths.
     """
     made = {}
     for name, sublayer in host.items():
@@ -180,8 +185,8 @@ def _thin_feed_forward(host: SubLayer, thin: Linears) -> SideFeedForward:
 class LSTSideStack(nn.Module):
     """side_0 = D_in drop(E_0);  z = mu_l side + (1 - mu_l) D_l E_l, side = block_l(z);  mu_l = sigma(alpha_l / T).
 
-    One block for each layer l of `kept`; a layer without one still has its gate, as the authors' code counts it. Where
-    the host's layers end with a norm, so does the side's, in its own width.
+    Each layer l of `kept` has a block. A layer without a block still has its gate, since the authors' code counts it.
+    If the host's stack ends with a norm, the side ends with one of its own width.
     """
 
     is_side_module = True
@@ -204,9 +209,9 @@ class LSTSideStack(nn.Module):
         self.relative = RelativePositions(attention) if of_t5 else None
 
     def forward(self, entering: Tensor, states: Sequence[Tensor], context: Pass, *, text_only: bool = False) -> Tensor:
-        """E_0 (B, N, d) and E_1 to E_L of the frozen stack -> (B, N, r).
+        """Map E_0 (B, N, d) and E_1 to E_L of the frozen stack to side states (B, N, r).
 
-        `text_only`: the states are those of the text tokens among the N; a ladder gives all others zero.
+        `text_only`: the states hold only the text tokens among the N; a ladder gives zero to all others.
         """
         side: Tensor = self.enter(entering)
         for index, ladder, layer in zip(self.kept, self.ladders.values(), self.layers.values(), strict=True):
@@ -219,7 +224,7 @@ class LSTSideStack(nn.Module):
 
 
 def spread(texts: Tensor, segments: Segments) -> Tensor:
-    """Values of text tokens (B, n, r) -> (B, N, r) of all tokens: zero rows at all others."""
+    """Spread values of text tokens (B, n, r) over all tokens (B, N, r), with zero rows at the others."""
     if all(kind == TEXT for kind, _ in segments):
         return texts
     parts, start = [], 0
@@ -233,7 +238,7 @@ def spread(texts: Tensor, segments: Segments) -> Tensor:
 
 
 def frozen_states(stack: Stack, x: Tensor, context: Pass) -> list[Tensor]:
-    """The output (B, N, d) of every layer, before any final norm, without a gradient."""
+    """Return the output (B, N, d) of every layer, before any final norm, without gradient."""
     states = []
     with torch.no_grad():
         for layer in stack:

@@ -1,13 +1,13 @@
 """Ladder side-tuning's initialisation: rows and columns of the backbone's own weights, the most important ones.
 
-Structured selection in network order (spec of the authors' code, "v2"), with K the columns that the matrix before left:
+Structured selection in network order (as the authors' code, "v2"), with K the columns that the previous matrix left:
 
     K <- sel(I(table)^T)
     attention: norm[K];  q, k, v: columns K, then one common K <- sel(I_q * I_k * I_v);  o: columns K, K <- sel(I_o)
     FFN: norm[K];  in: columns K, K <- sel(I_in);  out: columns K, K <- sel(I_out);  final norm: [K]
 
-sel(S) drops the round(amount rows) rows of the smallest sum |S|. The decoder goes on with the K of the encoder, in
-cross-attention too. Weights are copied without rescaling; relative positions are copied whole; biases go with rows.
+sel(S) drops the round(amount rows) rows of the smallest sum |S|. The decoder starts with the encoder's last K, in
+cross-attention too. Weights keep their scale; relative positions stay whole; a bias keeps the entries of its rows.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ from petlbench.backbones.parts.encoder_decoder import EncoderDecoder
 
 ROLES = ("encoder", "decoder")
 TABLE = "table"
-GROUPS = (("q", "k", "v"), ("o",), ("in",), ("out",))  # projections of a sub-layer that are cut together, in order
+GROUPS = (("q", "k", "v"), ("o",), ("in",), ("out",))  # projections that share one cut, in order
 Named = dict[str, Tensor]
 
 
 def parts(backbone: EncoderDecoder) -> dict[str, nn.Parameter]:
-    """The language model's parameters by names of sites: `encoder.0.attention.q.weight`, `table`."""
+    """Return the language model's parameters by names of sites: `encoder.0.attention.q.weight`, `table`."""
     (table,) = backbone.token_embedding.parameters()
-    found = {TABLE: table}
+    named = {TABLE: table}
     for role in ROLES:
         stack = backbone.stack(role)
         first = next(iter(stack))["attention"].core
         relative = getattr(getattr(first, "attention", None), "relative_attention_bias", None)
         if relative is not None:
-            found[f"{role}.relative"] = relative.weight
+            named[f"{role}.relative"] = relative.weight
         for index, layer in enumerate(stack):
-            found |= layer_parts(layer, f"{role}.{index}")
+            named |= layer_parts(layer, f"{role}.{index}")
         if stack.final_norm is not None:
-            found |= _prefixed(stack.final_norm, f"{role}.final.norm")
-    return found
+            named |= _prefixed(stack.final_norm, f"{role}.final.norm")
+    return named
 
 
 def layer_parts(layer: Layer, prefix: str) -> dict[str, nn.Parameter]:
-    """Those of one layer, a host's or a side network's."""
-    found: dict[str, nn.Parameter] = {}
+    """Return the parameters of one layer, a host's or a side network's."""
+    named: dict[str, nn.Parameter] = {}
     for name, sublayer in layer.items():
-        found |= _prefixed(sublayer.norm, f"{prefix}.{name}.norm")
+        named |= _prefixed(sublayer.norm, f"{prefix}.{name}.norm")
         for role, projection in sublayer.projections.items():
-            found |= _prefixed(projection.singles()[0].linear, f"{prefix}.{name}.{role}")
-    return found
+            named |= _prefixed(projection.singles()[0].linear, f"{prefix}.{name}.{role}")
+    return named
 
 
 def _prefixed(module: nn.Module, prefix: str) -> dict[str, nn.Parameter]:
@@ -60,10 +60,10 @@ def _prefixed(module: nn.Module, prefix: str) -> dict[str, nn.Parameter]:
 
 
 def pruned(values: Mapping[str, Tensor], importance: Mapping[str, Tensor], reduction: int, steps: int = 1) -> Named:
-    """`values` by the names of `parts`, with 1 / `reduction` of rows and columns: those of the largest `importance`.
+    """Keep 1 / `reduction` of the rows and columns of `values`, by the names of `parts`: the most important ones.
 
-    `steps`: the same in so many small steps ("v5": 10), each of the same share of the original size. Rounding in every
-    step can leave other sizes then.
+    With more `steps` ("v5": 10), each step drops the same share of the original size; rounding in every step can then
+    leave other sizes.
     """
     now, weight = dict(values), dict(importance)
     for amount in _amounts(reduction, steps):
@@ -72,14 +72,14 @@ def pruned(values: Mapping[str, Tensor], importance: Mapping[str, Tensor], reduc
 
 
 def left(count: int, reduction: int, steps: int) -> int:
-    """How many of `count` rows pruning leaves."""
+    """Return how many of `count` rows pruning leaves."""
     for amount in _amounts(reduction, steps):
         count -= round(amount * count)
     return count
 
 
 def _amounts(reduction: int, steps: int) -> list[float]:
-    """Of each step, the share of the present rows that it drops."""
+    """Return the share of the present rows that each step drops."""
     share = (1 - 1 / reduction) / steps
     return [share / (1 - share * step) for step in range(steps)]
 
@@ -107,7 +107,7 @@ def _once(values: Named, importance: Named, amount: float) -> tuple[Named, Named
 
 
 def _groups(values: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """(prefix, what is cut together) in network order; `norm` stands for the norm of a sub-layer or of a stack."""
+    """Yield (prefix, projections that share one cut) in network order; `norm` is a sub-layer's or a stack's norm."""
     prefixes = dict.fromkeys(name.rsplit(".", 2)[0] for name in values if name.count(".") >= 2)
     for prefix in prefixes:
         yield prefix, ("norm",)
@@ -117,10 +117,10 @@ def _groups(values: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[str, ...]
 
 
 def selected(score: Tensor, amount: float) -> list[int]:
-    """The rows of `score` that stay when the share `amount` of the smallest is dropped.
+    """Return the rows of `score` that stay after dropping the share `amount` of the smallest.
 
-    They come in the order in which Python walks the difference of two sets of integers, as in the authors' code: not
-    ascending where few stay, which decides what rows make up a head.
+    As in the authors' code, their order is Python's for the difference of two sets of integers. It is not ascending
+    when few rows stay, and it decides which rows form a head.
     """
     count = len(score)
     order = score.abs().sum(1).argsort()
@@ -128,10 +128,10 @@ def selected(score: Tensor, amount: float) -> list[int]:
 
 
 def fisher(backbone: EncoderDecoder, samples: Iterable[tuple[Texts, Texts]], limit: int = 1024) -> Named:
-    """Importance by the names of `parts`: the sum over at most `limit` samples of (d loss / d w)^2.
+    """Return importances by the names of `parts`: the sum over at most `limit` samples of (d loss / d w)^2.
 
     A sample is (source, target), a batch of one. The loss is the token-mean cross-entropy of the target given the
-    source text, without an image, in evaluation mode. Modes, flags and gradients are afterwards as they were.
+    source text, without an image, in evaluation mode. The function restores modes, flags and gradients.
     """
     named = parts(backbone)
     flags = {name: p.requires_grad for name, p in named.items()}

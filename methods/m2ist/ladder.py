@@ -1,4 +1,4 @@
-"""M2IST on encoder-decoders: a side ladder over the frozen decoder, through which alone the side reaches the words."""
+"""M2IST on encoder-decoders: a side ladder over the frozen decoder, the side's only way to the words."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KeysValues = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class SideTokens(Tokens):
-    """Encoder output: `states` as adapted, what the `frozen` encoder gave, and the `side` state; all (B, N, d)."""
+    """Encoder output: the adapted `states`, the `frozen` encoder's output and the `side` state; all (B, N, d)."""
 
     frozen: Tensor | None = None
     side: Tensor | None = None
@@ -51,23 +51,23 @@ class Crossing(nn.Module):
         start_at_zero(self.o)
 
     def keys_values(self, side: Tensor) -> KeysValues:
-        """s_e (B, N, memory_width) -> two (B, N, r)."""
+        """Map s_e (B, N, memory_width) to keys and values, (B, N, r) each."""
         z = self.norm(side)
         return self.k(z), self.v(z)
 
     def forward(self, state: Tensor, keys_values: KeysValues, bias: Tensor | None) -> Tensor:
-        """s_d (B, T, width) -> (B, T, width). `bias`: (B, 1, 1, N), added to the scores."""
+        """Map s_d (B, T, width) to (B, T, width); `bias` (B, 1, 1, N) is added to the scores."""
         k, v = (x.unsqueeze(1) for x in keys_values)
         mixed = F.scaled_dot_product_attention(self.q(state).unsqueeze(1), k, v, attn_mask=bias)
-        found: Tensor = self.o(mixed.squeeze(1))
-        return found
+        output: Tensor = self.o(mixed.squeeze(1))
+        return output
 
 
 class Ladder(Wrapper):
-    """An encoder-decoder whose encoder and decoder both have a side network, and no gradient in either.
+    """An encoder-decoder whose frozen encoder and decoder each have a side network; no gradient enters either.
 
-    Heads read the adapted encoder output. The frozen decoder attends to the frozen one, and its side to the encoder's
-    side through crossings, behind the last pair: logits = head(N(f_d + s_d)), N and head frozen.
+    Heads read the adapted encoder output. The frozen decoder attends to the frozen encoder. Its side attends to the
+    encoder's side through crossings after the last pair: logits = head(N(f_d + s_d)), N and head frozen.
     """
 
     inner: EncoderDecoder

@@ -496,7 +496,7 @@ def test_the_gate_leaves_padding_out_unless_told_otherwise() -> None:
 
 
 def test_a_gate_over_tokens_is_refused_in_a_decoder() -> None:
-    with pytest.raises(ValueError, match=r"words yet to be decoded.*`stacks`"):
+    with pytest.raises(ValueError, match=r"words of the future.*`stacks`"):
         method("houlsby", gate=True).adapt(small_tiny())
     method("houlsby", gate=True, stacks=("vision", "encoder")).adapt(small_tiny())
 
@@ -509,7 +509,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("adaptformer", {"scale": "learnt"}, "'learned' or 'learned_vector'"),
     ("adaptformer", {"form": "both"}, "'parallel' or 'sequential'"),
     ("adaptformer", {"residual": "after"}, "Extra inputs"),
-    ("parallel", {"ffn": False}, "at least one must be true"),
+    ("parallel", {"ffn": False}, "at least one of attention, cross_attention and ffn must be true"),
     ("houlsby", {"residual": "post_add"}, "set norm_before too"),
     ("houlsby", {"norm_after": False}, "needs norm_before: true and residual 'after'"),
     ("pfeiffer", {"norm_after": False}, "needs norm_before: true and residual 'after'"),

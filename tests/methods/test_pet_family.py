@@ -189,7 +189,7 @@ def test_a_task_is_computed_with_its_own_modules(kind: type[Method], name: str) 
     ("kind", "name"), [(k, n) for k, n in VARIANTS if k is Hyperformer or n.startswith(("multiple", "half"))]
 )
 def test_modules_of_tasks_that_the_cell_does_not_train_on_are_declared_dead(kind: type[Method], name: str) -> None:
-    """Published counts have them; a run has its own task's alone, and one that was told of no task is refused."""
+    """Published counts include them; a run has only its own task's, and a method without a task is refused."""
     several = variant(kind, name, "captioning", tasks=["rec", "vqa", "captioning"])
     alive, silent = reached(adapted(several), "captioning")
     assert several.dead.keys() == {several.own.format(task=task) for task in ("rec", "vqa")}  # type: ignore[attr-defined]
@@ -197,7 +197,7 @@ def test_modules_of_tasks_that_the_cell_does_not_train_on_are_declared_dead(kind
     one = variant(kind, name, "captioning")
     alive, silent = reached(adapted(one), "captioning")
     assert alive and not silent and not one.unused_parameters
-    with pytest.raises(ValueError, match="was told of no task"):
+    with pytest.raises(ValueError, match="no task was given"):
         make_method(kind, kind.variants.get(name, {})).adapt(small_tiny())
 
 
