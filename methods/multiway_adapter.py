@@ -18,17 +18,17 @@ from petlbench.backbones.parts.multiway import Routed
 
 from .layers import Bottleneck, draw_like_lora, reduced, start_at_zero
 
-SMALLEST = 8  # a bottleneck of fewer relus may be silent altogether for a token such as CLS
-LARGEST = 64  # the authors' bottleneck, of base and large alike
+SMALLEST = 8  # with fewer relus, all of a bottleneck's may be 0 for a token such as CLS
+LARGEST = 64  # the authors' bottleneck, in base and large models
 BOTH: tuple[int, ...] = (TEXT, IMAGE)
 KINDS = {"vision": (IMAGE,), "text": (TEXT,), "decoder": (TEXT,)}  # token types by stack; other stacks have BOTH
-Site = tuple[Layer, tuple[int, ...]]  # and the token types that come through it
+Site = tuple[Layer, tuple[int, ...]]  # a layer and the token types that pass through it
 
 
 class KnowledgeExtractor(nn.Module):
-    """NKE(a) = s (U drop(relu(D a + b_D)) + b_U), 0 at the start; (…, width) -> (…, width).
+    """NKE(a) = s (U drop(relu(D a + b_D)) + b_U), which starts at 0; (…, width) -> (…, width).
 
-    `norm` stands before D (in), after the scale (out), or nowhere (none).
+    `norm` is before D (in), after the scale (out), or absent (none).
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class KnowledgeExtractor(nn.Module):
 
 
 class Nothing(nn.Module):
-    """0: for the token type that has no extractor."""
+    """Gives 0, for the token type that has no extractor."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.zeros_like(x)
@@ -66,7 +66,7 @@ class Beside(nn.Module):
 
 
 class BesideAlone(Beside):
-    """The same in a pass over one token type; nothing in a fused one, as released."""
+    """A Beside that acts only in passes over one token type and skips fused passes, as released."""
 
     def forward(self, x: Tensor, value: Tensor) -> Tensor:
         fused = len({kind for kind, _ in current_pass().segments}) > 1
@@ -74,7 +74,7 @@ class BesideAlone(Beside):
 
 
 class FeedForwardEnhancer(nn.Module):
-    """AE(z) = W2 LN(gelu(W1 z + b1)) + b2, as released; (…, width) -> (…, width), not 0 at the start."""
+    """AE(z) = W2 LN(gelu(W1 z + b1)) + b2, as released; (…, width) -> (…, width); it does not start at 0."""
 
     def __init__(self, width: int, ffn: int) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class FeedForwardEnhancer(nn.Module):
 
 
 class CoreEnhancer(nn.Module):
-    """AE(z) = U gelu(C gelu(D z)) with biases; `core` C belongs to both modalities, D and U to one. 0 at the start."""
+    """AE(z) = U gelu(C gelu(D z)) with biases, starts at 0; both modalities share `core` C, each has its D and U."""
 
     def __init__(self, width: int, core: nn.Linear) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class CoreEnhancer(nn.Module):
 
 
 class Enhanced(nn.Module):
-    """o = z + drop(AE(z)), behind a layer; `drop` is the layer's own drop-path."""
+    """o = z + drop(AE(z)), after a layer; `drop` is the layer's own drop-path."""
 
     def __init__(self, enhancer: nn.Module, drop: nn.Module) -> None:
         super().__init__()
@@ -114,26 +114,26 @@ class Enhanced(nn.Module):
 
 
 class MultiWayAdapterConfig(StackedConfig):
-    """Sizes and composition; the defaults are those of the released code's flags with both parts switched on."""
+    """Sizes and composition; the defaults are the released code's flags with both parts switched on."""
 
     extractors: Literal["both", "text", "image", "none"] = Field(
-        "both", description="token types with a knowledge extractor, by what they act on (the code's names are swapped)"
+        "both", description="token types that have a knowledge extractor (the authors' code swaps the two names)"
     )
     reduction: int | None = Field(
-        None, gt=0, description="extractors: m = width // reduction; null: width // 12, from 8 to the authors' 64"
+        None, gt=0, description="m = width // reduction in extractors; null: width // 12, from 8 to the authors' 64"
     )
     bottleneck: int | None = Field(None, gt=0, description="extractors: m itself, instead of a reduction")
     scale: PositiveFloat | Literal["learned"] = Field(
-        0.1, description="s; the code's default. Its README takes 0.6, an older script 1; learned: starts at 1"
+        0.1, description="s; 0.1 is the code's default, its README has 0.6, an older script 1; learned: starts at 1"
     )
     norm: Literal["none", "in", "out"] = Field(
-        "none", description="a norm before the extractor's down-projection, or behind its scale; the script has none"
+        "none", description="a norm before the extractor's down-projection, or after its scale; the script has none"
     )
     dropout: float = Field(0.1, ge=0, lt=1, description="on the extractor's hidden values, in training; as released")
     enhancer: Literal["ffn", "bottleneck", "shared_core", "none"] = Field(
         "ffn",
-        description="alignment enhancer: ffn (released: as large as the layer's own network), bottleneck (the paper's "
-        "2-3 %), shared_core (towers of unequal width), none",
+        description="alignment enhancer: ffn (as released, as large as the layer's own FFN), bottleneck (the paper's "
+        "2-3 %), shared_core (for towers of unequal width), none",
     )
     enhancer_bottleneck: int | None = Field(
         None,
@@ -141,36 +141,36 @@ class MultiWayAdapterConfig(StackedConfig):
         description="r of bottleneck (null: width // 4, at most 192) and shared_core (null: the narrower tower's width "
         "// 4, at most 64); ffn has the layer's own width",
     )
-    decoder_enhancer: bool = Field(False, description="an enhancer in decoders too, where no second modality is")
+    decoder_enhancer: bool = Field(False, description="also an enhancer in decoders, which have no second modality")
     pairing: Literal["spread", "last"] = Field(
         "spread",
-        description="layers of towers of unequal depth that share an enhancer: layer j of the shallower with layer "
-        "(j + 1) ratio - 1 of the deeper, or with its last layers",
+        description="which layers of unequally deep towers share an enhancer: layer j of the shallower with layer "
+        "(j + 1) ratio - 1 of the deeper (spread), or with the deeper tower's last layers (last)",
     )
     released_fused: bool = Field(
-        False, description="no extractor in passes over both token types, as the released code silently has it"
+        False, description="passes over both token types skip extractors, as the released code silently does"
     )
     train_heads: bool = Field(
         True,
-        description="retrieval heads of beit3 and clip train, as with every other method and as the code has it for a "
-        "checkpoint without them; false: frozen, as for one that brings them (ITC)",
+        description="train the retrieval heads of beit3 and clip, as with every other method, and as the code does if "
+        "the checkpoint has none; false: freeze them, as the code does if the checkpoint has them (ITC)",
     )
-    train_norms: bool = Field(False, description="norms of the adapted stacks train too")
+    train_norms: bool = Field(False, description="also train norms of the adapted stacks")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.reduction is not None and self.bottleneck is not None:
-            raise ValueError("reduction and bottleneck both say how large an extractor is: give one")
+            raise ValueError("reduction and bottleneck both set the size of an extractor: give one")
         if self.extractors == self.enhancer == "none":
-            raise ValueError("extractors and enhancer are both none: nothing is left of the method")
+            raise ValueError("extractors and enhancer are both none: set at least one of them")
         if self.enhancer_bottleneck is not None and self.enhancer in ("ffn", "none"):
-            raise ValueError(f"enhancer {self.enhancer} has no bottleneck: enhancer_bottleneck is for the other kinds")
+            raise ValueError(f"enhancer {self.enhancer} has no bottleneck: leave enhancer_bottleneck out")
         if self.decoder_enhancer and self.enhancer == "none":
-            raise ValueError("decoder_enhancer needs an enhancer, and that is none")
+            raise ValueError("decoder_enhancer needs an enhancer, and enhancer is none: set another")
         return self
 
     def rank(self, width: int) -> int:
-        """m at this width."""
+        """Return the extractors' rank m at this width."""
         if self.bottleneck is not None:
             return self.bottleneck
         if self.reduction is not None:
@@ -182,19 +182,19 @@ class MultiWayAdapter(Method[MultiWayAdapterConfig]):
     """z = a + drop(ffn(a)) + NKE(a), then o = z + drop(AE(z)); one NKE per modality and layer, one AE for both.
 
     The New Knowledge Extractor NKE(a) = s (U relu(D a)) reads the stream that enters the feed-forward sub-layer, before
-    its norm; each token goes through that of its type, and a stack has only those of the types that come through it.
-    The Alignment Enhancer follows the layer, where both modalities come through a stack (`encoder`, `fusion`), or in
-    pairs of layers of a vision and a text tower, which then are one module; a vision tower whose tokens go into an
-    encoder has none, a decoder only on demand. It is under the layer's drop-path, if that has one, the NKE is not.
+    its norm. Each token passes through the NKE of its type; a stack has NKEs only for the types it sees.
+    The Alignment Enhancer follows the layer in stacks that see both modalities (`encoder`, `fusion`). A vision and a
+    text tower share one AE for each pair of layers. A vision tower that feeds an encoder has none, a decoder only if
+    `decoder_enhancer` is set. The layer's drop-path, if any, applies to the AE and not to the NKE.
 
-    Paper and code differ. The abstract's 2-3 % of parameters fit `bottleneck` alone, AE(z) = U gelu(D z) with U = 0 at
-    the start; the released AE, which is the default, is a whole feed-forward network (27 % of BEiT-3 base), and not 0
-    at the start. The code runs no NKE in a pass over both modalities, and does not say so: here it runs, but for
-    `released`. Its names of the two modalities are swapped; ours say what they act on. Its rates decay by 0.65 a layer
-    downwards, through new modules too, most of which hardly move; ours have one rate.
+    Paper and code differ. The abstract's 2-3 % of parameters fit only `bottleneck`, AE(z) = U gelu(D z) with U = 0 at
+    the start; the released AE, which is the default, is a whole feed-forward network (27 % of BEiT-3 base) and does not
+    start at 0. The code silently skips the NKE in a pass over both modalities; here it runs, except in `released`. The
+    code swaps the names of the two modalities; ours name the tokens they act on. Its rates decay by 0.65 per layer
+    downwards, for new modules too, most of which hardly move; ours have one rate.
 
-    Ours: `shared_core`, AE(z) = U gelu(C gelu(D z)) with C alone in common, for towers of unequal width (CLIP,
-    TransVG), where `ffn` and `bottleneck` are refused; and m = width // 12, from 8 to the authors' 64.
+    Additions of ours: `shared_core`, AE(z) = U gelu(C gelu(D z)) with only C shared, for towers of unequal width (CLIP,
+    TransVG), which `ffn` and `bottleneck` refuse; and m = width // 12, from 8 to the authors' 64.
     """
 
     Config = MultiWayAdapterConfig
@@ -223,7 +223,7 @@ class MultiWayAdapter(Method[MultiWayAdapterConfig]):
         "lr_floor": 5e-3,
         "clip_norm": None,
     }
-    # Language models with visual tokens: the rate of their own adapter papers, with the same floor of 1e-6.
+    # Language models with visual tokens have the rate of their own adapter papers, and the same floor of 1e-6.
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "tiny": {"lr": 1e-3, "lr_floor": 1e-3},
         "vl_bart": {"lr": 1e-3, "lr_floor": 1e-3},
@@ -255,13 +255,13 @@ class MultiWayAdapter(Method[MultiWayAdapterConfig]):
             groups = list(self._groups(stacks))
             if not groups:
                 raise ValueError(
-                    "an alignment enhancer needs a stack that both modalities come through, or one of vision and one "
-                    f"of text, and there is only {', '.join(stacks)}: set enhancer to none"
+                    "an alignment enhancer needs a stack that sees both modalities, or one of vision and one of text, "
+                    f"and there is only {', '.join(stacks)}: set enhancer to none"
                 )
             for group in groups:
                 self._enhance(group)
         if next(inserted(backbone), None) is None:
-            raise ValueError(f"no {self.config.extractors} comes through {', '.join(stacks)}: nothing to insert there")
+            raise ValueError(f"no {self.config.extractors} tokens pass through {', '.join(stacks)}: nothing to insert")
         return backbone
 
     def _extract(self, stack: Stack, kinds: tuple[int, ...]) -> None:
@@ -272,13 +272,13 @@ class MultiWayAdapter(Method[MultiWayAdapterConfig]):
 
     def _insert(self, sublayer: SubLayer, kinds: tuple[int, ...]) -> None:
         wanted = {"both": BOTH, "text": (TEXT,), "image": (IMAGE,), "none": ()}[self.config.extractors]
-        own = {kind: self._extractor(sublayer.width) for kind in kinds if kind in wanted}
-        if not own:
+        extractors = {kind: self._extractor(sublayer.width) for kind in kinds if kind in wanted}
+        if not extractors:
             return
         if len(kinds) == 1:
-            module: nn.Module = Beside(own[kinds[0]])
+            module: nn.Module = Beside(extractors[kinds[0]])
         else:
-            routed = Routed(text=own.get(TEXT, Nothing()), image=own.get(IMAGE, Nothing()))
+            routed = Routed(text=extractors.get(TEXT, Nothing()), image=extractors.get(IMAGE, Nothing()))
             module = BesideAlone(routed) if self.config.released_fused else Beside(routed)
         sublayer.insert("branch", place(module, sublayer))
 
@@ -287,7 +287,7 @@ class MultiWayAdapter(Method[MultiWayAdapterConfig]):
         return KnowledgeExtractor(width, c.rank(width), scale=c.scale, norm=c.norm, dropout=c.dropout)
 
     def _groups(self, stacks: Mapping[str, Stack]) -> Iterator[list[Site]]:
-        """Layers that share one enhancer."""
+        """Yield each group of layers that share one enhancer."""
         for role, stack in stacks.items():
             kinds: tuple[int, ...] = KINDS.get(role, BOTH)
             if kinds == BOTH or (role == "decoder" and self.config.decoder_enhancer):
@@ -297,13 +297,13 @@ class MultiWayAdapter(Method[MultiWayAdapterConfig]):
                 yield [(vision, (IMAGE,)), (text, (TEXT,))]
 
     def _pairs(self, vision: list[Layer], text: list[Layer]) -> Iterator[tuple[Layer, Layer]]:
-        """As many as the shallower tower has layers; further ones of the deeper have no partner."""
+        """Yield as many pairs as the shallower tower has layers; further layers of the deeper have no partner."""
         count = min(len(vision), len(text))
         for j in range(count):
             yield self._partner(vision, j, count), self._partner(text, j, count)
 
     def _partner(self, layers: list[Layer], j: int, count: int) -> Layer:
-        """The layer of pair j of `count`: every one of the shallower tower."""
+        """Return the layer of pair j of `count`; every layer of the shallower tower has a pair."""
         if self.config.pairing == "last":
             return layers[len(layers) - count + j]
         return layers[(j + 1) * len(layers) // count - 1]
@@ -312,12 +312,12 @@ class MultiWayAdapter(Method[MultiWayAdapterConfig]):
         enhancers = self._cored(group) if self.config.enhancer == "shared_core" else self._one(group)
         for (layer, _), enhancer in zip(group, enhancers, strict=True):
             ffn = layer["ffn"]
-            # Drop-path is stochastic depth, of whole branches; dropout of single values is no part of the method.
+            # Drop-path drops whole branches (stochastic depth); dropout of single values is not part of the method.
             drop = nn.Identity() if isinstance(ffn.drop, nn.Dropout) else ffn.drop
             layer.tail.append(Enhanced(place(enhancer, ffn), drop))
 
     def _one(self, group: list[Site]) -> list[nn.Module]:
-        """The same module for all layers of the group."""
+        """Return the same module for all layers of the group."""
         kind, widths = self.config.enhancer, {layer["ffn"].width for layer, _ in group}
         if len(widths) > 1:
             towers = " and ".join(str(layer["ffn"].width) for layer, _ in group)
@@ -334,12 +334,12 @@ class MultiWayAdapter(Method[MultiWayAdapterConfig]):
         return [enhancer] * len(group)
 
     def _cored(self, group: list[Site]) -> list[nn.Module]:
-        """One module a layer; the core is one for all of them."""
+        """Return one module per layer of the group; all share one core."""
         width = min(layer["ffn"].width for layer, _ in group)
         rank = self.config.enhancer_bottleneck or min(64, reduced(width, 4))
         core = nn.Linear(rank, rank)
         made: list[nn.Module] = []
         for layer, kinds in group:
-            own = [CoreEnhancer(layer["ffn"].width, core) for _ in kinds]
-            made.append(own[0] if len(own) == 1 else Routed(text=own[0], image=own[1]))
+            each = [CoreEnhancer(layer["ffn"].width, core) for _ in kinds]
+            made.append(each[0] if len(each) == 1 else Routed(text=each[0], image=each[1]))
         return made

@@ -1,4 +1,4 @@
-"""Every tuner of Hugging Face's peft library that can be injected into a backbone's projections or norms."""
+"""Every tuner of Hugging Face's peft library whose layers fit into a backbone's projections or norms."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from petlbench.core.messages import did_you_mean
 
 from .peft_library import FITTED, FittedSizes, library, quietly
 
-NAME = "default"  # of the one adapter in each of peft's layers
+NAME = "default"  # the name of the one adapter in each of peft's layers
 NORMS = "ln_tuning"  # the type that goes into norms instead of projections
-TARGETS: Mapping[str, tuple[str, ...]] = {"ia3": ("k", "v", "out")}  # those of its paper; other types: q and v
+TARGETS: Mapping[str, tuple[str, ...]] = {"ia3": ("k", "v", "out")}  # its paper's targets; other types: q and v
 OURS = ("target_modules", "target_parameters", "feedforward_modules", "exclude_modules", "modules_to_save", "bias",
         "trainable_token_indices", "layer_replication", "peft_type", "task_type", "inference_mode")  # fmt: skip
-FROM_VALUES = ("adamss",)  # looks at the weights when it is made: nothing for the meta device
-# Merged, a type computes the same to 1e-9 in double precision, or does not claim it: c3a and deft compute in float32
-# whatever the host does, lily routes by input, and beft needs a bias to merge into, which T5 lacks.
+FROM_VALUES = ("adamss",)  # reads the weights when it is created, which the meta device cannot give
+# A merged type computes the same to 1e-9 in double precision; these types cannot: c3a and deft compute in float32
+# whatever the host's precision, lily routes by input, and beft needs a bias to merge into, which T5 lacks.
 UNMERGED = ("adamss", "beft", "c3a", "deft", "lily")
-DRAWN = ("c3a", "fourierft", "unilora", "vblora")  # start at random values that change the output
-ROUNDED = ("adamss", "deft", "hra", "osf", "psoft")  # start at the weight but for rounding: taken apart, or reflected
+DRAWN = ("c3a", "fourierft", "unilora", "vblora")  # random initial values change the output
+ROUNDED = ("adamss", "deft", "hra", "osf", "psoft")  # decompose or reflect the weight, which rounds the output
 
 
 class Adapted(Parallel):
-    """y = path(x): peft's layer in place of the projection `base`, which the layer itself holds and computes.
+    """y = path(x): peft's layer replaces the projection `base`, and itself holds and computes it.
 
-    `rows` only says which role of a packed projection it was put there for; the layer computes all of it.
+    `rows` only names the role of a packed projection that selected it; the layer computes the whole projection.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,10 +44,10 @@ class Adapted(Parallel):
 
 @dataclass(frozen=True)
 class Target:
-    """A linear projection or norm to be adapted: an attribute of `owner`.
+    """A linear projection or norm to adapt: an attribute of `owner`.
 
-    `key` is its name in the little tree that peft is shown. The last part is the same in every layer, so that types
-    which share weights between layers know what belongs together.
+    `key` is its name in the small module tree that peft receives. The last part is the same in every layer, so that
+    types which share weights between layers can group them.
     """
 
     key: str
@@ -63,7 +63,7 @@ class Target:
 
 
 class PeftConfig(StackedConfig):
-    """Which of peft's types, where, and its own options."""
+    """A type of peft's, its targets, and its own options."""
 
     type: str = Field(
         "lora", description="a type of peft's, in lower case: `petlbench list methods 'peft:*'` shows all"
@@ -71,11 +71,11 @@ class PeftConfig(StackedConfig):
     targets: tuple[str, ...] | None = Field(
         None,
         min_length=1,
-        description="projections among q, k, v, o, in, out; null: q and v, and for ia3 k, v and out. A packed "
-        "projection is one module: any of q, k, v stands for all of it. Not for ln_tuning, which goes into norms",
+        description="projections among q, k, v, o, in, out; null: q and v; for ia3: k, v and out. A packed projection "
+        "is one module: any of q, k, v selects all of it. Not for ln_tuning, which adapts norms",
     )
     options: dict[str, Any] = Field(
-        {}, description="fields of peft's own configuration of this type; sizes left out are made to fit the backbone"
+        {}, description="fields of peft's own configuration of this type; sizes not given here fit the backbone"
     )
 
     @model_validator(mode="after")
@@ -87,32 +87,32 @@ class PeftConfig(StackedConfig):
             hint = did_you_mean(self.type, kinds) or f": there are {', '.join(sorted(kinds))}"
             raise ValueError(f"peft has no type '{self.type}'{hint}")
         if self.type == NORMS and self.targets:
-            raise ValueError(f"{NORMS} goes into norms: it takes no targets")
+            raise ValueError(f"{NORMS} goes into norms: leave targets out")
         if self.options:
             self._check_options()
         return self
 
     def _check_options(self) -> None:
-        """Names and, as far as peft checks them before it sees a model, values."""
+        """Check the options' names, and the values as far as peft checks them without a model."""
         config, _ = library(self.type)
         fields = {field.name for field in dataclasses.fields(config)} - set(OURS)
         for name in self.options:
             if name in OURS:
-                raise ValueError(f"option '{name}' is not for this method: `targets` and `stacks` say what is adapted")
+                raise ValueError(f"option '{name}' does not apply here: choose modules with `targets` and `stacks`")
             if name not in fields:
                 raise ValueError(f"peft's type '{self.type}' has no option '{name}'{did_you_mean(name, fields)}")
         quietly(config, **{"total_step": 1} if self.type == "adalora" else {}, **self.options)
 
 
 class Peft(Method[PeftConfig]):
-    """y = l(x), with l the layer that peft puts in place of a projection y = x W^T + b: whatever its type computes.
+    """y = l(x), where l is the layer of peft's that replaces a projection y = x W^T + b; its type decides the formula.
 
-    Formulas and papers are those of peft's documentation. The library's own layers run, and are drawn and merged by its
-    own code; ours only says where they go. Differences from peft's own use: what lives in its model wrapper does not
-    run. So AdaLoRA keeps all its ranks (pruning them needs a call in each step) and adds no orthogonality term to the
-    loss, and AdaMSS allocates no subspaces. Default sizes are peft's, made smaller where they do not fit the widths at
-    hand; FourierFT's scale follows them. AdaMSS takes its shapes from weights: on the meta device, from random ones.
-    Frozen random projections (VeRA and its like) follow from a seed among the options.
+    Formulas and papers are those of peft's documentation. The library's own code runs, draws and merges its layers;
+    ours only chooses where they go. Differences from peft's own use: the code of its model wrapper does not run.
+    So AdaLoRA keeps all its ranks (pruning them needs a call in each step) and adds no orthogonality term to the
+    loss, and AdaMSS allocates no subspaces. Default sizes are peft's, or smaller if the backbone's widths need it;
+    FourierFT's scale follows them. AdaMSS takes its shapes from weights, on the meta device from random ones. A seed
+    among the options fixes frozen random projections (VeRA and similar types).
     """
 
     Config = PeftConfig
@@ -192,7 +192,7 @@ class Peft(Method[PeftConfig]):
             raise ValueError(f"no projection called {' or '.join(self._roles())} in the chosen stacks")
         flags = [(p, p.requires_grad) for target in targets for p in target.module.parameters()]
         self._layers = list(zip(targets, self._injected(targets), strict=True))
-        for parameter, flag in flags:  # a host part may train on
+        for parameter, flag in flags:  # peft freezes the targets, but a host part may train
             parameter.requires_grad_(flag)
         for target, layer in self._layers:
             if self.config.type == NORMS:
@@ -203,7 +203,7 @@ class Peft(Method[PeftConfig]):
         return backbone
 
     def merge(self) -> None:
-        """Fold every layer into its projection by peft's own code, and take it out."""
+        """Fold every layer into its projection by peft's own code, and remove it."""
         if not self.mergeable:
             raise NotImplementedError(f"peft's type '{self.config.type}' cannot be merged into the weights")
         for target, layer in self._layers:
@@ -218,7 +218,7 @@ class Peft(Method[PeftConfig]):
         return self.config.targets or TARGETS.get(self.config.type, ("q", "v"))
 
     def _targets(self, backbone: Backbone) -> Iterator[Target]:
-        """Every module to adapt, once: a packed projection has several roles."""
+        """Yield every module to adapt once, since a packed projection has several roles."""
         names = {id(backbone.stack(role)): role for role in backbone.roles()}
         find = _norms if self.config.type == NORMS else self._projections
         seen: set[tuple[int, str]] = set()
@@ -237,7 +237,7 @@ class Peft(Method[PeftConfig]):
                         yield Target(f"layers.{index}.{name}_{part}_{role}_{i}", single.owner, single.name, single.rows)
 
     def _injected(self, targets: Sequence[Target]) -> list[nn.Module]:
-        """peft's layer for each target, with the target in it, where and in what precision the target is."""
+        """Return peft's layer around each target, on the target's device and in its precision."""
         kind, modules = self.config.type, {target.key: target.module for target in targets}
         device = next(targets[0].module.parameters()).device
         stands_in = device.type == "meta" and self._from_values
@@ -248,27 +248,27 @@ class Peft(Method[PeftConfig]):
         layers = [tree.get_submodule(key) for key in modules]
         for layer, module in zip(layers, modules.values(), strict=True):
             if layer is module:
-                raise ValueError(f"peft's type '{kind}' passes over a {type(module).__name__}")
+                raise ValueError(f"peft's type '{kind}' skips a {type(module).__name__}")
             layer.to(device, module.weight.dtype)  # type: ignore[arg-type]
             layer.base_layer = module
             _freeze_the_rest(layer)
         return layers
 
     def _options(self, modules: Sequence[nn.Module], keys: Sequence[str]) -> dict[str, Any]:
-        """Of peft's configuration: targets by their last names, sizes that fit, and what the user says."""
+        """Return the options of peft's configuration: targets by their last names, fitted sizes, the user's options."""
         kind = self.config.type
         roles = sorted({key.rpartition(".")[2] for key in keys})
-        found: dict[str, Any] = {"target_modules": roles}
-        if kind == "ia3":  # which scales what enters a feed-forward network's second projection
-            found["feedforward_modules"] = [role for role in roles if role.rpartition("_")[0].endswith("_out")]
+        options: dict[str, Any] = {"target_modules": roles}
+        if kind == "ia3":  # it scales the input of a feed-forward network's second projection
+            options["feedforward_modules"] = [role for role in roles if role.rpartition("_")[0].endswith("_out")]
         if kind in FITTED:
             shapes = [(m.in_features, m.out_features) for m in modules if isinstance(m, nn.Linear)]
-            found |= FITTED[kind](FittedSizes(shapes))
-        return found | self.config.options
+            options |= FITTED[kind](FittedSizes(shapes))
+        return options | self.config.options
 
 
 def _norms(stack: Stack, name: str) -> Iterator[Target]:
-    """Every norm of the stack, one per modality where it has several."""
+    """Yield every norm of the stack; a norm with one child per modality yields each child."""
     around = [(stack, part, f"around.{name}") for part in ("embedding_norm", "final_norm") if getattr(stack, part)]
     inside = [
         (sublayer, "norm", f"layers.{index}.{name}_{part}")
@@ -286,7 +286,7 @@ def _norms(stack: Stack, name: str) -> Iterator[Target]:
 
 
 def _train_original(layer: nn.Module, norm: nn.Module) -> None:
-    """peft trains a copy of the norm and keeps the norm; the other way round, what trains is the backbone's own."""
+    """Swap the norm and peft's trainable copy of it, so that the backbone's own parameters train."""
     layer.is_side_module = True  # type: ignore[assignment]
     copies = layer.ln_tuning_layers
     assert isinstance(copies, nn.ModuleDict)
@@ -294,21 +294,21 @@ def _train_original(layer: nn.Module, norm: nn.Module) -> None:
 
 
 def _freeze_the_rest(layer: nn.Module) -> None:
-    """What peft does not count as a type's weights (AdaLoRA's ranks) does not train; it does so itself, but not where
-    it moves them to another device."""
+    """Freeze parameters that peft does not count as a type's weights (AdaLoRA's ranks); peft itself loses this when it
+    moves them to another device."""
     for name in layer.other_param_names:  # type: ignore[union-attr]
         if isinstance(rest := getattr(layer, name, None), nn.Module):
             rest.requires_grad_(False)
 
 
 def _alike(module: nn.Module) -> nn.Module:
-    """A projection of the same shape with random values."""
+    """Return a projection of the same shape with random values."""
     assert isinstance(module, nn.Linear)
     return nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
 
 
 def _tree(modules: Mapping[str, nn.Module]) -> nn.ModuleDict:
-    """Modules by their dotted names."""
+    """Arrange modules in a tree by their dotted names."""
     root = nn.ModuleDict()
     for key, module in modules.items():
         *path, last = key.split(".")

@@ -1,4 +1,4 @@
-"""Hugging Face's peft library as it is installed: its types, and sizes for them that fit a backbone."""
+"""The installed peft library of Hugging Face: its types, and sizes for them that fit a backbone."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 
 @dataclass(frozen=True)
 class FittedSizes:
-    """Shapes (in, out) of all projections that are adapted; a type's default sizes are made to fit them."""
+    """Shapes (in, out) of all adapted projections, to which a type's default sizes are fitted."""
 
     shapes: Sequence[tuple[int, int]]
 
     @property
     def entries(self) -> int:
-        """Of the smallest weight."""
+        """The number of entries of the smallest weight."""
         return min(d_in * d_out for d_in, d_out in self.shapes)
 
     def rank(self, largest: int) -> int:
-        """`largest`, but at most a quarter of the narrowest width."""
+        """Return `largest`, but at most a quarter of the narrowest width."""
         return min(largest, max(1, min(map(min, self.shapes)) // 4))
 
     def block(self, largest: int) -> int:
-        """The largest size that divides `largest` and every width."""
+        """Return the largest size that divides `largest` and every width."""
         return math.gcd(largest, *(width for shape in self.shapes for width in shape))
 
 
@@ -34,13 +34,13 @@ def _spectral(largest: int, sizes: FittedSizes) -> int:
 
 
 def _fourier(sizes: FittedSizes) -> dict[str, Any]:
-    """The authors' 1000 frequencies at scale 150 belong to width 768: the update must keep its size beside a weight's
-    1 / sqrt(width)."""
+    """Fit the authors' 1000 frequencies at scale 150, chosen for width 768: the update keeps its size relative to a
+    weight's 1 / sqrt(width)."""
     count = _spectral(1000, sizes)
     return {"n_frequency": count, "scaling": 150 * (sizes.entries / 768**2) ** 0.75 * math.sqrt(1000 / count)}
 
 
-# Options whose defaults in peft are for widths of 768 and more. AdaLoRA's schedule needs a call in each step: none.
+# Options whose defaults in peft suit widths of 768 and more. AdaLoRA's schedule is off: it needs a call per step.
 FITTED: Mapping[str, Callable[[FittedSizes], dict[str, Any]]] = {
     "adalora": lambda sizes: {"init_r": sizes.rank(8), "target_r": sizes.rank(8), "total_step": 1},
     "adamss": lambda sizes: {"r": sizes.rank(100)},
@@ -61,7 +61,7 @@ FITTED: Mapping[str, Callable[[FittedSizes], dict[str, Any]]] = {
 
 
 def library(kind: str) -> tuple[Any, Any]:
-    """peft's classes of configuration and tuner for a type. Raises ValueError where it is not installed, or too old."""
+    """Return peft's configuration and tuner class of a type. Raises ValueError if peft is missing or too old."""
     try:
         import peft
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -74,14 +74,14 @@ def library(kind: str) -> tuple[Any, Any]:
 
 
 def quietly(make: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """What `make` gives, without peft's warnings. Raises ValueError, in one line, for sizes and values that it refuses
-    or would silently change."""
-    with warnings.catch_warnings(record=True) as said:
+    """Call `make` without showing peft's warnings. Raises ValueError, in one line, if peft refuses a size or value, or
+    would silently change it."""
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             made = make(*args, **options)
-        except Exception as error:  # somebody else's code may raise anything
+        except Exception as error:  # a library's code may raise anything
             raise ValueError(f"peft says: {' '.join(str(error).split()) or type(error).__name__}") from error
-    if changed := [str(one.message) for one in said if "Adjusted" in str(one.message)]:
+    if changed := [str(warning.message) for warning in caught if "Adjusted" in str(warning.message)]:
         raise ValueError(f"peft says: {' '.join(changed[0].split())}; give a size that divides")
     return made

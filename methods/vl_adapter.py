@@ -28,13 +28,13 @@ class Adapter(nn.Module):
 
 
 class AfterSubLayersConfig(TaskedConfig):
-    """What tasks share and what trains besides."""
+    """Options for sharing between tasks and for training norms."""
 
-    sharing: str = Field("single", description="what tasks have in common: single, everything")
+    sharing: str = Field("single", description="what tasks share; single: everything")
     train_norms: bool | None = Field(
         None,
-        description="norms of the adapted stacks train too, gains and biases; null: those with a bias, as released, so "
-        "T5's do not",
+        description="also train norms of the adapted stacks, gains and biases; null: only norms with a bias, as "
+        "released, which excludes T5's",
     )
 
 
@@ -48,7 +48,7 @@ class AfterSubLayers(Tasked[C]):
         return self.config.sharing == "single"
 
     def adapter(self, width: int, initialisation: Initialisation) -> nn.Module:
-        """What goes after one sub-layer, freshly drawn."""
+        """Return a new adapter for one sub-layer."""
         raise NotImplementedError
 
     def adapt(self, backbone: Backbone) -> Backbone:
@@ -63,33 +63,33 @@ class AfterSubLayers(Tasked[C]):
 
 
 class VLAdapterConfig(AfterSubLayersConfig):
-    """Sizes, what tasks share and what trains besides; the defaults are those of the paper's single adapter."""
+    """Sizes, sharing between tasks and trained norms; the defaults are those of the paper's single adapter."""
 
     reduction: int | None = Field(
         None,
         gt=0,
-        description="bottleneck rank = width // reduction, at least 1; null: 8, the paper's on CLIP-BART, and 4 on T5, "
-        "of Ladder Side-Tuning's scripts",
+        description="bottleneck rank = width // reduction, at least 1; null: 8, the paper's on CLIP-BART; on T5 4, "
+        "from Ladder Side-Tuning's scripts",
     )
     sharing: Literal["single", "multiple", "half_shared_up", "half_shared_down"] = Field(
-        "single", description="one adapter for all tasks, one for each, or for each but with this projection in common"
+        "single", description="one adapter for all tasks; one per task; or one per task that shares one projection"
     )
 
 
 class VLAdapter(AfterSubLayers[VLAdapterConfig]):
     """A bottleneck after every sub-layer, before dropout and residual addition: u = h + W_u gelu(W_d h + b_d) + b_u.
 
-    `single`: one adapter per position for all tasks. `multiple`: one for each task, chosen by the pass.
-    `half_shared_up` and `half_shared_down`: the same, but this projection is one for all tasks; the paper's count
-    (8.36 %) is that of the first.
+    `single` has one adapter per position for all tasks. `multiple` has one per task; the pass chooses.
+    `half_shared_up` and `half_shared_down` have one per task too, but all tasks share the named projection; the paper's
+    count (8.36 %) is that of `half_shared_up`.
 
     All norms of the adapted stacks train. The released code misses T5's by a class mismatch, and the published count on
-    T5 is without them, so they stay frozen there by default; `train_norms: true` trains them. Nothing is
-    zero-initialised: BART's generic initialisation reaches the adapters, N(0, 0.02^2) and 0, and T5's are drawn as
-    torch draws linear layers. Training starts near the pre-trained function, not at it.
+    T5 leaves them out, so they stay frozen there by default; `train_norms: true` trains them. Nothing starts at zero:
+    BART's generic initialisation, N(0, 0.02^2) and 0, reaches the adapters, and T5's start as torch draws linear
+    layers. Training starts near the pre-trained function, not at it.
 
-    Here, an image encoder that is a transformer with sites is adapted as well, as BART is; the authors' offers none.
-    Half-shared adapters, for which there is no script, take the rate of `multiple`.
+    Here an image encoder that is a transformer with sites gets adapters as well, drawn as BART's; the authors' image
+    encoder has no sites. Half-shared adapters, which have no script, take the rate of `multiple`.
     """
 
     Config = VLAdapterConfig
@@ -109,8 +109,8 @@ class VLAdapter(AfterSubLayers[VLAdapterConfig]):
     size_option = SizeOption("reduction", (48, 24, 12, 8, 4, 2))
 
     def default_recipe(self, family: str) -> dict[str, Any]:
-        found = super().default_recipe(family)
-        return found if self.config.sharing == "single" else {**found, "lr": 3e-4}
+        recipe = super().default_recipe(family)
+        return recipe if self.config.sharing == "single" else {**recipe, "lr": 3e-4}
 
     def adapter(self, width: int, initialisation: Initialisation) -> nn.Module:
         t5 = initialisation == "t5"

@@ -20,14 +20,14 @@ from .layers import Bottleneck, draw_like_bart, reduced, start_at_zero
 
 
 class LargeGate(nn.Module):
-    """G (B, N, width) = sigma(W_gu gelu_t(W_gd x + b_gd) + b_gu), of the residual input x alone."""
+    """G (B, N, width) = sigma(W_gu gelu_t(W_gd x + b_gd) + b_gu), with x the residual input."""
 
     def __init__(self, width: int, rank: int) -> None:
         super().__init__()
         self.bottleneck = Bottleneck(width, rank)
 
     def logits(self, x: Tensor, m: Tensor) -> Tensor:
-        """What the sigmoid is taken of; `m` is h + dH."""
+        """Return the sigmoid's argument; `m` is h + dH."""
         logits: Tensor = self.bottleneck(x)
         return logits
 
@@ -64,8 +64,8 @@ class MiddleYGate(nn.Module):
 class SmallGate(nn.Module):
     """G (B, 1, 1) = the mean over tokens of sigma(w . [x; m] + b), with m = h + dH.
 
-    `masked`: over real tokens. Where a tower without cross-attention decodes (CoCa's), G (B, T, 1) is the mean over the
-    tokens so far, since those to come are not known.
+    `masked`: the mean is over real tokens. If a tower without cross-attention decodes (CoCa's), G (B, T, 1) is the mean
+    over the tokens so far, since later tokens do not exist yet.
     """
 
     def __init__(self, width: int, masked: bool) -> None:
@@ -73,7 +73,7 @@ class SmallGate(nn.Module):
         self.linear, self.masked = nn.Linear(2 * width, 1), masked
 
     def logits(self, x: Tensor, m: Tensor) -> Tensor:
-        """(B, N, 1); the two halves of w apart, which spares a copy of x and m."""
+        """Return (B, N, 1); applying the two halves of w separately saves a copy of x and m."""
         for_x, for_m = self.linear.weight.chunk(2, dim=1)
         return F.linear(x, for_x, self.linear.bias) + F.linear(m, for_m)
 
@@ -101,12 +101,12 @@ class GranularityControl(nn.Module):
 
 @dataclass(frozen=True)
 class Authors:
-    """What the authors' scripts set for one language model."""
+    """The settings of the authors' scripts for one language model."""
 
     reduction: int
-    value_reduction: int  # times the other
+    value_reduction: int  # a multiple of `reduction`
     scale: float
-    zero: bool  # last layers start at zero
+    zero: bool  # whether last layers start at zero
 
 
 AUTHORS: Mapping[Initialisation, Authors] = {
@@ -121,55 +121,54 @@ class VLPETConfig(StackedConfig):
     variant: Literal["large", "middleX", "middleY", "small"] = Field("large", description="granularity of the gate")
     module: Literal["bottleneck", "compacter"] = Field(
         "bottleneck",
-        description="what makes dH and the value adapters; compacter: PHM layers, as in Table 9",
+        description="layers of dH and of the value adapters; compacter: PHM layers, as in Table 9",
     )
     reduction: int | None = Field(
         None, gt=0, description="rank r of dH = width // reduction, at least 1; null: 8, on T5 4"
     )
-    gate_reduction: int | None = Field(None, gt=0, description="the same of the large gate; null: as `reduction`")
+    gate_reduction: int | None = Field(None, gt=0, description="same for the large gate's rank; null: as `reduction`")
     value_reduction: int | None = Field(
-        None, gt=0, description="the same of the decoder's value adapters; null: as `reduction`, on T5 twice that"
+        None, gt=0, description="same for the decoder's value adapters; null: as `reduction`, on T5 twice that"
     )
     rank: int | None = Field(None, gt=0, description="r itself, in place of `reduction`")
     gate_rank: int | None = Field(None, gt=0, description="the large gate's rank, in place of `gate_reduction`")
     value_rank: int | None = Field(None, gt=0, description="the value adapters' rank, in place of `value_reduction`")
     heads: int | None = Field(
-        None, gt=0, description="N_h of the down projection, a divisor of r; null: the authors' 4, the same as one"
+        None, gt=0, description="N_h of the down projection, a divisor of r; null: the authors' 4, equivalent to 1"
     )
-    scale: float | None = Field(None, gt=0, description="s, behind the gate; null: 1, on T5 0.3")
+    scale: float | None = Field(None, gt=0, description="s, the gate's factor; null: 1, on T5 0.3")
     mask_gate: bool = Field(
-        True, description="small: its gate averages over real tokens; false: over padding too, as released"
+        True, description="the small gate averages over real tokens; false: over padding too, as released"
     )
     n: int = Field(
-        2, gt=0, description="compacter: Kronecker products that a matrix is the sum of; divides widths, ranks"
+        2, gt=0, description="compacter: number of Kronecker products in a matrix's sum; divides widths and ranks"
     )
 
 
 class VLPET(Method[VLPETConfig]):
-    """A gated bottleneck behind attention and FFN of every encoder layer, light adapters on the decoder's values.
+    """A gated bottleneck after attention and FFN of every encoder layer, light adapters on the decoder's values.
 
     Encoder (every layer without cross-attention), with x the residual input and h the frozen sub-layer's output:
 
-        dH = W_up gelu_t([D_1 h + b_1; ...; D_Nh h + b_Nh]) + b_up,      u = s G * (h + dH),      y: as from h
+        dH = W_up gelu_t([D_1 h + b_1; ...; D_Nh h + b_Nh]) + b_up,      u = s G * (h + dH),      u replaces h
 
     and G one of `large` (B, N, d) = sigma(W_gu gelu_t(W_gd x)), `middleX` (B, N, 1) = sigma(w . (x + h + dH)),
     `middleY` (d) = 1 + z, `small` (B, 1, 1) = the mean over tokens of sigma(w . [x; h + dH]). Decoder (every layer with
-    cross-attention): value(m) = W_v m + b_v + W_u gelu_t(W_d m + b_d) + b_u. The encoder's norms train, all of them.
+    cross-attention): value(m) = W_v m + b_v + W_u gelu_t(W_d m + b_d) + b_u. All of the encoder's norms train.
 
-    No variant starts from the pre-trained function: gates start near sigma(0). BART draws everything N(0, 0.02^2) with
-    biases 0; T5 as torch draws, but the last layers of dH, gate and value adapter (and z) are 0, and s is 0.3.
+    No variant starts from the pre-trained function: gates start near sigma(0). On BART all weights start N(0, 0.02^2)
+    with biases 0; on T5 as torch draws, but the last layers of dH, gate and value adapter (and z) are 0, and s is 0.3.
 
     Paper and released code differ: the paper's figures give middleY a sigmoid, and feed h, not h + dH, to the gates of
-    middleX and small; here as in the code. The heads D_k all read h and are concatenated, so they are one (r, d)
-    matrix, and kept as one; Table 9's "VL-Adapter + G + LW" (one head) is the same function with the same parameters,
-    drawn alike.
-    "Compacter + G + LW" (`compacter_*`) is built as the paper counts it, with PHM layers in dH and in the value
-    adapters, drawn as Compacter draws them; the released code silently builds plain ones.
+    middleX and small; this follows the code. The heads D_k all read h and are concatenated, so one (r, d) matrix holds
+    them; Table 9's "VL-Adapter + G + LW" (one head) is the same function with the same parameters and initial values.
+    "Compacter + G + LW" (`compacter_*`) follows the paper's count, with PHM layers in dH and in the value adapters,
+    drawn as Compacter draws them; the released code silently builds plain ones.
 
-    What differs here: the released small gate averages over padding as well, so that a sample's output depends on who
-    shares its batch. `mask_gate` averages over real tokens; `small_released` does as released. On backbones
-    whose image or text encoder is a transformer with sites, these stacks count as encoders; without a decoder, encoder
-    modules are all there is.
+    What differs here: the released small gate averages over padding as well, so a sample's output depends on the other
+    samples of its batch. `mask_gate` averages over real tokens; `small_released` does as released. An image or text
+    encoder that is a transformer with sites counts as an encoder; a backbone without a decoder has only encoder
+    modules.
     """
 
     Config = VLPETConfig
@@ -220,7 +219,9 @@ class VLPET(Method[VLPETConfig]):
         reduction = c.reduction or authors.reduction
         rank = c.rank or reduced(width, reduction)
         if c.heads and rank % c.heads:
-            raise ValueError(f"{c.heads} heads do not divide the rank {rank} at width {width}: choose others")
+            raise ValueError(
+                f"{c.heads} heads do not divide the rank {rank} at width {width}: change heads or the rank"
+            )
         gate_rank = c.gate_rank or reduced(width, c.gate_reduction or reduction)
         change = self._change(width, width, rank, authors)
         gate = _gate(c.variant, width, gate_rank, c.mask_gate, authors.zero)
@@ -242,7 +243,7 @@ class VLPET(Method[VLPETConfig]):
 
 
 def _gate(variant: str, width: int, rank: int, masked: bool, zero: bool) -> nn.Module:
-    """The gate of a variant, drawn as the authors' scripts draw it for T5 (`zero`) or BART."""
+    """Return the gate of a variant, drawn as the authors' scripts draw it for T5 (`zero`) or BART."""
     if variant == "middleY":
         vector = MiddleYGate(width)
         if zero:
@@ -258,7 +259,7 @@ def _gate(variant: str, width: int, rank: int, masked: bool, zero: bool) -> nn.M
 
 
 def _draw(module: nn.Module, zero: bool, last: nn.Linear) -> None:
-    """T5's: as torch draws, but `last` 0; else BART's."""
+    """Draw as for T5 (torch's values, but `last` 0) if `zero`, else as for BART."""
     if zero:
         start_at_zero(last)
     else:

@@ -20,7 +20,7 @@ MAX_CAPTION = 40  # tokens, special ones included
 
 
 class Captioning(Task):
-    """One caption of an image is drawn per step; the loss is the mean over the batch's target tokens."""
+    """Each step draws one caption per image; the loss is the mean over the batch's target tokens."""
 
     name: ClassVar[str] = "captioning"
     default_dataset: ClassVar[str] = "digits"

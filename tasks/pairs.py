@@ -19,15 +19,16 @@ from petlbench.api.tokens import Tokens
 from petlbench.core.errors import UserError
 
 MAX_QUESTION, MAX_ANSWER = 128, 10  # tokens, special ones included
-STATEMENT = "true/false"  # the answer type of what is answered by the one or the other
+STATEMENT = "true/false"  # the answer type of statements, which are true or false
 GAP = 4  # pixels between the two images of a drawing
 
 
 class Pairs(Task):
-    """A joint pass over a text and two images, and an answer from the decoder.
+    """A joint pass over a text and two images; the decoder answers.
 
-    A statement is not answered by generating: the logits of `true` and `false` are compared where their tokens first
-    differ, and it is true if that of `true` is strictly larger (VL-T5, VL-PET). Questions are answered greedily.
+    Statements are judged without generation: the task compares the logits of `true` and `false` where their tokens
+    first differ; a statement is true if the logit of `true` is strictly larger (VL-T5, VL-PET). Questions are answered
+    greedily.
     """
 
     name: ClassVar[str] = "pairs"
@@ -38,7 +39,7 @@ class Pairs(Task):
     unit: ClassVar[str] = "pairs"
 
     def collate(self, rows: Sequence[Row], backbone: Backbone, rng: np.random.Generator | None) -> Batch:
-        """Images are 2B: all first ones, then all second ones."""
+        """Collate 2B images: all first ones, then all second ones."""
         images = backbone.images([row[name] for name in ("image", "image_2") for row in rows])
         texts = {"question": backbone.texts([row["question"] for row in rows], max_length=MAX_QUESTION)}
         if rng is not None:
@@ -52,23 +53,23 @@ class Pairs(Task):
         return backbone.fuse(text, *backbone.embed_pair(batch.images, task=self.name), task=self.name)
 
     def loss(self, backbone: Backbone, head: nn.Module, batch: Batch) -> Tensor:
-        """The mean over samples of the mean over an answer's tokens."""
+        """Return the mean over samples of the mean over an answer's tokens."""
         answer = batch.texts["answer"]
         losses = token_losses(backbone, self._memory(backbone, batch), answer, self.name)
         return (losses.sum(1) / answer.mask.sum(1)).mean()
 
     def predict(self, backbone: Backbone, head: nn.Module, batch: Batch, *, beams: int = 1) -> list[str]:
-        """Greedy whatever `beams` says."""
+        """Answer every row; questions are decoded greedily whatever `beams` is."""
         memory, stated = self._memory(backbone, batch), batch.extras["stated"]
-        found = [""] * len(stated)
-        for answered, chosen in ((self._judged, stated), (self._generated, ~stated)):
+        answers = [""] * len(stated)
+        for answer_rows, chosen in ((self._judge, stated), (self._generate, ~stated)):
             rows = chosen.nonzero().flatten()
             if len(rows):
-                for row, answer in zip(rows.tolist(), answered(backbone, memory.rows(rows)), strict=True):
-                    found[row] = answer
-        return found
+                for row, answer in zip(rows.tolist(), answer_rows(backbone, memory.rows(rows)), strict=True):
+                    answers[row] = answer
+        return answers
 
-    def _judged(self, backbone: Backbone, memory: Tokens) -> list[str]:
+    def _judge(self, backbone: Backbone, memory: Tokens) -> list[str]:
         true, false = backbone.texts(["true", "false"], max_length=MAX_ANSWER).ids.tolist()
         place = next((i for i, (a, b) in enumerate(zip(true, false, strict=True)) if a != b), None)
         if place is None:
@@ -78,16 +79,16 @@ class Pairs(Task):
         larger = logits[:, -1, true[place]] > logits[:, -1, false[place]]
         return ["true" if yes else "false" for yes in larger.tolist()]
 
-    def _generated(self, backbone: Backbone, memory: Tokens) -> list[str]:
+    def _generate(self, backbone: Backbone, memory: Tokens) -> list[str]:
         return generated_texts(backbone, memory, task=self.name, max_length=MAX_ANSWER, beams=1)
 
     def score(self, rows: Sequence[Row], predictions: Sequence[Any]) -> Scores:
-        """The share of answers that are, to the letter, one of a row's."""
+        """Return the share of predictions that equal one of their row's answers to the letter."""
         scores = [float(p in row["answers"]) for p, row in zip(predictions, rows, strict=True)]
         return Scores({"accuracy": float(np.mean(scores))}, {"accuracy": scores}, [row["sample_id"] for row in rows])
 
     def picture(self, row: Row, prediction: Any) -> tuple[Image, str]:
-        """Both images, the first one on the left."""
+        """Draw both images, the first one on the left."""
         left, right = enlarged(row["image"]), enlarged(row["image_2"])
         both = Pictures.new("RGB", (left.width + GAP + right.width, max(left.height, right.height)), "white")
         both.paste(left, (0, 0))

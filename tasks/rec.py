@@ -1,4 +1,4 @@
-"""Referring expression comprehension: the box that an expression speaks of."""
+"""Referring expression comprehension: find the box that an expression describes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .rec_augmentation import transvg, transvg_released
 
 
 class PointingHead(nn.Module):
-    """Points at visual tokens: softmax over them, expected centre plus an offset; width and height beside it.
+    """Points at visual tokens by a softmax; a box is their expected centre plus an offset, with a width and a height.
 
     (B, N, d) fused states -> (B, 4) boxes (cx, cy, w, h) in units of the backbone's image side.
     """
@@ -35,7 +35,7 @@ class PointingHead(nn.Module):
         self.box = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 4))
 
     def log_weights(self, visual: Tokens) -> Tensor:
-        """(B, N): the logarithm of how much each visual token is pointed at; -inf for all others."""
+        """Return the log-softmax (B, N) over visual tokens; other tokens have -inf."""
         scores = self.point(visual.states).squeeze(-1)
         return scores.masked_fill(~visual.mask, -torch.inf).log_softmax(-1)
 
@@ -49,13 +49,13 @@ class PointingHead(nn.Module):
 
 
 def corners(boxes: Tensor) -> Tensor:
-    """(…, 4) cx, cy, w, h -> x1, y1, x2, y2."""
+    """Convert (…, 4) from cx, cy, w, h to x1, y1, x2, y2."""
     centre, size = boxes.split(2, dim=-1)
     return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
 
 
 def generalised_iou(a: Tensor, b: Tensor) -> Tensor:
-    """(B, 4), (B, 4) corners -> (B,). Rezatofighi et al., CVPR 2019."""
+    """Return the generalised IoU (B,) of corners (B, 4), (B, 4). Rezatofighi et al., CVPR 2019."""
     inner = (torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])).clamp_min(0).prod(-1)
     area = (a[:, 2:] - a[:, :2]).prod(-1) + (b[:, 2:] - b[:, :2]).prod(-1) - inner
     hull = (torch.maximum(a[:, 2:], b[:, 2:]) - torch.minimum(a[:, :2], b[:, :2])).prod(-1)
@@ -63,13 +63,13 @@ def generalised_iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def within_canvas(boxes: Tensor) -> Tensor:
-    """(…, 4) cx, cy, w, h, cut to the unit square."""
+    """Cut boxes (…, 4) cx, cy, w, h to the unit square."""
     first, last = corners(boxes).clamp(0, 1).split(2, dim=-1)
     return torch.cat([(first + last) / 2, last - first], dim=-1)
 
 
 def pointing_loss(head: PointingHead, tokens: Tokens, boxes: Tensor) -> Tensor:
-    """Cross-entropy of pointing at the visual token nearest to the centre of each box (B, 4)."""
+    """Return the cross-entropy of pointing at the visual token nearest to the centre of each box (B, 4)."""
     visual = tokens.of_type(IMAGE)
     distance = (visual.positions - boxes[:, None, :2]).norm(dim=-1).masked_fill(~visual.mask, torch.inf)
     return F.nll_loss(head.log_weights(visual), distance.argmin(-1))
@@ -78,12 +78,12 @@ def pointing_loss(head: PointingHead, tokens: Tokens, boxes: Tensor) -> Tensor:
 class ReferringExpressions(Task):
     """TransVG's setting: L1 and GIoU losses, both of weight one, on a single box; Acc@0.5 and mean IoU.
 
-    As in TransVG's evaluation, what a Grounder predicts, whose canvas is the unit square, is cut to the canvas before
-    it is scored, padding included; the target is not. The pointing head's boxes are scored as they are: the canvas
-    depends on the backbone there, and with `tiny` on the other images of the batch.
+    As in TransVG's evaluation, a Grounder's boxes are cut to its canvas, the unit square with padding included, before
+    scoring; targets are not cut. The pointing head's boxes are scored uncut: its canvas depends on the backbone, and
+    with `tiny` on the other images of the batch.
 
-    `pointing` is the weight of a further loss, which only pre-training uses: from scratch, the box losses alone stay
-    for thousands of steps where every box is predicted in the middle of the image.
+    `pointing` is the weight of a further loss, which only pre-training uses: from scratch, the box losses alone predict
+    every box in the middle of the image for thousands of steps.
     """
 
     name: ClassVar[str] = "rec"
@@ -118,32 +118,32 @@ class ReferringExpressions(Task):
 
     def loss(self, backbone: Backbone, head: nn.Module, batch: Batch) -> Tensor:
         fused, boxes = self._fused(backbone, batch), batch.extras["boxes"]
-        found = head(fused)
-        giou = generalised_iou(corners(found), corners(boxes))
-        loss = F.l1_loss(found, boxes, reduction="sum") / len(boxes) + (1 - giou).mean()
+        predicted = head(fused)
+        giou = generalised_iou(corners(predicted), corners(boxes))
+        loss = F.l1_loss(predicted, boxes, reduction="sum") / len(boxes) + (1 - giou).mean()
         if self.pointing:
             assert isinstance(head, PointingHead)
             loss = loss + self.pointing * pointing_loss(head, fused, boxes)
         return loss
 
     def predict(self, backbone: Backbone, head: nn.Module, batch: Batch, *, beams: int = 1) -> list[list[float]]:
-        """Boxes (x, y, width, height) in pixels of the stored image."""
-        found = head(self._fused(backbone, batch))
-        found = within_canvas(found) if isinstance(head, Grounder) else found
-        centre, size = batch.images.unplace(found).split(2, dim=-1)
+        """Return boxes (x, y, width, height) in pixels of the stored image."""
+        predicted = head(self._fused(backbone, batch))
+        predicted = within_canvas(predicted) if isinstance(head, Grounder) else predicted
+        centre, size = batch.images.unplace(predicted).split(2, dim=-1)
         boxes: list[list[float]] = torch.cat([centre - size / 2, size], dim=-1).tolist()
         return boxes
 
     def score(self, rows: Sequence[Row], predictions: Sequence[Any]) -> Scores:
-        """Over all rows and, where they are from several subsets, over each: `acc_50/testA`.
+        """Score all rows and, if they come from several subsets, each subset: `acc_50/testA`.
 
-        What is no number is a miss, with an overlap of 0.
+        A prediction that is not finite is a miss with an overlap of 0.
         """
         boxes = np.array([row["box"] for row in rows], dtype=np.float64)
-        found = np.array(predictions, dtype=np.float64)
+        predicted = np.array(predictions, dtype=np.float64)
         ious = np.zeros(len(rows))
-        finite = np.isfinite(found).all(axis=-1)
-        ious[finite] = iou_xywh(found[finite], boxes[finite])
+        finite = np.isfinite(predicted).all(axis=-1)
+        ious[finite] = iou_xywh(predicted[finite], boxes[finite])
         metrics = _overlaps(ious)
         subsets = np.array([row.get("subset", "") for row in rows])
         names = sorted(set(subsets.tolist()) - {""})
@@ -153,7 +153,7 @@ class ReferringExpressions(Task):
         return Scores(metrics, samples, [row["sample_id"] for row in rows])
 
     def picture(self, row: Row, prediction: Any) -> tuple[Image, str]:
-        """The target in green, the prediction in red, the overlap in the caption."""
+        """Draw the target in green and the prediction in red; the caption gives the overlap."""
         image = enlarged(row["image"])
         factor = image.width / row["image"].width
         boxes = [([factor * x for x in box], colour) for box, colour in ((row["box"], "lime"), (prediction, "red"))]

@@ -1,16 +1,16 @@
-"""TransVG's augmentation of referring expressions (Deng et al., ICCV 2021), right and as it was released.
+"""TransVG's augmentation of referring expressions (Deng et al., ICCV 2021), corrected and as released.
 
-1. A text without a word of place has, every second time, its image cut: as if enlarged to a short side of 400, 500 or
-   600 pixels, to a width and a height between 384 and 600 each, 20 tries to find a cut that the target allows.
-2. In 4 of 5 rows brightness, contrast and saturation are multiplied by 0.6 to 1.4 each, in any order.
-3. Every second row is mirrored, with left and right exchanged in the text.
-4. The image is laid with a long side of 448 to 640 anywhere on a canvas of 640 pixels.
+1. If the text has no word of place, the image is cut with probability 1/2: as if enlarged to a short side of 400, 500
+   or 600 pixels, to a width and a height of 384 to 600 each, in up to 20 tries to find a cut that the target allows.
+2. With probability 4/5 brightness, contrast and saturation are multiplied by 0.6 to 1.4 each, in random order.
+3. With probability 1/2 the image is mirrored, and the text exchanges left and right.
+4. The image gets a long side of 448 to 640 pixels and a random place on a canvas of 640 pixels.
 
-Enlarging is only reckoned with: an image is cut in its own pixels, to whole ones, and resampled once, by the backbone,
-whose canvas stands for the 640 pixels. A backbone without a canvas sizes and places images as ever.
+Nothing is really enlarged: an image is cut in whole pixels of its own, and the backbone resamples it once; its canvas
+stands for the 640 pixels. A backbone without a canvas sizes and places images as usual.
 
-Rows are of rec's schema, with decoded images; boxes are in pixels of the row's image. A changed row has a `placement`
-besides. All that is drawn comes from the generator that is given.
+Rows follow rec's schema, with decoded images; boxes are in pixels of the row's image. A changed row also has a
+`placement`. The generator that the caller passes draws all random values.
 """
 
 from __future__ import annotations
@@ -36,34 +36,34 @@ LEAST_CUT, MOST_CUT = 384, 600
 TRIES = 20
 COLOURED, STRENGTH = 0.8, 0.4
 PLACES = ("left", "right", "top", "bottom", "middle")
-# As words, and with the endings that make other words of place of them: leftmost, right-hand, topmost, "on the lefts".
+# Whole words, also with endings that form other words of place: leftmost, right-hand, topmost, "on the lefts".
 PLACE = re.compile(rf"\b({'|'.join(PLACES)})(?=(?:most|hand(?:ed)?|side|wards?|ish)?s?\b)", re.IGNORECASE)
 OTHER = {"left": "right", "right": "left"}
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What the release gets wrong."""
+    """The rules that the release gets wrong."""
 
-    places: Callable[[str], bool]  # whether a text speaks of places, so that its image must not be cut
-    allows: Callable[[Corners, Cut], bool]  # whether a target can still be found in a cut
-    mirror: Callable[[str], str]  # a text of the mirrored image
+    places: Callable[[str], bool]  # whether a text names a place, which forbids cutting its image
+    allows: Callable[[Corners, Cut], bool]  # whether a cut keeps enough of a target
+    mirror: Callable[[str], str]  # returns the text of the mirrored image
 
 
 def transvg(row: Row, rng: np.random.Generator) -> Row:
-    """With words as words, boxes to the fraction of a pixel, and cuts that keep the centre of the target.
+    """Augment a row with places as whole words, boxes in fractions of a pixel, and cuts that keep the target's centre.
 
-    The box is limited to the cut, and so always has an area. Where no cut is found the image stays whole.
+    The box is limited to the cut, and so always has an area. If no cut fits, the image stays whole.
     """
     return _changed(row, rng, CORRECTED)
 
 
 def transvg_released(row: Row, rng: np.random.Generator) -> Row:
-    """As the authors' code: texts in lower case and boxes in whole pixels, what is left over being cut off.
+    """Augment a row as the authors' code: texts in lower case, boxes truncated to whole pixels.
 
-    The centre's x is compared with the upper edge of a cut and its y with the left one, right and lower edges with
-    nothing: a target may be cut to a box without area. Places are found in other words ("stop" has a top), and left and
-    right exchanged there ("bright" becomes "bleft").
+    The code compares the centre's x with the cut's upper edge and its y with the left one, and ignores right and lower
+    edges: a target may end as a box without area. It finds places inside other words ("stop" has a top), and exchanges
+    left and right there ("bright" becomes "bleft").
     """
     whole = {"expression": row["expression"].lower(), "box": [float(int(length)) for length in row["box"]]}
     return _changed({**row, **whole}, rng, RELEASED)
@@ -89,7 +89,7 @@ def _changed(row: Row, rng: np.random.Generator, rules: Rules) -> Row:
 def _cut(
     image: Image, box: Corners, allows: Callable[[Corners, Cut], bool], rng: np.random.Generator
 ) -> tuple[Image, Corners]:
-    """The first of TRIES cuts that the target allows, or all of the image."""
+    """Return the first of TRIES cuts that the target allows, else the whole image, and the box within it."""
     ratio = int(rng.choice(SHORT_SIDES)) / min(image.size)
     for _ in range(TRIES):
         cut = _drawn(image.size, ratio, rng)
@@ -101,7 +101,7 @@ def _cut(
 
 
 def _drawn(size: tuple[int, int], ratio: float, rng: np.random.Generator) -> Cut:
-    """A cut in pixels of an image of `size` (width, height), drawn as if the image were `ratio` times as large."""
+    """Draw a cut in pixels of an image of `size` (width, height), as if the image were `ratio` times as large."""
     enlarged = [round(length * ratio) for length in size]
     lengths = [int(rng.integers(LEAST_CUT, min(length, MOST_CUT), endpoint=True)) for length in enlarged]
     starts = [int(rng.integers(0, whole - part, endpoint=True)) for whole, part in zip(enlarged, lengths, strict=True)]
@@ -133,12 +133,12 @@ def _keeps_as_released(box: Corners, cut: Cut) -> bool:
 
 
 def _mirrored(text: str) -> str:
-    """Left for right and right for left where they are words of place, as large as they were written."""
+    """Exchange left and right if they are words of place, and keep their case."""
     return PLACE.sub(lambda found: _like(found[0], OTHER.get(found[0].lower(), found[0])), text)
 
 
 def _like(old: str, new: str) -> str:
-    """`new` in capitals where `old` is, or with a first one."""
+    """Return `new` in capitals if `old` is, or with a capital first letter if `old` has one."""
     return new.upper() if old.isupper() else new.capitalize() if old[0].isupper() else new
 
 

@@ -37,14 +37,14 @@ class RetrievalHead(Aligner):
         return F.normalize(self.text(tokens.pooled()), dim=-1)
 
     def scale(self) -> Tensor:
-        """Capped at 100 as in CLIP."""
+        """Return the scale of similarities, at most 100 as in CLIP."""
         return self.log_scale.clamp_max(math.log(100.0)).exp()
 
 
 def contrastive_loss(logits: Tensor, own: Tensor) -> Tensor:
-    """Symmetric InfoNCE with several positives: `own` (I, C) is True where the caption is the image's own.
+    """Return symmetric InfoNCE with several positives: `own` (I, C) is True if the caption belongs to the image.
 
-    Each row's target is spread evenly over its own items, so that no caption of an image counts as a negative of it.
+    Each row's target spreads evenly over its own items, so no caption of an image counts as its negative.
     """
     target = own.to(logits.dtype)
     by_image = -(target * logits.log_softmax(1)).sum(1) / target.sum(1)
@@ -53,7 +53,7 @@ def contrastive_loss(logits: Tensor, own: Tensor) -> Tensor:
 
 
 class Retrieval(Task):
-    """Every caption of an image counts as its own, in the loss as well as in the metric."""
+    """Loss and metric both count every caption of an image as its own."""
 
     name: ClassVar[str] = "retrieval"
     default_dataset: ClassVar[str] = "digits"
@@ -64,7 +64,7 @@ class Retrieval(Task):
     unit: ClassVar[str] = "captions"
 
     def head(self, backbone: Backbone) -> nn.Module:
-        # Towers that never meet may differ in width.
+        # Separate towers may differ in width.
         text = backbone.width if "fuse" in backbone.abilities else backbone.text_width
         return own_or(lambda: RetrievalHead(backbone.width, text), backbone, self.name)
 
@@ -73,7 +73,7 @@ class Retrieval(Task):
         drawn = [_draw(row["captions"], rng) for row in rows]
         owners = torch.tensor([i for i, captions in enumerate(drawn) for _ in captions])
         ids = [row["image_id"] for row in rows]
-        same = torch.tensor([[a == b for b in ids] for a in ids])  # an image may come twice in a batch
+        same = torch.tensor([[a == b for b in ids] for a in ids])  # a batch may hold an image twice
         texts = backbone.texts([caption for captions in drawn for caption in captions], max_length=MAX_CAPTION)
         return Batch(images, {"captions": texts}, {"owners": owners, "own": same[:, owners]})
 
@@ -92,16 +92,16 @@ class Retrieval(Task):
         return contrastive_loss(head.similarity(image, text), batch.extras["own"])
 
     def predict(self, backbone: Backbone, head: nn.Module, batch: Batch, *, beams: int = 1) -> list[Any]:
-        """Per row: the image's embedding (d,) and its captions' embeddings (C, d)."""
+        """Return per row the image's embedding (d,) and its captions' embeddings (C, d)."""
         image = self._embed_images(backbone, head, batch.images).float().cpu().numpy()
         text = self._embed_texts(backbone, head, batch.texts["captions"]).float().cpu().numpy()
         owners = batch.extras["owners"].cpu().numpy()
         return [(image[i], text[owners == i]) for i in range(len(image))]
 
     def score(self, rows: Sequence[Row], predictions: Sequence[Any]) -> Scores:
-        """Recall over the whole split and, of 5,000 images or more, as the mean of five folds of 1,000 (`fold1k_...`).
+        """Return recall over the split and, from 5,000 images on, its mean over five folds of 1,000 (`fold1k_...`).
 
-        Per-sample scores are per image: its own hit, and the share of its captions that find it, averaged.
+        A per-sample score is per image: the mean of its own hit and the share of its captions that find it.
         """
         images = np.stack([image for image, _ in predictions])
         texts = np.concatenate([text for _, text in predictions])

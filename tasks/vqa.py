@@ -23,9 +23,9 @@ MAX_ANSWER = 10  # tokens, special ones included
 
 
 class VisualQuestionAnswering(Task):
-    """VL-T5's setting: one answer is drawn with probability proportional to its soft score, which weighs its loss.
+    """VL-T5's setting: the draw of an answer is proportional to its soft score, and the score weighs its loss.
 
-    Rows whose answers are not public have an empty list of them: they can be predicted, not trained or scored on.
+    A row without public answers has an empty list: it can be predicted, but not trained on or scored.
     """
 
     name: ClassVar[str] = "vqa"
@@ -58,30 +58,30 @@ class VisualQuestionAnswering(Task):
         return (batch.extras["weights"] * losses.sum(1) / answer.mask.sum(1)).mean()
 
     def predict(self, backbone: Backbone, head: nn.Module, batch: Batch, *, beams: int = 1) -> list[str]:
-        """Greedy whatever `beams` says, as VL-T5 decodes answers."""
+        """Decode greedily whatever `beams` is, as VL-T5 decodes answers."""
         memory = self._memory(backbone, batch)
         return generated_texts(backbone, memory, task=self.name, max_length=MAX_ANSWER, beams=1)
 
     def score(self, rows: Sequence[Row], predictions: Sequence[Any]) -> Scores:
-        """`vqa_accuracy`, overall and by answer type, over the rows that have answers; no metric where none has.
+        """Return `vqa_accuracy`, overall and by answer type, over the rows with answers; no metric if none has any.
 
-        Where each has a single answer there is `exact_match` too: equality as written, as GQA's evaluation counts.
+        If each has a single answer, `exact_match` is added: equality as written, as in GQA's evaluation.
         """
-        known = [(row, guess) for row, guess in zip(rows, predictions, strict=True) if row["answers"]]
-        if not known:
+        answered = [(row, guess) for row, guess in zip(rows, predictions, strict=True) if row["answers"]]
+        if not answered:
             return Scores({}, {}, [row["sample_id"] for row in rows])
-        samples = {"vqa_accuracy": [vqa_accuracy(guess, row["answers"]) for row, guess in known]}
-        if all(len(row["answers"]) == 1 for row, _ in known):
-            samples["exact_match"] = [float(guess == row["answers"][0]) for row, guess in known]
+        samples = {"vqa_accuracy": [vqa_accuracy(guess, row["answers"]) for row, guess in answered]}
+        if all(len(row["answers"]) == 1 for row, _ in answered):
+            samples["exact_match"] = [float(guess == row["answers"][0]) for row, guess in answered]
         metrics = {name: float(np.mean(scores)) for name, scores in samples.items()}
         by_kind = defaultdict(list)
-        for (row, _), score in zip(known, samples["vqa_accuracy"], strict=True):
+        for (row, _), score in zip(answered, samples["vqa_accuracy"], strict=True):
             by_kind[row["answer_type"]].append(score)
         metrics |= {f"vqa_accuracy/{kind}": float(np.mean(scores)) for kind, scores in sorted(by_kind.items())}
-        return Scores(metrics, samples, [row["sample_id"] for row, _ in known])
+        return Scores(metrics, samples, [row["sample_id"] for row, _ in answered])
 
     def submission(self, rows: Sequence[Row], predictions: Sequence[Any]) -> Any:
-        """The official result format, where no row has answers; identifiers that are numbers as numbers."""
+        """Return the official result format if no row has answers, else None; numeric identifiers become numbers."""
         if any(row["answers"] for row in rows):
             return None
         names = [row["sample_id"] for row in rows]
@@ -94,7 +94,7 @@ class VisualQuestionAnswering(Task):
 
 
 def _draw(answers: Sequence[str], rng: np.random.Generator) -> tuple[str, float]:
-    """One answer and its soft score: LXMERT's 0.3 per agreeing annotator of ten, at most 1; a lone answer counts 1."""
+    """Draw an answer and its soft score: LXMERT's 0.3 per agreeing annotator of ten, at most 1; 1 for a lone answer."""
     counts = Counter(answers)
     if len(counts) == 1:
         return answers[0], 1.0

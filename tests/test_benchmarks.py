@@ -1,4 +1,4 @@
-"""Each benchmark runs as it is documented, at toy size. What it measures is not looked at."""
+"""Each benchmark runs as documented, at toy size; these tests ignore its measurements."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ PROGRAMS = [path.stem for path in FILES if "__main__" in path.read_text(encoding
 COLLECTED = [path.name for path in FILES if re.search(r"^def test_", path.read_text(encoding="utf-8"), re.MULTILINE)]
 
 
-def ended(*command: str) -> str:
-    """What a command printed, from the repository's root."""
+def output_of(*command: str) -> str:
+    """Run a command from the repository's root and return its output."""
     # The current folder is not always on sys.path: PYTHONSAFEPATH keeps it off.
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
     # Run by a worker, pytest-benchmark would take its child for one too, and measure nothing.
@@ -38,13 +38,13 @@ def test_every_file_is_run_by_one_of_these() -> None:
 def test_a_benchmark_runs_by_itself(name: str) -> None:
     module = f"tests.benchmarks.{name}"
     assert f"python -m {module}" in (ROOT / "tests" / "benchmarks" / f"{name}.py").read_text(encoding="utf-8")
-    assert re.search(r"\d\.\d\d", ended(sys.executable, "-m", module))
+    assert re.search(r"\d\.\d\d", output_of(sys.executable, "-m", module))
 
 
 @pytest.mark.slow
 def test_make_microbench_runs_all_that_pytest_collects(tmp_path: Path) -> None:
     arguments = f"-rA --basetemp={tmp_path / 'tests'} -p no:cacheprovider"
-    found = ended("make", "microbench", "READY=", f"RUN={sys.executable}", "TOY=1", f"PYTEST_ARGS={arguments}")
-    passed = set(re.findall(r"^PASSED tests/benchmarks/(\w+\.py)::", found, re.MULTILINE))
+    output = output_of("make", "microbench", "READY=", f"RUN={sys.executable}", "TOY=1", f"PYTEST_ARGS={arguments}")
+    passed = set(re.findall(r"^PASSED tests/benchmarks/(\w+\.py)::", output, re.MULTILINE))
     assert passed == set(COLLECTED)
-    assert re.search(r"^\d+ passed", found, re.MULTILINE)
+    assert re.search(r"^\d+ passed", output, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Every golden file of arrays in this repository: outputs and gradients of ours are those of the authors' own code."""
+"""Every golden file of arrays: our outputs and gradients equal those of the authors' own code."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ FILES = sorted(FOLDER.glob("*/*.npz"))
 
 @pytest.mark.parametrize("path", FILES, ids=[f"{path.parent.name}/{path.stem}" for path in FILES])
 def test_ours_are_the_authors_numbers(path: Path) -> None:
-    found = differences(path)
-    assert found, "nothing was compared"
-    assert [f"{item.name} {item.gap:.3g}" for item in found if not item.agrees] == []
+    compared = differences(path)
+    assert compared, "nothing was compared"
+    assert [f"{item.name} {item.gap:.3g}" for item in compared if not item.agrees] == []
 
 
 def test_one_command_checks_any_file_and_says_how_far_off_each_array_is(

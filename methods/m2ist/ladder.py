@@ -78,7 +78,7 @@ class Ladder(Wrapper):
         self.training = inner.training  # adapting changes no mode
 
     def train(self, mode: bool = True) -> Ladder:
-        """What the frozen model drops of embeddings by itself, it does not drop here."""
+        """Set the mode, but keep the frozen model's own dropout on embeddings off."""
         super().train(mode)
         self.inner.training = False
         return self
@@ -126,10 +126,10 @@ class Ladder(Wrapper):
         return inner.logits(inner.leave(stack.read(replace(climb, terms=terms)))), cache
 
     def _keys_values(self, side: Tensor, cache: LadderCache | None) -> list[KeysValues]:
-        """Of each crossing; with a cache, computed at its first step only."""
+        """Return the keys and values of each crossing; a cache keeps those of its first step."""
         if cache is not None and cache.crossings:
             return cache.crossings
-        found: list[KeysValues] = [crossing.keys_values(side) for crossing in self.crossings]  # type: ignore[operator]
+        pairs: list[KeysValues] = [crossing.keys_values(side) for crossing in self.crossings]  # type: ignore[operator]
         if cache is not None:
-            cache.crossings = found
-        return found
+            cache.crossings = pairs
+        return pairs

@@ -19,7 +19,7 @@ from ..layers import REC_RECIPE, draw_like_bart, reduced, start_at_zero
 from .ladder import Crossing, Ladder
 from .side import Kind, Pairing, Side, SideSizes, SideStack, paired_layers
 
-ROLES: dict[str, tuple[Kind, ...]] = {  # the kinds of tokens in the stacks that can be paired
+ROLES: dict[str, tuple[Kind, ...]] = {  # kinds of tokens by stack, for all stacks that can be paired
     "vision": ("image",),
     "text": ("text",),
     "encoder": ("text", "image"),
@@ -30,13 +30,15 @@ VIDEO_REDUCTION = 12  # of the released code's two adapters for video, 768 -> 64
 
 
 class M2ISTConfig(MethodConfig):
-    """Sizes, places and what differs between the release and its correction."""
+    """Sizes, places, and the differences between the release and its correction."""
 
     variant: Literal["released", "clean"] | None = Field(
-        None, description="the authors' code on transvg, or without its faults; null: released there, clean elsewhere"
+        None, description="the authors' code (transvg only), or without its faults; null: released there, else clean"
     )
-    pairing: Pairing = Field("first", description="which layers of deeper stacks are paired; released: the first")
-    pairs: int | None = Field(None, gt=0, description="P, layers paired; null: all of the shallowest stack (paper: 6)")
+    pairing: Pairing = Field("first", description="which layers of deeper stacks form pairs; released: the first")
+    pairs: int | None = Field(
+        None, gt=0, description="P, number of pairs; null: the depth of the shallowest stack (paper: 6)"
+    )
     reduction: int = Field(6, gt=0, description="r = the widest stack's width // reduction; paper: 768 / 6 = 128")
     rank: int | None = Field(None, gt=0, description="r itself, in place of the reduction")
     shared: int | None = Field(
@@ -45,25 +47,26 @@ class M2ISTConfig(MethodConfig):
     scale: float = Field(0.1, description="constant factor of the adapters at the FFN; paper: 0.1")
     start: Literal["embedding", "gated", "zero"] | None = Field(
         None,
-        description="s^0: the embeddings (released), those times a learned number that is 0 at first, or nothing; "
-        "null: as released there; else gated, and zero on dual encoders",
+        description="s^0: the embeddings (as released), the embeddings times a learned number that starts at 0, or "
+        "zero; null: embedding if released, zero on dual encoders, else gated",
     )
     text_norms: bool | None = Field(
-        None, description="terms of a post-norm text tower pass through its frozen norms; null: as released only"
+        None, description="terms of a post-norm text tower pass through its frozen norms; null: only if released"
     )
     below: Literal["train", "freeze"] | None = Field(
         None,
-        description="host parts below the encoder of an encoder-decoder (a visual projection): train, by s^0 alone, "
-        "and move what the frozen layers see; or freeze, with no side on a stack below; null: freeze the pre-trained",
+        description="host parts below the encoder of an encoder-decoder (a visual projection): train, through s^0 "
+        "alone, which changes the frozen layers' input; or freeze, with no side on a stack below; null: freeze "
+        "pre-trained ones",
     )
     generation: Literal["strict", "relaxed"] = Field(
         "strict",
-        description="on encoder-decoders: a side ladder over the frozen decoder; or the adapted encoder output goes "
-        "into the frozen decoder, through which the gradient then runs",
+        description="on encoder-decoders: a side ladder over the frozen decoder (strict); or the frozen decoder reads "
+        "the adapted encoder output, and the gradient runs through it (relaxed)",
     )
-    crossings: int = Field(1, gt=0, description="side cross-attentions of width r in the strict ladder; design: 1")
+    crossings: int = Field(1, gt=0, description="number of side cross-attentions of width r in the strict ladder")
     tokens: Literal["all", "pooled"] = Field(
-        "all", description="which tokens of a dual encoder have side features; pooled is enough for retrieval"
+        "all", description="tokens of a dual encoder that have side features; pooled is enough for retrieval"
     )
 
 
@@ -72,28 +75,27 @@ class M2IST(Method[M2ISTConfig]):
 
     With taps A (attention) and F (FFN) of the k-th paired layer of stack m, taken without gradient:
 
-        IEA = [U_m u] + [S u] joined, u = relu(D_m A + b)      S (c_s, r) is one matrix for all that the pair joins
+        IEA = [U_m u] + [S u] joined, u = relu(D_m A + b)      S (c_s, r) is one matrix for all layers of the pair
         VEA, LEA = scale (U relu(D LN(F) + b) + b')            scale 0.1
         s^k = s^(k-1) + IEA + VEA or LEA,  s^0 = f^0           y = N(f^L + s^P), N the final norm of pre-norm stacks
 
-    Paper and `released` code (on `transvg` with its own `released`): 6 DETR layers with the first 6 of BERT's, and the
-    released code does what the paper does not say. BERT's attention residual and norm are applied twice in paired
-    layers; token types are dropped; the language tap lies behind norm and residual, the visual one before; language
-    terms alone pass through BERT's frozen norms, which cancels their scale; dropout stays on in the frozen encoders;
-    biases of visual adapters start in U(0, 1), so training does not start from the pre-trained model; 210,562
-    parameters train and are never read (`unused`: a second norm in each adapter, two adapters for video).
+    Paper and `released` code (on `transvg` with its own `released`) pair 6 DETR layers with BERT's first 6. The
+    released code also does things that the paper does not say. Paired layers apply BERT's attention residual and norm
+    twice; token types are missing; the language tap lies after norm and residual, the visual one before; only language
+    terms pass through BERT's frozen norms, which cancels their scale; dropout stays on in the frozen encoders; biases
+    of visual adapters start in U(0, 1), so training does not start from the pre-trained model; 210,562 parameters train
+    but nothing reads them (`unused`: a second norm in each adapter, two adapters for video).
 
-    `clean` has none of that: token types, frozen layers in evaluation mode (what a host drops between its modules it
-    still drops, but in the strict ladder), zero-initialised up-projections and a gated s^0, so that training starts at
-    the pre-trained function. Its terms pass through no norm: behind up-projections of zero a norm has no derivative
-    worth the name.
+    `clean` corrects all of that: it has token types, frozen layers in evaluation mode (dropout between a host's modules
+    stays, except in the strict ladder), up-projections of zero and a gated s^0, so that training starts at the
+    pre-trained function. Its terms pass through no norm, since a norm has no useful derivative at zero.
 
-    Elsewhere, by the same idea and not by the authors: single-stream encoders take the token type for the modality;
-    what trains below a stack feeds s^0 alone, and what is pre-trained there stays frozen; encoder-decoders generate by
-    a ladder over the frozen decoder with a small cross-attention to LN(f^0 + terms) of the encoder's side (`strict`),
-    or by the adapted encoder output (`relaxed`); dual encoders add to every token or to the `pooled` one alone, from
-    s^0 = 0. A CoCa's decoder stays frozen, with the gradient running through it. Gradients pass through frozen norms
-    and output heads as functions of the side's sum.
+    Other backbones follow the same idea, without code of the authors. Single-stream encoders take the token type as the
+    modality. Modules that train below a stack feed s^0 alone; pre-trained ones there stay frozen. Encoder-decoders
+    generate by a ladder over the frozen decoder with a small cross-attention to LN(f^0 + terms) of the encoder's side
+    (`strict`), or from the adapted encoder output (`relaxed`). Dual encoders add to every token, or only to the
+    `pooled` one, from s^0 = 0. A CoCa's decoder stays frozen, and the gradient runs through it. Gradients pass through
+    frozen norms and output heads as functions of the side's sum.
     """
 
     Config = M2ISTConfig
@@ -129,7 +131,7 @@ class M2IST(Method[M2ISTConfig]):
         self._claim(self.config.variant == "released", self.config.start, traversed=relaxed)
 
     def _claim(self, released: bool, start: str | None, *, traversed: bool) -> None:
-        """What it says of itself; `adapt` says it again, for some of it depends on the backbone."""
+        """Set the method's claims; `adapt` sets them again, since some depend on the backbone."""
         self.identity = not released and start != "embedding" and not self.config.text_norms
         self.no_backbone_gradient = not traversed
         self.unused_parameters = (
@@ -166,14 +168,14 @@ class M2IST(Method[M2ISTConfig]):
         return Ladder(backbone, crossings)
 
     def _plan(self, backbone: Backbone) -> Plan:
-        """Sizes for this backbone. Raises ValueError, with the reason, where they do not fit."""
+        """Return the sizes for this backbone. Raises ValueError, with the reason, if they do not fit."""
         c, pretrained = self.config, backbone.pretrained_roles()
         strict = backbone.stacked_decoder and c.generation == "strict"
         roles = [role for role in ROLES if role in pretrained and (role != "decoder" or strict)]
         if self._freezes_below(backbone):
             roles = [role for role in roles if role != "vision"]  # through frozen parts no gradient reaches it
         if {kind for role in roles for kind in ROLES[role]} != {"text", "image"}:
-            raise ValueError("it pairs the layers of an image and a text encoder, or of one for both: there are none")
+            raise ValueError("it pairs layers of an image and a text encoder, or of one for both: there are none")
         stacks = {role: backbone.stack(role) for role in roles}
         widths = [stack.width for stack in stacks.values()]
         shallowest = min(stacks, key=lambda role: len(stacks[role].layers))
@@ -184,9 +186,9 @@ class M2IST(Method[M2ISTConfig]):
             raise ValueError(f"shared {c.shared} exceeds the width {min(widths)} of its narrowest stack")
         released, dual = self._released(stacks), "fuse" not in backbone.abilities
         if c.tokens == "pooled" and not (dual and backbone.pooled_mark):
-            raise ValueError("tokens: pooled is for dual encoders that compare one token of each tower")
+            raise ValueError("tokens: pooled needs a dual encoder that compares one token of each tower")
         if c.text_norms and not _post_norm_text(stacks):
-            raise ValueError("text_norms is for backbones with a post-norm text tower")
+            raise ValueError("text_norms needs a backbone with a post-norm text tower")
         return Plan(
             stacks=stacks,
             released=released,
@@ -202,13 +204,13 @@ class M2IST(Method[M2ISTConfig]):
         return backbone.stacked_decoder and asked == "freeze"
 
     def _released(self, stacks: dict[str, Stack]) -> bool:
-        """Whether this is the authors' model: their BERT says so. Raises ValueError for the other variant's host."""
+        """Return whether BERT is the authors' (its norm applies twice). Raises ValueError if the variant differs."""
         text = stacks.get("text")
         twice = text is not None and any(layer["attention"].norm_twice for layer in text)
         if self.config.variant == "released" and not twice:
-            raise ValueError("variant released is its authors' code, and there is only transvg with released: true")
+            raise ValueError("variant released needs the authors' own model: transvg with released: true")
         if self.config.variant == "clean" and twice:
-            raise ValueError("variant clean is for transvg with released: false")
+            raise ValueError("variant clean needs transvg with released: false")
         return twice
 
     def _sizes(self, role: str, plan: Plan) -> SideSizes:
@@ -225,7 +227,7 @@ class M2IST(Method[M2ISTConfig]):
 
 @dataclass(frozen=True)
 class Plan:
-    """What one backbone makes of a configuration."""
+    """The sizes that a configuration gives on one backbone."""
 
     stacks: dict[str, Stack]
     released: bool
@@ -241,8 +243,8 @@ def _post_norm_text(stacks: dict[str, Stack]) -> bool:
 
 
 def _draw(sides: dict[str, Side], shared: Sequence[nn.Linear], released: bool) -> None:
-    """Up-projections at zero; or as the released code ends up: visual weights Xavier-uniform with biases from U(0, 1),
-    all others N(0, 0.02^2) with biases 0, the shared ones too."""
+    """Set up-projections to zero; or draw as the released code: visual weights Xavier-uniform with biases from U(0, 1),
+    all others, the shared ones too, N(0, 0.02^2) with biases 0."""
     for module in shared:
         draw_like_bart(module) if released else start_at_zero(module)
     for role, side in sides.items():
@@ -262,7 +264,7 @@ def _draw(sides: dict[str, Side], shared: Sequence[nn.Linear], released: bool) -
 
 
 def _add_unused(sides: dict[str, Side], plan: Plan) -> None:
-    """What the released code trains and never reads: its published count has it."""
+    """Add the modules that the released code trains and never reads, since its published count includes them."""
     for role, side in sides.items():
         width = plan.stacks[role].width
         side.unused.extend(nn.LayerNorm(width) for _ in range(plan.pairs))
@@ -271,7 +273,7 @@ def _add_unused(sides: dict[str, Side], plan: Plan) -> None:
 
 
 class VideoAdapter(nn.Module):
-    """Two linear layers and a factor, which the released code's default configuration brings along."""
+    """Two linear layers and a factor, part of the released code's default configuration."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -281,7 +283,7 @@ class VideoAdapter(nn.Module):
 
 
 def _quieten(backbone: Backbone) -> None:
-    """No dropout in frozen modules outside of stacks, such as the one on BERT's embeddings."""
+    """Remove dropout from frozen modules outside stacks, such as BERT's embeddings."""
     for name, part in backbone.named_children():
         if name == "stacks" or any(p.requires_grad for p in part.parameters()):
             continue

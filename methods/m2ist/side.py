@@ -20,7 +20,7 @@ Pairing = Literal["first", "last", "spread"]
 
 
 def paired_layers(pairing: Pairing, pairs: int, layers: int) -> list[int]:
-    """Which of a stack's `layers` stands in each pair, from 0: the first, the last, or ceil(k L / P) of the k-th."""
+    """Return each pair's layer of the L = `layers` in a stack, from 0: the first, the last, or the ceil(k L / P)-th."""
     if pairing == "spread":
         return [-(-k * layers // pairs) - 1 for k in range(1, pairs + 1)]
     start = layers - pairs if pairing == "last" else 0
@@ -28,16 +28,16 @@ def paired_layers(pairing: Pairing, pairs: int, layers: int) -> list[int]:
 
 
 class InterAdapter(nn.Module):
-    """IEA(z) = [U u] + [S u], joined, with u = relu(D z + b): (…, width) -> (…, width).
+    """IEA(z) = [U u] and [S u] joined, with u = relu(D z + b): (…, width) -> (…, width).
 
-    S belongs to the pair, and is the same for all that it pairs; U is as wide as S leaves it, and may be missing.
+    All layers of a pair share S; U fills the rest of the width, and is missing if S fills it all.
     """
 
     def __init__(self, width: int, rank: int, shared: nn.Linear) -> None:
         super().__init__()
         self.down = nn.Linear(width, rank)
-        own = width - shared.out_features
-        self.unique = nn.Linear(rank, own) if own else None
+        unique_width = width - shared.out_features
+        self.unique = nn.Linear(rank, unique_width) if unique_width else None
         self.shared = shared
 
     def forward(self, z: Tensor) -> Tensor:
@@ -58,26 +58,26 @@ class IntraAdapter(nn.Module):
 
 
 class Adapters(nn.Module):
-    """What one kind of token has beside one layer: `inter` for the attention's tap, `intra` for the FFN's."""
+    """The adapters of one kind of token beside one layer: `inter` reads the attention's tap, `intra` the FFN's."""
 
     def __init__(self, width: int, rank: int, shared: nn.Linear, scale: float) -> None:
         super().__init__()
         self.inter, self.intra = InterAdapter(width, rank, shared), IntraAdapter(width, rank, scale)
 
     def linears(self) -> tuple[list[nn.Linear], list[nn.Linear]]:
-        """Down-projections, and up-projections without the shared one."""
+        """Return the down-projections, and the up-projections without the shared one."""
         inter, intra = self.inter, self.intra.bottleneck
         return [inter.down, intra.down], [up for up in (inter.unique, intra.up) if up is not None]
 
 
 @dataclass(frozen=True)
 class SideSizes:
-    """Of every adapter, and what of its host's a side network reads and adds."""
+    """The sizes of every adapter, and how a side network reads from and adds to its host."""
 
     rank: int
     scale: float
     start: str  # embedding, gated or zero
-    tap: Place = "output"  # of attention
+    tap: Place = "output"  # the place in attention that a side reads
     norms: bool = False  # terms pass through the host's norms
 
 
@@ -91,18 +91,18 @@ class Rung(nn.ModuleDict):
         return cast(Adapters, self[KINDS[kind]])
 
     def inter(self, kind: int, z: Tensor) -> Tensor:
-        found: Tensor = self.of(kind).inter(z)
-        return found
+        term: Tensor = self.of(kind).inter(z)
+        return term
 
     def intra(self, kind: int, z: Tensor) -> Tensor:
-        found: Tensor = self.of(kind).intra(z)
-        return found
+        term: Tensor = self.of(kind).intra(z)
+        return term
 
 
 class Side(nn.Module):
     """The side network of one stack: a rung for each pair, and the gate before its first state.
 
-    `unused` is what only the released code instantiates.
+    `unused` holds modules that only the released code instantiates.
     """
 
     is_side_module = True
@@ -116,13 +116,15 @@ class Side(nn.Module):
 
     def adapters(self) -> Iterator[Adapters]:
         for rung in self.rungs:
-            yield from (cast(Adapters, one) for one in rung.children())
+            yield from (cast(Adapters, adapters) for adapters in rung.children())
 
 
 @dataclass(frozen=True)
 class Climb:
-    """One pass: what `entered` a stack (with its gradient), what the frozen stack gives after its final norm and
-    `last` before it (without), and the sum of the side's terms; all (B, N, width), or (B, 1, width) of the pooled one.
+    """One pass through a stack; all tensors are (B, N, width), or (B, 1, width) for the pooled token alone.
+
+    `entered` is the stack's input, with its gradient. `frozen` and `last` are the frozen stack's output after and
+    before its final norm, without gradient. `terms` is the sum of the side's terms.
     """
 
     entered: Tensor
@@ -130,7 +132,7 @@ class Climb:
     last: Tensor
     terms: Tensor
     segments: Segments
-    rows: tuple[Tensor, Tensor] | None = None  # where the pooled tokens stand
+    rows: tuple[Tensor, Tensor] | None = None  # the positions of the pooled tokens
 
     @property
     def side(self) -> Tensor:
@@ -141,9 +143,9 @@ class Climb:
 class SideStack(Stack):
     """A frozen stack with a side network: y = N(f^L + s^P), N its final norm if it has one.
 
-    The frozen layers run without gradients on the detached input, so nothing but the taps is kept of them; what trains
-    below them feeds s^0 alone. `asleep`: they stay in evaluation mode whatever the model's mode is. `pooled`: only the
-    token that the pass marks has side features.
+    The frozen layers run without gradients on the detached input, so memory holds only their taps; modules that train
+    below them feed s^0 alone. `asleep`: the frozen layers stay in evaluation mode whatever the model's mode. `pooled`:
+    only the token that the pass marks has side features.
     """
 
     def __init__(self, stack: Stack, side: Side, layers: Sequence[int], *, asleep: bool, pooled: bool = False) -> None:
@@ -170,7 +172,7 @@ class SideStack(Stack):
     def run(
         self, x: Tensor, context: Pass, *, start: int = 0, stop: int | None = None, taps: Iterable[Site] = ()
     ) -> tuple[Tensor, Taps]:
-        """As of any stack; of a part of its layers, the frozen ones alone."""
+        """Run like any stack; a run of only some layers runs the frozen ones without the side."""
         taps = tuple(taps)
         if start or stop not in (None, len(self.layers)):
             with torch.no_grad():
@@ -179,7 +181,7 @@ class SideStack(Stack):
         return self.read(climb), {site: found[site] for site in taps}
 
     def climb(self, x: Tensor, context: Pass, taps: Iterable[Site] = ()) -> tuple[Climb, Taps]:
-        """x (B, N, width) through the frozen layers and up the side; and the taps, wanted ones among them."""
+        """Pass x (B, N, width) through the frozen layers and the side; return the pass and all taps."""
         wanted = {self._last, *taps, *(site for pair in self.tapped for site in pair)}
         with torch.no_grad():
             frozen, found = super().run(x.detach(), context, taps=wanted)
@@ -192,7 +194,7 @@ class SideStack(Stack):
         return Climb(x, frozen, chosen[self._last], _sum(terms), segments, rows), found
 
     def terms(self, taps: Mapping[Site, Tensor], segments: Segments) -> Iterator[tuple[Tensor, Tensor]]:
-        """IEA and VEA or LEA of each pair, (B, N, width) each."""
+        """Yield each pair's IEA, and its VEA or LEA, (B, N, width) each."""
         for k, (rung, (attention, ffn)) in enumerate(zip(self.side.rungs, self.tapped, strict=True)):
             assert isinstance(rung, Rung)
             inter, intra = by_kind(taps[attention], segments, rung.inter), by_kind(taps[ffn], segments, rung.intra)
@@ -202,7 +204,7 @@ class SideStack(Stack):
             yield inter, intra
 
     def read(self, climb: Climb) -> Tensor:
-        """(B, N, width): the frozen stack's output with the side's added before the final norm."""
+        """Return the stack's output (B, N, width), with the side's sum added before the final norm."""
         y = climb.last + climb.terms
         if self.side.sizes.start == "embedding":
             y = y + climb.entered
@@ -214,13 +216,13 @@ class SideStack(Stack):
 
 
 def through(norm: nn.Module, x: Tensor, segments: Segments) -> Tensor:
-    """x through a frozen norm of the host as a function: the gradient passes to x, and the host's module is not run."""
+    """Apply a frozen norm of the host to x as a function: the gradient reaches x, and no hook of the host runs."""
     of = getattr(norm, "of", None)  # one norm per modality
     return by_kind(x, segments, lambda kind, run: (norm if of is None else of(kind)).forward(run))
 
 
 def _marked(context: Pass) -> tuple[Tensor, Tensor]:
-    """(B,), (B,): rows, and the place in each of the token that stands for all."""
+    """Return row indices (B,), and each row's position (B,) of the token that represents the input."""
     mark = context.mark
     if mark is None:
         raise ValueError("this pass marks no pooled token")
@@ -228,7 +230,7 @@ def _marked(context: Pass) -> tuple[Tensor, Tensor]:
 
 
 def _at(x: Tensor, rows: tuple[Tensor, Tensor]) -> Tensor:
-    """(B, N, d) -> (B, 1, d), copied: a view would keep the whole layer's activation."""
+    """Pick tokens, (B, N, d) -> (B, 1, d), as a copy: a view would keep the whole layer's activation."""
     return x[rows].unsqueeze(1)
 
 

@@ -1,4 +1,4 @@
-"""Reference values of the official evaluations, and the checks that hold our metrics against them."""
+"""Reference values of the official evaluations, and checks that compare our metrics with them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOLERANCE = 1e-6
 
 
 class Comparison(NamedTuple):
-    """One value of ours beside the official one; tokenised captions are strings, all else are numbers."""
+    """One value of ours and the official one; tokenised captions are strings, other values are numbers."""
 
     quantity: str
     where: str
@@ -41,14 +41,14 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def compare(data: dict[str, Any]) -> Iterator[Comparison]:
-    """Every value in a golden file of captions or of questions; KeyError when it is neither."""
+    """Compare every value in a golden file of captions or of questions. Raises KeyError if it holds neither."""
     return compare_captions(data) if "corpus_cider_d" in data else compare_vqa(data)
 
 
 def compare_captions(data: dict[str, Any]) -> Iterator[Comparison]:
     cases = data["cases"]
     candidates, references = [case["candidate"] for case in cases], [case["references"] for case in cases]
-    # All together, as they were in the toolkit: the caption behind it decides the last period of some captions.
+    # All captions together, as in the toolkit: the caption that follows decides the last period of some captions.
     for case, candidate, own in zip(cases, *tokenize_pairs(candidates, references), strict=True):
         captions = [*case["references"], case["candidate"]]
         official = [*case["tokenized_references"], case["tokenized_candidate"]]
@@ -79,12 +79,12 @@ def compare_vqa(data: dict[str, Any]) -> Iterator[Comparison]:
 
 
 def report(path: Path, say: Callable[[str], None] = print, shown: int = 5) -> bool:
-    """Say the number of cases, each quantity's worst difference and the first few mistakes; true when there is none."""
+    """Print the number of cases, each quantity's worst difference and the first few mistakes; true if there is none."""
     data = load(path)
     worst: dict[str, float] = {}
     wrong = []
     for comparison in compare(data):
-        # NaN is the worst there is, and would vanish in a plain maximum.
+        # NaN counts as the worst difference; a plain maximum would lose it.
         difference = comparison.difference if comparison.difference >= 0 else float("inf")
         worst[comparison.quantity] = max(worst.get(comparison.quantity, 0.0), difference)
         if not comparison.agrees:

@@ -1,12 +1,13 @@
-"""`python -m tests.golden FILE...`: hold petlbench against golden files, which hold what authors' own code computed.
+"""`python -m tests.golden FILE...`: compare petlbench with golden files, the results of the authors' own code.
 
-Files of arrays (.npz: inputs, weights, outputs, gradients of methods and backbones) are recognised by their names, as
-in `tests/golden/arrays.py`: prints the largest |a - b| / max(1, largest |b|) of each output and gradient. Files of
-metrics (.json: captions, answers) are recognised by their content: prints the worst difference of each quantity.
+The name of a file of arrays (.npz: inputs, weights, outputs, gradients of methods and backbones) selects its check in
+`tests/golden/arrays.py`, which prints the largest |a - b| / max(1, largest |b|) of each output and gradient. The
+content of a file of metrics (.json: captions, answers) selects its check, which prints each quantity's worst
+difference.
 
-Exit status 1 when an array is off by more than 1e-9 (1e-4 where the original computed in single precision), a metric by
-more than 1e-6, or a caption is tokenised differently; 2 when a file cannot be used. Without arguments the files of
-metrics in this folder are checked.
+The exit status is 1 if an array is off by more than 1e-9 (1e-4 if the original computed in single precision), a metric
+by more than 1e-6, or a caption's tokens differ; it is 2 if a file cannot be used. Without arguments the command checks
+the files of metrics in this folder.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from tests.golden import FOLDER, arrays, report
 
 
 def agrees(path: Path) -> bool:
-    """Whether everything in the file agrees; says what was compared."""
+    """Print the comparison of a file; return whether everything in it agrees."""
     return arrays.report(path) if path.suffix == ".npz" else report(path)
 
 

@@ -1,4 +1,4 @@
-"""Golden files of arrays: what the authors' own code computed, and how far ours is from it."""
+"""Golden files of arrays: results of the authors' own code, and the distance of ours from them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-TOLERANCE = 1e-9  # of float64
-SINGLE = 1e-4  # of what the original computed in single precision
+TOLERANCE = 1e-9  # for float64
+SINGLE = 1e-4  # for values that the original computed in single precision
 
-# By file name: which function yields a file's differences.
+# By file name, the function that yields a file's differences.
 CHECKS: dict[str, str] = {
     "tiny_bart_*": "vl_pet_models:check_model",
     "tiny_t5_*": "vl_pet_models:check_model",
@@ -56,13 +56,13 @@ class Arrays(dict[str, Tensor]):
                     self[key] = torch.from_numpy(np.array(file[key]))
 
     def under(self, prefix: str) -> dict[str, Tensor]:
-        """Those whose name starts with `prefix`, without it."""
+        """Return the arrays whose name starts with `prefix`, by the rest of the name."""
         return {key.removeprefix(prefix): value for key, value in self.items() if key.startswith(prefix)}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Largest |ours - theirs| / max(1, largest |theirs|) of one array; infinite for another shape."""
+    """The largest |ours - theirs| / max(1, largest |theirs|) of one array; infinite if the shapes differ."""
 
     name: str
     gap: float
@@ -77,7 +77,7 @@ Check = Callable[[Arrays], Iterator[Difference]]
 
 
 def difference(name: str, ours: Any, theirs: Tensor, tolerance: float = TOLERANCE) -> Difference:
-    """Of an output, a gradient or (exactly, whatever the tolerance) integers; `ours` None: it is missing."""
+    """Compare an output, a gradient or integers (these exactly, whatever the tolerance); None means ours is missing."""
     if ours is None:
         return Difference(name, float("inf"), tolerance)
     ours = torch.as_tensor(ours).detach()
@@ -92,7 +92,7 @@ def difference(name: str, ours: Any, theirs: Tensor, tolerance: float = TOLERANC
 
 
 def check_of(path: Path) -> Check:
-    """The function for a file. Raises ValueError for a name that no check is for."""
+    """Return the check of a file. Raises ValueError if no check has its name."""
     target = next((target for pattern, target in CHECKS.items() if fnmatchcase(path.stem, pattern)), None)
     if target is None:
         raise ValueError(f"no check is for a file of this name: there are some for {', '.join(CHECKS)}")
@@ -102,12 +102,12 @@ def check_of(path: Path) -> Check:
 
 
 def differences(path: Path) -> list[Difference]:
-    """Of everything in the file that the check looks at."""
+    """Return the differences of everything that the file's check compares."""
     return list(check_of(path)(Arrays(path)))
 
 
 def report(path: Path, say: Callable[[str], None] = print) -> bool:
-    """Say the difference of each output and gradient; true when none is too large."""
+    """Print the difference of each output and gradient; true if none is too large."""
     found = differences(path)
     wrong = sum(not item.agrees for item in found)
     worst = max((item.gap for item in found), default=float("nan"))

@@ -531,8 +531,8 @@ def test_dual_encoders_start_at_the_pretrained_function() -> None:
     [
         ({"pairs": 3}, "pairs 3 exceeds the 2 layers of its stack 'vision'"),
         ({"shared": 33}, "shared 33 exceeds the width 32 of its narrowest stack"),
-        ({"variant": "clean"}, "variant clean is for transvg with released: false"),
-        ({"tokens": "pooled"}, "pooled is for dual encoders"),
+        ({"variant": "clean"}, "variant clean needs transvg with released: false"),
+        ({"tokens": "pooled"}, "pooled needs a dual encoder"),
     ],
 )
 def test_what_does_not_fit_is_refused(options: dict[str, Any], reason: str) -> None:

@@ -598,7 +598,7 @@ def test_options_that_mean_nothing_are_errors(options: dict[str, Any]) -> None:
 
 
 def test_a_modality_that_does_not_come_through_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no image comes through text"):
+    with pytest.raises(ValueError, match="no image tokens pass through text"):
         method(extractors="image", enhancer="none", stacks=("text",)).adapt(clip_tiny())
 
 

@@ -89,10 +89,10 @@ def test_an_impossible_type_is_refused_with_its_reason(kind: str) -> None:
         ({"type": "lorra"}, "no type 'lorra': did you mean 'lora'"),
         ({"type": "zzzzz"}, "no type 'zzzzz': there are adalora, "),
         ({"options": {"lora_dropuot": 0.1}}, "no option 'lora_dropuot': did you mean 'lora_dropout'"),
-        ({"type": "ia3", "options": {"target_modules": ["q"]}}, "`targets` and `stacks` say what is adapted"),
-        ({"type": "ia3", "options": {"feedforward_modules": ["in"]}}, "`targets` and `stacks` say what is adapted"),
+        ({"type": "ia3", "options": {"target_modules": ["q"]}}, "choose modules with `targets` and `stacks`"),
+        ({"type": "ia3", "options": {"feedforward_modules": ["in"]}}, "choose modules with `targets` and `stacks`"),
         ({"type": "boft", "options": {"boft_block_num": 4}}, "peft says: "),
-        ({"type": "ln_tuning", "targets": ["q"]}, "goes into norms: it takes no targets"),
+        ({"type": "ln_tuning", "targets": ["q"]}, "goes into norms: leave targets out"),
         ({"targets": []}, "at least 1 item"),
     ],
 )

@@ -1,4 +1,4 @@
-"""AdaptFormer's code and the adapters library: bottlenecks beside and behind sub-layers, and a whole block."""
+"""AdaptFormer's code and the adapters library: bottlenecks beside and after sub-layers, and a whole block."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ KINDS: dict[str, tuple[type[Method], dict[str, Any]]] = {
     "parallel_learned": (ParallelAdapter, {"scale": "learned"}),
     "adapterplus": (Pfeiffer, dict(Pfeiffer.variants["plus"])),
 }
-RESULTS = ("x", "h", "y", "delta", "with_identity")  # what is in a file beside parameters and gradients
-FINAL_EPS = 1e-12  # of the pre-norm host's final norm
+RESULTS = ("x", "h", "y", "delta", "with_identity")  # arrays of a file that are not parameters or gradients
+FINAL_EPS = 1e-12  # epsilon of the pre-norm host's final norm
 
 Named = dict[str, Tensor]
 
 
 class Given(nn.Module):
-    """A core whose output is set from outside."""
+    """A core whose output the test sets."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,14 +61,14 @@ def check(file: Arrays) -> Iterator[Difference]:
 
 
 def given_layer(width: int, *, pre_norm: bool, eps: float) -> Layer:
-    """Attention and ffn whose frozen halves are given."""
+    """Attention and ffn with given frozen cores."""
     sizes: dict[str, Any] = {"width": width, "pre_norm": pre_norm, "projections": {}}
     names = SUBLAYERS.values()
     return Layer(**{name: SubLayer(Given(), nn.LayerNorm(width, eps=eps), nn.Identity(), **sizes) for name in names})
 
 
 def adapted(method: Method, layers: list[Layer], width: int) -> list[Layer]:
-    """The layers with the method in them, in double precision, as in evaluation, all gradients on."""
+    """Return the layers with the method, in double precision and evaluation mode, all gradients on."""
     backbone = Bare(encoder=Stack(layers, width=width)).double().eval()
     backbone.roles = lambda: ("encoder",)  # type: ignore[method-assign]
     backbone.pretrained_roles = backbone.roles  # type: ignore[method-assign]
@@ -78,7 +78,7 @@ def adapted(method: Method, layers: list[Layer], width: int) -> list[Layer]:
 
 
 def parameters(module: HubLayer, host: nn.Module | None = None) -> dict[str, nn.Parameter]:
-    """By the files' names."""
+    """Return the parameters by the files' names."""
     down, up = module.bottleneck.down, module.bottleneck.up
     found = {"D": down.weight, "bD": down.bias, "U": up.weight, "bU": up.bias}
     if isinstance(module.scale, nn.Parameter):
@@ -90,7 +90,7 @@ def parameters(module: HubLayer, host: nn.Module | None = None) -> dict[str, nn.
 
 
 def gate_parameters(module: HubLayer, stored: Named) -> dict[str, nn.Parameter]:
-    """The gate's two by the files' names, told apart by their sizes."""
+    """Return the gate's weight and bias by the files' names; their sizes tell which is which."""
     if module.gate is None:
         return {}
     by_size = {p.numel(): p for p in (module.gate.weight, module.gate.bias)}
@@ -98,7 +98,7 @@ def gate_parameters(module: HubLayer, stored: Named) -> dict[str, nn.Parameter]:
 
 
 def load(mine: dict[str, nn.Parameter], stored: Named) -> None:
-    """Put each array in its place; none may be missing or left over. Raises ValueError."""
+    """Copy each array into its parameter. Raises ValueError if one is missing or left over."""
     if odd := mine.keys() ^ stored.keys():
         raise ValueError(f"parameters that are only in the file, or only in ours: {', '.join(sorted(odd))}")
     for name, parameter in mine.items():
@@ -108,11 +108,11 @@ def load(mine: dict[str, nn.Parameter], stored: Named) -> None:
 
 
 def against(prefix: str, loss: Tensor, values: Named, stored: Named) -> Iterator[Difference]:
-    """Every gradient `grad_NAME` that is stored."""
+    """Compare every stored gradient `grad_NAME`."""
     wanted = {name.removeprefix("grad_"): value for name, value in stored.items() if name.startswith("grad_")}
-    known = {name: values[name] for name in wanted if name in values}
-    gradients = torch.autograd.grad(loss, list(known.values()), allow_unused=True)
-    found = dict(zip(known, gradients, strict=True))
+    leaves = {name: values[name] for name in wanted if name in values}
+    gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    found = dict(zip(leaves, gradients, strict=True))
     for name, value in wanted.items():
         gradient = found.get(name)
         if gradient is not None and gradient.numel() == value.numel():
@@ -125,12 +125,12 @@ def leaf(value: Tensor) -> Tensor:
 
 
 def learned(stored: Named) -> str | None:
-    """The option for the scale that a file holds."""
+    """Return the option for the scale that a file holds."""
     return ("learned" if stored["s"].numel() == 1 else "learned_vector") if "s" in stored else None
 
 
 def check_module(file: Arrays) -> Iterator[Difference]:
-    """AdaptFormer's branch alone: beside an FFN that gives 0, it is the value at the place `branch`."""
+    """Compare AdaptFormer's branch alone: beside an FFN that gives 0, it is the value at the place `branch`."""
     for variant in sorted({key.partition(".")[0] for key in file if "." in key}):
         stored = file.under(f"{variant}.")
         options: dict[str, Any] = {"norm_in": variant == "ln_in", "norm_out": variant == "ln_out"}
@@ -150,7 +150,7 @@ def check_module(file: Arrays) -> Iterator[Difference]:
 
 
 def only(sublayer: SubLayer) -> HubLayer:
-    """The one module in a sub-layer. Raises ValueError."""
+    """Return the one module inserted in a sub-layer. Raises ValueError if there is not exactly one."""
     modules = [module for sites in sublayer.sites.children() for module in sites.children()]
     if len(modules) != 1 or not isinstance(modules[0], HubLayer):
         raise ValueError("not one adapter is in the sub-layer")
@@ -158,7 +158,7 @@ def only(sublayer: SubLayer) -> HubLayer:
 
 
 def check_block(file: Arrays) -> Iterator[Difference]:
-    """A whole vision block, from the library's layer, with the branch in both forms."""
+    """Compare a whole vision block, from the library's layer, with the branch in both forms."""
     meta, stored = file.meta, file.under("block.")
     rank, width = stored["adapter.D.weight"].shape
     options: dict[str, Any] = {
@@ -194,7 +194,7 @@ def check_block(file: Arrays) -> Iterator[Difference]:
 
 
 def block_parameters(library: CLIPEncoderLayer, module: HubLayer) -> dict[str, nn.Parameter]:
-    """By the file's names."""
+    """Return the block's parameters by the file's names."""
     attention = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "o_proj": "out_proj"}
     parts = {f"attn.{theirs}": getattr(library.self_attn, ours) for theirs, ours in attention.items()}
     parts |= {"norm1": library.layer_norm1, "norm2": library.layer_norm2}
@@ -204,7 +204,7 @@ def block_parameters(library: CLIPEncoderLayer, module: HubLayer) -> dict[str, n
 
 
 def check_host(file: Arrays) -> Iterator[Difference]:
-    """The adapters library on a host of some layers: each position by itself, from its own x and h."""
+    """Compare the adapters library on a host of some layers: each position by itself, from its own x and h."""
     kind, order = named(file.name)
     cls, options = KINDS[kind]
     positions = sorted({key.rpartition(".")[0] for key in file if key.startswith("layer")})
@@ -236,22 +236,22 @@ def check_host(file: Arrays) -> Iterator[Difference]:
 
 
 def named(name: str) -> tuple[str, str]:
-    """The kind of adapter and the order of the host's norm that a file's name says. Raises ValueError."""
+    """Return the adapter and the order of the host's norm from a file's name. Raises ValueError for other names."""
     found = re.match(r"bottleneck_(\w+?)_(postln|preln)", name)
     if found is None or found[1] not in KINDS:
-        raise ValueError(f"no adapter of this name is known: {', '.join(KINDS)}, each _postln or _preln")
+        raise ValueError(f"no adapter has this name: there are {', '.join(KINDS)}, each _postln or _preln")
     return found[1], found[2]
 
 
 def of_file(meta: dict[str, Any], stored: Named) -> dict[str, Any]:
-    """The options that a file states."""
+    """Return the options that a file states."""
     found: dict[str, Any] = {"activation": ACTIVATIONS[meta["activation"]]} if "activation" in meta else {}
     scale = learned(stored) or meta.get("scaling")
     return found | ({} if scale is None else {"scale": scale})
 
 
 def last_norm(y: Tensor, expected: Tensor) -> Tensor:
-    """The pre-norm host's final norm of y; its gain and bias, which are in no file, from the least squares."""
+    """Apply the pre-norm host's final norm to y; least squares give its gain and bias, which no file holds."""
     y = y.detach()
     normed = nn.functional.layer_norm(y, y.shape[-1:], eps=FINAL_EPS).flatten(0, -2)
     columns = []

@@ -35,7 +35,7 @@ GAINS = {"weight": "gain", "bias": "bias"}
 
 
 def check(arrays: Arrays) -> Iterator[Difference]:
-    """Whichever of the three kinds the file is."""
+    """Compare a file of any of the three kinds."""
     with double_norm():
         if "base" in arrays.meta:
             yield from check_model(arrays)
@@ -47,7 +47,7 @@ def check(arrays: Arrays) -> Iterator[Difference]:
 
 @contextmanager
 def double_norm() -> Iterator[None]:
-    """The library computes T5's norm in float32; the authors' numbers were made with it promoted."""
+    """T5's norm in the input's precision, as in the authors' numbers; the library's computes in float32."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         found: Tensor = self.weight * x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
@@ -62,14 +62,14 @@ def double_norm() -> Iterator[None]:
 
 
 class Special:
-    """Stands for a codec: its special ids."""
+    """Stands for a codec; it has only the special ids."""
 
     def __init__(self, pad_id: int, start_id: int, eos_id: int) -> None:
         self.pad_id, self.start_id, self.eos_id = pad_id, start_id, eos_id
 
 
 class Host(T5Host):
-    """T5 of a file's sizes; with an image's features, if it has any, the visual block."""
+    """T5 of a file's sizes, with the visual block if the file has image features."""
 
     abilities = frozenset({"embed", "fuse", "decode"})
 
@@ -99,7 +99,7 @@ class Host(T5Host):
         raise NotImplementedError
 
     def embed_image(self, images: Any, *, task: str | None = None) -> Tokens:
-        """Grids (B, M, cells of the CNN, channels) and boxes: what stands for images here."""
+        """Embed grids (B, M, cells of the CNN, channels) and boxes, which stand for images here."""
         assert self.visual is not None
         grids, boxes = images
         states = self.visual(grids, self.token_embedding.weight, boxes)
@@ -120,7 +120,7 @@ def layer_names(layer: Layer, prefix: str, names: Mapping[str, str]) -> Named:
 
 
 def t5_names(host: T5Host) -> Named:
-    """The language model's parameters by the files' names."""
+    """Return the language model's parameters by the files' names."""
     found: Named = {"tok_emb": host.token_embedding.weight}
     for short, role in SIDES.items():
         stack = host.stack(role)
@@ -155,7 +155,7 @@ def visual_names(block: VisualBlock) -> Named:
 
 
 def load(mine: Named, stored: Mapping[str, Tensor]) -> None:
-    """Every parameter, none left over. Raises ValueError else."""
+    """Fill every parameter from the file. Raises ValueError if one is missing or left over."""
     if odd := mine.keys() ^ stored.keys():
         raise ValueError(f"parameters of only one side: {', '.join(sorted(odd)[:5])}")
     for name, parameter in mine.items():
@@ -166,7 +166,7 @@ def load(mine: Named, stored: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def watched(tuned: SideTuned) -> Iterator[dict[str, Tensor]]:
-    """What the file calls `mid/...`, seen from outside while the model runs once."""
+    """Record the values that the file calls `mid/...` while the model runs once."""
     seen: dict[str, Tensor] = {}
 
     def keep(name: str, module: nn.Module, *, entering: str = "") -> Any:
@@ -192,7 +192,7 @@ def watched(tuned: SideTuned) -> Iterator[dict[str, Tensor]]:
 
 
 def tuned_model(arrays: Arrays) -> tuple[SideTuned, Named]:
-    """The host and its side network with the file's values, and all parameters by the file's names."""
+    """Return the host and its side network with the file's values, and all parameters by the file's names."""
     meta = arrays.meta
     cells = round(meta["n_visual_tokens"] ** 0.5)
     host = Host(meta["base"], meta, arrays["in/vis_feats"].shape[-1], cells).double()
@@ -209,7 +209,7 @@ def tuned_model(arrays: Arrays) -> tuple[SideTuned, Named]:
 
 
 def check_model(arrays: Arrays) -> Iterator[Difference]:
-    """States, logits, losses, greedy ids, every gradient."""
+    """Compute states, logits, losses, greedy ids and every gradient."""
     tuned, mine = tuned_model(arrays)
     pad = arrays.meta["pad_id"]
     ids, labels = arrays["in/input_ids"], arrays["in/labels"]
@@ -236,7 +236,7 @@ def check_model(arrays: Arrays) -> Iterator[Difference]:
 
 
 def compared(ours: Mapping[str, Any], mine: Named, arrays: Arrays) -> Iterator[Difference]:
-    """Every output, intermediate value and gradient of the file; one of ours that the file lacks must be zero."""
+    """Compare every output, intermediate value and gradient; one of ours that the file lacks must be zero."""
     for name, theirs in arrays.items():
         kind, _, rest = name.partition("/")
         if kind in ("out", "mid"):
@@ -249,7 +249,7 @@ def compared(ours: Mapping[str, Any], mine: Named, arrays: Arrays) -> Iterator[D
 
 
 def check_single_stream(arrays: Arrays) -> Iterator[Difference]:
-    """A side stack of BERT layers over given states, which stand for those of the frozen layers."""
+    """Compare a side stack of BERT layers over given states, which stand for those of the frozen layers."""
     meta, stored = arrays.meta, arrays.under("p/")
     reduction = meta["d"] // meta["r"]
     config = BertConfig(
@@ -282,7 +282,7 @@ def check_single_stream(arrays: Arrays) -> Iterator[Difference]:
 
 
 def check_pruning(arrays: Arrays) -> Iterator[Difference]:
-    """Squared gradients over the samples, and what stays of the weights by each rule, ratio and importance."""
+    """Compare squared gradients over the samples, and the weights that each rule, ratio and importance keeps."""
     meta = arrays.meta
     sizes = {**meta["cfg"]}
     host = Host(sizes, meta, 0, 0).double().eval()
@@ -310,7 +310,7 @@ def check_pruning(arrays: Arrays) -> Iterator[Difference]:
 
 
 def _whole(rule: str, found: Mapping[str, Tensor], names: Mapping[str, str], arrays: Arrays) -> Iterator[Difference]:
-    """What ours has and the file has not: unnoticed otherwise."""
+    """Report values that ours has and the file lacks, which no other check would notice."""
     lacking = [theirs for theirs, mine in names.items() if mine in found and f"out/{rule}/{theirs}" not in arrays]
     for name in lacking:
         yield Difference(f"out/{rule}/{name}", float("inf"))

@@ -1,4 +1,4 @@
-"""Greedy and beam decoding as transformers 4.2.1 has it, which the authors' ids come from, over a backbone's `decode`.
+"""Greedy and beam decoding of transformers 4.2.1, the source of the authors' ids, over a backbone's `decode`.
 
 petlbench's own loop differs in what no result depends on but such a file: it ends a text at padding too, and lets no
 unfinished text compete with finished ones.
@@ -17,7 +17,7 @@ Finished = list[tuple[float, list[int]]]
 
 @torch.no_grad()
 def greedy(backbone: Backbone, memory: Tokens, longest: int, task: str) -> list[list[int]]:
-    """Ids, the start token first, all rows of one length: the end token, then padding, behind the end."""
+    """Return ids in rows of one length: the start token, the text, the end token, padding."""
     rows: list[list[int]] = [[backbone.start_id] for _ in memory.states]
     done, cache = [False] * len(rows), backbone.new_cache()
     while len(rows[0]) < longest and not all(done):
@@ -40,11 +40,11 @@ class Search:
         self.done = False
 
     def finish(self, total: float, text: list[int]) -> None:
-        """Keep a text when it is among the best by mean log-probability, the start token counted."""
+        """Keep a text if it is among the best by mean log-probability, the start token counted."""
         self.finished = sorted([*self.finished, (total / len(text), text)])[-self.beams :]
 
     def extend(self, scores: Tensor) -> list[int]:
-        """Totals (beams, V) of all next tokens -> which beam each of the next ones goes on from."""
+        """Take totals (beams, V) of all next tokens; return the beam that each next beam continues."""
         values, places = scores.flatten().topk(2 * self.beams)
         chosen: list[tuple[int, int, float]] = []
         for rank, (total, place) in enumerate(zip(values.tolist(), places.tolist(), strict=True)):

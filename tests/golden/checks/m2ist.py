@@ -1,4 +1,4 @@
-"""Golden files of M2IST and TransVG: adapters, layers, a whole model, and what is around referring expressions."""
+"""Golden files of M2IST and TransVG: adapters, layers, a whole model, and helpers for referring expressions."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Names(dict[str, nn.Parameter]):
 
     @torch.no_grad()
     def fill(self, values: Values) -> None:
-        """Every parameter from its array; KeyError for one that is not there."""
+        """Fill every parameter from its array. Raises KeyError if an array is missing."""
         for name, parameter in self.items():
             if parameter.shape != values[name].shape:
                 raise ValueError(f"{name} is {tuple(values[name].shape)}, not {tuple(parameter.shape)}")
@@ -49,7 +49,7 @@ class Names(dict[str, nn.Parameter]):
 
 
 def layers_of(stack: Stack, prefix: str = "{i}.") -> Names:
-    """The frozen parameters of a stack's layers."""
+    """Return the frozen parameters of a stack's layers."""
     names = Names()
     for i, layer in enumerate(stack):
         at, attention, ffn = prefix.format(i=i), layer["attention"], layer["ffn"]
@@ -63,14 +63,14 @@ def layers_of(stack: Stack, prefix: str = "{i}.") -> Names:
 
 
 def fill(stack: Stack, values: Values, prefix: str = "{i}.") -> dict[str, nn.Parameter]:
-    """Golden values into a stack's layers; the parameters by their golden names."""
+    """Copy golden values into a stack's layers; return the parameters by their golden names."""
     names = layers_of(stack, prefix)
     names.fill(values)
     return names
 
 
 def adapters_of(adapters: Adapters, letter: str, at: str = "") -> Names:
-    """VEA (`v`) or LEA (`l`), and IEA but for its shared part."""
+    """Return the parameters of VEA (`v`) or LEA (`l`), and of IEA without its shared part."""
     names, intra, inter = Names(), f"{at}{'VEA' if letter == 'v' else 'LEA'}", f"{at}IEA_{letter}"
     names.norm(f"{intra}.ln", adapters.intra.norm)
     names.linear(f"{intra}.down", adapters.intra.bottleneck.down)
@@ -88,14 +88,14 @@ def bert_layers(width: int, heads: int, ffn: int, layers: int, twice: int) -> St
 
 
 def check(arrays: Arrays) -> Iterator[Difference]:
-    """Every output and gradient of one file."""
+    """Compare every output and gradient of one file."""
     kinds = {"adapters": _adapters, "vision_layer": _vision_layer, "text_layer": _text_layer, "rec_utils": _rec_utils}
     named = next((kind for name, kind in kinds.items() if arrays.name.startswith(name)), _model)
     yield from named(arrays)
 
 
 def _loaded(names: Names, arrays: Arrays, others: set[str]) -> None:
-    """Strictly: every array is a parameter, or one of `others` (inputs, outputs and gradients)."""
+    """Check that every array is a parameter, or one of `others` (inputs, outputs and gradients)."""
     names.fill(arrays)
     if left := [name for name in arrays if name not in names and name not in others and not name.startswith("grad.")]:
         raise ValueError(f"arrays that nothing here is: {', '.join(left)}")
@@ -112,7 +112,7 @@ def _side(backbone: Backbone, role: str) -> SideStack:
 
 
 def _adapted(vision: Stack, text: Stack, meta: Mapping[str, Any]) -> Backbone:
-    """The released method on two towers of one layer."""
+    """Build the released method on two towers of one layer."""
     bare = Bare(vision=vision, text=text)
     bare.abilities = frozenset({"fuse"})
     return M2IST(_options(meta)).adapt(bare).double().eval()
@@ -182,7 +182,7 @@ def _text_layer(arrays: Arrays) -> Iterator[Difference]:
 def _layer(
     adapted: Backbone, role: str, x: Tensor, context: Pass, tap: Any, terms: tuple[str, str]
 ) -> dict[str, Tensor]:
-    """What one layer and the adapters beside it give, by golden name."""
+    """Return the outputs of one layer and of the adapters beside it, by golden name."""
     stack = _side(adapted, role)
     attention, ffn, out = (0, "attention", tap), (0, "ffn", "output"), (0, "ffn", "normed")
     _, taps = stack.run(x, context, taps=[attention, ffn, out])  # type: ignore[list-item]
@@ -192,12 +192,12 @@ def _layer(
 
 
 def _twice(arrays: Arrays) -> bool:
-    """Whether the file's BERT has residual and norm twice; in `clean` files it does not, whatever else they say."""
+    """Return whether the file's BERT applies residual and norm twice; a `clean` file's never does."""
     return bool(arrays.meta.get("bert_double_ln_in_paired_layers", True)) and "clean" not in arrays.name
 
 
 def transvg(arrays: Arrays) -> tuple[TransVG, Names]:
-    """A TransVG of the file's sizes, in double precision, and its parameters under their golden names; not filled."""
+    """Build an unfilled TransVG of the file's sizes in double precision, and its parameters by golden name."""
     meta, fusion = arrays.meta, arrays["VL.pos"]
     config = TransVGConfig(
         image_size=64, resnet_blocks=(1, 1, 1, 1), resnet_channels=4, width=meta["d_v"],
@@ -210,7 +210,7 @@ def transvg(arrays: Arrays) -> tuple[TransVG, Names]:
     backbone.stacks["fusion"] = detr_stack(meta["d_joint"], meta["vl_layers"], meta["vl_heads"], meta["ff_vl"], 0.1)
     if not meta.get("token_type_embeddings", False):
         backbone.bert.words.types = None
-    backbone.positions = nn.Parameter(torch.empty_like(fusion))  # the golden grid is no square
+    backbone.positions = nn.Parameter(torch.empty_like(fusion))  # the golden grid is not square
     names = Names({"VL.pos": backbone.positions, "VL.reg": backbone.reg})
     for role, letter in (("vision", "V"), ("text", "T"), ("fusion", "VL")):
         names |= layers_of(backbone.stack(role), letter + ".{i}.")
@@ -228,7 +228,7 @@ def transvg(arrays: Arrays) -> tuple[TransVG, Names]:
 
 
 def _method(arrays: Arrays) -> M2IST:
-    """As the file's model is built: its pairs are those of one of our pairings."""
+    """Build the method with the pairing whose pairs are the file's."""
     meta = arrays.meta
     pairs, depths = meta["pairs"], (meta["v_layers"], meta["l_layers"])
     for pairing in ("first", "last", "spread"):
@@ -275,7 +275,7 @@ INPUTS = {"feature_map", "feature_mask", "feature_pos", "token_ids", "token_mask
 
 
 def _forward(backbone: TransVG, names: Names, arrays: Arrays) -> dict[str, Tensor]:
-    """Everything that the file has of the forward pass, by golden name."""
+    """Return everything that the file holds of the forward pass, by golden name."""
     x, positions = (arrays[name].flatten(2).transpose(1, 2) for name in ("feature_map", "feature_pos"))
     image = plain_tokens(x, ~arrays["feature_mask"].flatten(1), IMAGE)
     norm = backbone.stack("text").embedding_norm
@@ -293,7 +293,7 @@ def _forward(backbone: TransVG, names: Names, arrays: Arrays) -> dict[str, Tenso
         found |= {f"z_{letter}_before_proj" if key == "sum" else f"{letter}_{key}": v for key, v in tower.items()}
         found[f"z_{letter}"] = projected.states
         parts.append(projected)
-    # Layouts of the original: (N, B, d) of everything visual and fused.
+    # The original lays visual and fused tokens out as (N, B, d).
     entering: list[Tensor] = []
     hook = next(iter(backbone.stack("fusion"))).register_forward_pre_hook(lambda _, inputs: entering.append(inputs))
     fused = backbone.fuse(*parts, task="rec")
@@ -305,7 +305,7 @@ def _forward(backbone: TransVG, names: Names, arrays: Arrays) -> dict[str, Tenso
 
 
 def _tower(backbone: TransVG, role: str, tokens: Tokens, context: Pass) -> dict[str, Tensor]:
-    """One encoder and its side network; layers without adapters have terms of zero."""
+    """Run one encoder and its side network; layers without adapters have terms of zero."""
     stack = _side(backbone, role)
     layers = range(len(stack.layers))
     sites: list[Any] = [(i, "ffn", "normed") for i in layers] + [site for pair in stack.tapped for site in pair]
@@ -357,7 +357,7 @@ LETTERBOX = "letterbox_content_x0y0x1y1_then_box_cxcywh"
 
 
 def _letterbox(arrays: Arrays) -> Tensor:
-    """(R, 8): the extents of each image on its canvas, and its box in units of the canvas."""
+    """Return (R, 8): the extents of each image on its canvas, and its box in units of the canvas."""
     options = TransVG.configured("transvg:tiny", {"image_size": arrays.meta["imsize"]})
     with torch.device("meta"):
         backbone = TransVG(options)
