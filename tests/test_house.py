@@ -1,4 +1,4 @@
-"""The house holds: imports go down only and in no circle, and nothing is too large to be read."""
+"""The package keeps its structure: imports go down only and form no circle, and no file or function is too long."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ TOP_FILES = {"__init__.py", "__main__.py", "py.typed"}
 LINES, FUNCTION_LINES, PARAMETERS = 350, 50, 7
 
 Sources = Mapping[str, str]  # text by path
-Graph = dict[str, set[str]]  # what a module imports
+Graph = dict[str, set[str]]  # imported modules by module
 
-# What the files of each folder may import besides one another.
+# The folders that the files of each folder may import besides one another.
 MAY: Mapping[str, set[str]] = {
     "core": set(),
     "api": {"core"},
@@ -41,25 +41,25 @@ MAY: Mapping[str, set[str]] = {
 
 
 def sources(root: Path) -> dict[str, str]:
-    """All of the package, as the repository has it."""
+    """Read all source files of the package by their paths in the repository."""
     paths = [path for top in ("petlbench", "methods", "tasks") for path in sorted((root / top).rglob("*.py"))]
     return {path.relative_to(root).as_posix(): path.read_text(encoding="utf-8") for path in paths}
 
 
 def module(path: str) -> str:
-    """The name that a file is imported by."""
+    """Return the module name of a file."""
     name = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     return name if name.split(".")[0] == "petlbench" else f"petlbench.{name}"
 
 
 def folder(name: str) -> str:
-    """The folder of a module; for those at the top, their file."""
+    """Return the folder of a module, or its file name if it is at the top."""
     return [*name.split("."), "__init__"][1]
 
 
 @cache
 def named(path: str, text: str) -> frozenset[str]:
-    """All that a file's imports name, wherever they stand: in functions and under TYPE_CHECKING too."""
+    """Return all names that a file imports, also in functions and under TYPE_CHECKING."""
     package = module(path) if path.endswith("__init__.py") else module(path).rpartition(".")[0]
     found: set[str] = set()
     for node in ast.walk(ast.parse(text)):
@@ -77,7 +77,7 @@ def named(path: str, text: str) -> frozenset[str]:
 
 
 def imports(files: Sources) -> Graph:
-    """The modules of the package that each of them imports."""
+    """Return the modules of the package that each module imports."""
     graph: Graph = {module(path): set() for path in files}
     for path, text in files.items():
         for name in named(path, text):
@@ -88,7 +88,7 @@ def imports(files: Sources) -> Graph:
 
 
 def arrows(graph: Graph) -> list[str]:
-    """Imports that the table does not allow."""
+    """Return the imports that the table does not allow."""
     return [
         f"{a} imports {b}"
         for a, found in sorted(graph.items())
@@ -98,7 +98,7 @@ def arrows(graph: Graph) -> list[str]:
 
 
 def circle(graph: Mapping[str, set[str]]) -> list[str]:
-    """A circle, if there is one."""
+    """Return a circle of imports, or an empty list."""
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -107,7 +107,7 @@ def circle(graph: Mapping[str, set[str]]) -> list[str]:
 
 
 def rooms(graph: Graph) -> Graph:
-    """The same with each folder inside of a folder as one: its files share all that they import."""
+    """Merge each sub-folder into one node, which imports everything that its files import."""
     packages = {name.rpartition(".")[0] for name in graph}
     inner = {name: ".".join(name.split(".")[:3]) for name in graph}
     inner = {name: at if at in packages else name for name, at in inner.items()}
@@ -118,7 +118,7 @@ def rooms(graph: Graph) -> Graph:
 
 
 def public(files: Sources) -> set[str]:
-    """What `petlbench` offers."""
+    """Return the public names of `petlbench`."""
     for node in ast.walk(ast.parse(files["petlbench/__init__.py"])):
         match node:
             case (
@@ -130,7 +130,7 @@ def public(files: Sources) -> set[str]:
 
 
 def functions(text: str) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef, bool]]:
-    """Each function, and whether it stands in a class."""
+    """Yield each function, and whether it is in a class."""
     tree = ast.parse(text)
     methods = {child for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for child in node.body}
     for node in ast.walk(tree):
@@ -139,7 +139,7 @@ def functions(text: str) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDe
 
 
 def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef, method: bool, offered: set[str]) -> int:
-    """How many there are, without an instance or a class, and without the options of what `petlbench` offers."""
+    """Count parameters without `self` or `cls`, and without the options of public functions."""
     found = function.args
     static = any(isinstance(d, ast.Name) and d.id == "staticmethod" for d in function.decorator_list)
     given = len(found.posonlyargs) + len(found.args) + bool(found.vararg) - (method and not static)
@@ -147,7 +147,7 @@ def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef, method: bool, o
 
 
 def oversized(files: Sources) -> list[str]:
-    """Files, functions and lists of parameters that are too long."""
+    """Return the files, functions and parameter lists that are too long."""
     found, offered = [], public(files)
     for path, text in files.items():
         if (lines := len(text.splitlines())) > LINES:
@@ -190,7 +190,7 @@ def test_nothing_is_too_large(files: Sources) -> None:
 
 
 def with_line(files: Sources, name: str, line: str) -> dict[str, str]:
-    """The files with a line more in the first one of a folder that is no `__init__`, or in the one that is named."""
+    """Return the files with one line added to the named file, or to a folder's first file that is not `__init__`."""
     path = next(path for path in files if path.startswith(name) and not path.endswith("__init__.py"))
     return {**files, path: f"{files[path]}\n{line}\n"}
 
@@ -201,7 +201,7 @@ FOR_TYPES = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    {}"
 
 @pytest.mark.parametrize("way", ["{}", LAZILY, FOR_TYPES], ids=["at once", "lazily", "for types"])
 @pytest.mark.parametrize(
-    ("name", "line", "told"),
+    ("name", "line", "message"),
     [
         ("petlbench/core/", "import petlbench.commands.main", "imports petlbench.commands.main"),
         ("petlbench/measure/", "from ..pipeline import cell", "imports petlbench.pipeline.cell"),
@@ -212,9 +212,9 @@ FOR_TYPES = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    {}"
         ("petlbench/training/", "from petlbench import run", "imports petlbench"),
     ],
 )
-def test_one_import_to_the_right_is_found(files: Sources, way: str, name: str, line: str, told: str) -> None:
+def test_one_import_to_the_right_is_found(files: Sources, way: str, name: str, line: str, message: str) -> None:
     (found,) = arrows(imports(with_line(files, name, way.format(line))))
-    assert found.endswith(told)
+    assert found.endswith(message)
 
 
 @pytest.mark.parametrize("way", ["{}", LAZILY, FOR_TYPES], ids=["at once", "lazily", "for types"])

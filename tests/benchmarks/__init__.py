@@ -1,6 +1,6 @@
-"""Benchmarks, which are not collected with the tests: `python -m tests.benchmarks.NAME`, or `make microbench`.
+"""Benchmarks, which the tests do not collect: `python -m tests.benchmarks.NAME`, or `make microbench`.
 
-With TOY=1 in the environment each runs at a size that takes seconds. Its figures then say nothing, so no limit is held.
+With TOY=1 in the environment each runs at a size that takes seconds; its figures then mean nothing, so no limit holds.
 """
 
 import os
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 def sized(full: T, toy: T) -> T:
-    """The size that this process runs at."""
+    """Return the size at which this process runs."""
     return toy if TOY else full
 
 
 def holds(limit: float, *ratios: float) -> bool:
-    """Whether no ratio is above the limit."""
+    """Return whether no ratio is above the limit."""
     return TOY or max(ratios) <= limit

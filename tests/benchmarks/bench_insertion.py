@@ -1,8 +1,8 @@
-"""What it costs that methods go in through sites: `python -m tests.benchmarks.bench_insertion`.
+"""The cost of inserting methods through sites: `python -m tests.benchmarks.bench_insertion`.
 
-A training step of each seed method on BART layers, beside one of the same mathematics written straight into the same
-layers (`inline.py`). They take turns, so that a machine's drift hits both; that their losses stay equal shows that it
-is the same mathematics. Also a part of `make microbench`.
+Compares a training step of each seed method on BART layers with a step of the same mathematics written directly into
+the same layers (`inline.py`). The two take turns, so that a machine's drift affects both; their equal losses show that
+the mathematics is the same. Also a part of `make microbench`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from petlbench.api.tokens import Tokens, decoding_pass, join, plain_tokens
 from petlbench.backbones.vl_bart import VLBart, VLBartConfig
 from tests.benchmarks import holds, inline, sized
 
-LIMIT = 1.10  # of the ratio
+LIMIT = 1.10  # highest allowed ratio
 PAIRS, WARMUP = sized((30, 5), (2, 1))
 BATCH, IMAGE_TOKENS, ANSWER = 8, 36, 10
 WIDTH, LAYERS = sized((256, 3), (32, 1))
@@ -39,7 +39,7 @@ SIZES = {
     "vocabulary": 100,
 }
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
-    "m2ist": {"generation": "relaxed"},  # beside the encoder alone, as in the paper; the decoder is plain
+    "m2ist": {"generation": "relaxed"},  # only beside the encoder, as in the paper; the decoder is plain
 }
 
 
@@ -71,27 +71,27 @@ class Inputs:
 
 
 def adapted(name: str) -> VLBart:
-    """The host, small, with a method in it and ready to train."""
+    """Build a small host with a method, ready to train."""
     torch.manual_seed(0)
     host = VLBart(VLBartConfig(**SIZES, weights="none"))  # type: ignore[arg-type]
-    kind = METHODS.get(name)
-    found, _ = adapt(kind(kind.Config(**CONFIGS.get(name, {}))), host)
+    cls = METHODS.get(name)
+    found, _ = adapt(cls(cls.Config(**CONFIGS.get(name, {}))), host)
     assert isinstance(found, VLBart)
     return found.train()
 
 
 def through_sites(host: VLBart, x: Inputs) -> Tensor:
-    """As the backbone itself runs its stacks, without table and head."""
+    """Run the stacks as the backbone does, without table and head."""
     states, _ = host.stack("encoder").run(x.tokens.states, x.tokens.context(task="vqa", bias=x.bias))
     memory = Tokens(states, x.tokens.mask, x.tokens.types, x.tokens.positions, x.tokens.segments)
     context = decoding_pass(x.ids, memory, task="vqa", bias=x.causal, memory_bias=x.memory_bias)
     return host.stack("decoder").run(x.answer, context)[0]
 
 
-def layers_as(kind: type[inline.InlineLayer]) -> Callable[[VLBart], nn.ModuleList]:
-    """Both stacks, layer by layer; the host is taken apart."""
+def layers_as(cls: type[inline.InlineLayer]) -> Callable[[VLBart], nn.ModuleList]:
+    """Return a function that takes the host apart and runs both stacks layer by layer."""
     return lambda host: nn.ModuleList(
-        nn.ModuleList(kind(layer) for layer in host.stack(role)) for role in ("encoder", "decoder")
+        nn.ModuleList(cls(layer) for layer in host.stack(role)) for role in ("encoder", "decoder")
     )
 
 
@@ -120,7 +120,7 @@ def through_layers(stacks: nn.ModuleList, x: Inputs) -> Tensor:
 
 
 class Trained:
-    """A model whose steps are timed."""
+    """A model whose training steps are timed."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], forward: Callable[[], Tensor]) -> None:
         self.forward = forward
@@ -129,7 +129,7 @@ class Trained:
         self.optimizer = torch.optim.AdamW(trainable, lr=1e-3)
 
     def step(self, seed: int) -> tuple[float, float]:
-        """Seconds and the loss; the same dropout for the same seed."""
+        """Take a step; return its seconds and loss. The seed decides the dropout."""
         torch.manual_seed(seed)
         begun = perf_counter()
         loss = self.forward().square().mean()
@@ -141,7 +141,7 @@ class Trained:
 
 
 def pair(name: str) -> tuple[Trained, Trained]:
-    """The method through its sites, and inline, with the same values."""
+    """Return the method inserted through its sites, and inline, with the same values."""
     ours, theirs = adapted(name), adapted(name)
     x = Inputs(ours)
     stacks = INLINE[name](theirs).train()
@@ -152,13 +152,13 @@ def pair(name: str) -> tuple[Trained, Trained]:
 
 
 def run_parameters(host: VLBart) -> list[nn.Parameter]:
-    """Those of the stacks, without the norms of embeddings, which the timed part does not run."""
+    """Return the stacks' parameters, without the embedding norms, which the timed part does not run."""
     stacks = nn.ModuleDict({role: host.stack(role) for role in ("encoder", "decoder")})
     return [p for name, p in stacks.named_parameters() if ".embedding_norm." not in name]
 
 
 def measure(name: str) -> Cost:
-    """Raises AssertionError where the two do not train alike."""
+    """Time both ways. Raises AssertionError if the two do not train alike."""
     ours, theirs = pair(name)
     assert ours.scalars == theirs.scalars, (
         f"{name}: {ours.scalars} scalars train through sites, {theirs.scalars} inline"
@@ -182,11 +182,11 @@ def measure(name: str) -> Cost:
 def test_a_step_through_sites_costs_no_more_than_a_tenth_above_inline(name: str) -> None:
     torch.set_num_threads(1)
     found = measure(name)
-    print(f"\n{said(name, found)}")
+    print(f"\n{line(name, found)}")
     assert holds(LIMIT, found.ratio)
 
 
-def said(name: str, cost: Cost) -> str:
+def line(name: str, cost: Cost) -> str:
     return (
         f"{name:20} sites {1e3 * cost.sites_seconds:7.2f} ms   inline {1e3 * cost.inline_seconds:7.2f} ms   "
         f"ratio {cost.ratio:.3f} (limit {LIMIT})"
@@ -194,7 +194,7 @@ def said(name: str, cost: Cost) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print medians and ratios; exit status 1 where a ratio is above LIMIT."""
+    """Print medians and ratios; the exit status is 1 if a ratio is above LIMIT."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(INLINE)}; default: all")
     parser.add_argument("--threads", type=int, default=1)
@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     costs = {name: measure(name) for name in args.methods or INLINE}
     for name, cost in costs.items():
-        print(said(name, cost))
+        print(line(name, cost))
     return int(not holds(LIMIT, *(cost.ratio for cost in costs.values())))
 
 

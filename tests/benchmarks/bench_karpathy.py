@@ -1,7 +1,7 @@
-"""What loading a Karpathy file costs beyond parsing it: `python -m tests.benchmarks.bench_karpathy`.
+"""The cost of loading a Karpathy file beyond parsing it: `python -m tests.benchmarks.bench_karpathy`.
 
-A generated file of COCO's published size, tokens included. `json.load` of it and the loading of all three splits, from
-an empty cache, take turns, so that a machine's drift hits both; peaks of memory are taken in processes of their own.
+Uses a generated file of COCO's published size, tokens included. `json.load` of it and the loading of all three splits,
+from an empty cache, take turns, so that a machine's drift affects both; separate processes measure peaks of memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-import datasets  # noqa: F401 -- imported here, so that neither time nor memory of it counts
+import datasets  # noqa: F401 -- imported here, so that neither its time nor its memory counts
 import psutil
 import pyarrow.parquet
 
@@ -30,17 +30,17 @@ from petlbench.datasets.files.declaration import FilesConfig
 from petlbench.datasets.official.karpathy import COCO
 from tests.benchmarks import holds, sized
 
-LIMIT = 1.5  # of both ratios
+LIMIT = 1.5  # highest allowed value of both ratios
 ROUNDS = sized(3, 1)
 IMAGES, CAPTIONS = sized((123_287, 616_767), (123, 616))
-VAL2014 = sized(40_504, 40)  # images; they stand first in the real file
+VAL2014 = sized(40_504, 40)  # images; they come first in the real file
 HELD_OUT = sized(5000, 5)  # images of val, and of test
 WORDS = "a man riding two small dogs with red umbrellas stands near the street while people watch kites in blue sky"
-UNIT = 1 if sys.platform == "darwin" else 1024  # bytes of what `ru_maxrss` counts
+UNIT = 1 if sys.platform == "darwin" else 1024  # bytes per unit of `ru_maxrss`
 
 
 def generate(root: Path, images: int = IMAGES, captions: int = CAPTIONS) -> Path:
-    """The file, and an empty file for each image. Written as it is made: this process must stay small."""
+    """Write the file, and an empty file for each image, piece by piece, since this process must stay small."""
     rng, words, sentid = random.Random(0), WORDS.split(), 0
     path = root / "dataset_coco.json"
     for folder in ("train2014", "val2014"):
@@ -61,12 +61,12 @@ def _entry(rank: int, tokens: Sequence[list[str]], sentid: int) -> dict[str, Any
     folder = "val2014" if rank < VAL2014 else "train2014"
     split = "train" if rank >= VAL2014 else {0: "val", 1: "test"}.get(rank // HELD_OUT, "restval")
     sentences = [
-        {"tokens": said, "raw": " ".join(said).capitalize() + ".", "imgid": rank, "sentid": sentid + number}
-        for number, said in enumerate(tokens)
+        {"tokens": words, "raw": " ".join(words).capitalize() + ".", "imgid": rank, "sentid": sentid + number}
+        for number, words in enumerate(tokens)
     ]
     return {
         "filepath": folder,
-        "sentids": [said["sentid"] for said in sentences],
+        "sentids": [sentence["sentid"] for sentence in sentences],
         "filename": image_name(folder, rank).rpartition("/")[2],
         "imgid": rank,
         "split": split,
@@ -76,14 +76,14 @@ def _entry(rank: int, tokens: Sequence[list[str]], sentid: int) -> dict[str, Any
 
 
 def parse(path: Path) -> object:
-    """What the standard library alone does."""
+    """Parse with the standard library alone."""
     with path.open(encoding="utf-8") as file:
         return json.load(file)
 
 
 def load(path: Path) -> object:
-    """All splits of a new source, nothing kept from before."""
-    os.utime(path)  # the digest of a file that has not changed is remembered
+    """Load all splits of a new source with an empty cache."""
+    os.utime(path)  # the cache remembers an unchanged file's digest
     with tempfile.TemporaryDirectory() as cache:
         os.environ["PETLBENCH_CACHE"] = cache
         source = COCO(FilesConfig(), path.parent)
@@ -97,12 +97,12 @@ def seconds(way: str, path: Path) -> float:
     started = perf_counter()
     kept = WAYS[way](path)
     taken = perf_counter() - started
-    del kept  # freeing it is not part of it
+    del kept  # the time does not include freeing it
     return taken
 
 
 def peak(way: str, path: Path) -> int:
-    """Bytes above what the process held before, at most; one where that was enough."""
+    """Return the peak in bytes above what the process held before, at least 1."""
     before = psutil.Process().memory_info().rss
     kept = WAYS[way](path)
     del kept
@@ -110,19 +110,19 @@ def peak(way: str, path: Path) -> int:
 
 
 def apart(measure: Callable[[str, Path], int], way: str, path: Path) -> int:
-    """The measure in a process of its own, which must not begin with the peak of a large parent."""
+    """Measure in a separate process, since a child must not inherit the peak of a large parent."""
     with get_context("spawn").Pool(1) as pool:
         return pool.apply(measure, (way, path))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print both ratios; exit status 1 where one is above LIMIT."""
+    """Print both ratios; the exit status is 1 if one is above LIMIT."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=IMAGES)
     parser.add_argument("--captions", type=int, default=CAPTIONS)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     args = parser.parse_args(argv)
-    pyarrow.set_cpu_count(1)  # the standard library has one core as well
+    pyarrow.set_cpu_count(1)  # the standard library uses one core as well
     with tempfile.TemporaryDirectory() as folder:
         path = generate(Path(folder), args.images, args.captions)
         theirs, ours = (apart(peak, way, path) for way in WAYS)

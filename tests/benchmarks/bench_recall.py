@@ -1,8 +1,8 @@
-"""`python -m tests.benchmarks.bench_recall [IMAGES]`: what scoring image-text retrieval costs at COCO's size.
+"""`python -m tests.benchmarks.bench_recall [IMAGES]`: the cost of scoring image-text retrieval at COCO's size.
 
 Prints the time of the task's whole `score` (ranks both ways, recall, the folds of 1,000 images, the per-image scores)
-and the peak memory of its process, on unit vectors of width 512, five captions an image and ten spare ones; and those
-of a plain similarity matrix with both sorts. Each runs in a process of its own.
+and the peak memory of its process, on unit vectors of width 512, five captions an image and ten spare ones. Prints the
+same for a plain similarity matrix with both sorts. Each runs in a separate process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ IMAGES, WIDTH = sized(5000, 50), 512
 
 
 def _embeddings(images: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Images (I, 512), captions (C, 512) near their images, and the captions' images (C,)."""
+    """Return images (I, 512), captions (C, 512) near their images, and the captions' images (C,)."""
     generator = np.random.default_rng(0)
     owners = np.sort(np.concatenate([np.repeat(np.arange(images), 5), np.arange(min(10, images))]))
     image = generator.standard_normal((images, WIDTH), dtype=np.float32)
@@ -52,7 +52,7 @@ def _sorted(images: np.ndarray, captions: np.ndarray, owners: np.ndarray) -> flo
 
 
 def _measured(function: Callable[..., float], images: int, connection: Any) -> None:
-    import petlbench.tasks.retrieval  # noqa: F401 - its import is no part of the measure
+    import petlbench.tasks.retrieval  # noqa: F401 - the measure leaves out its import
 
     arrays = _embeddings(images)
     start = time.perf_counter()
@@ -62,7 +62,7 @@ def _measured(function: Callable[..., float], images: int, connection: Any) -> N
 
 
 def measure(function: Callable[..., float], images: int = IMAGES) -> tuple[float, float, int]:
-    """rsum, seconds, and the process's peak of resident memory in bytes, libraries and embeddings included."""
+    """Return rsum, seconds, and the process's peak of resident bytes, libraries and embeddings included."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measured, args=(function, images, sender))

@@ -1,7 +1,7 @@
-"""What loading a refer data set of the published size costs beyond parsing its two files with the standard library.
+"""The cost of loading a refer data set of the published size beyond parsing its two files with the standard library.
 
-`python -m tests.benchmarks.bench_refer` prints the ratios. Each measurement has a process of its own, and those that
-are compared take turns, so that a machine's drift hits both.
+`python -m tests.benchmarks.bench_refer` prints the ratios. Each measurement runs in a separate process, and compared
+measurements take turns, so that a machine's drift affects both.
 """
 
 from __future__ import annotations
@@ -29,35 +29,35 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from tests.benchmarks import holds, sized
 
-LIMIT = 1.5  # of each ratio
+LIMIT = 1.5  # highest allowed value of each ratio
 SCALE, ROUNDS = sized((1.0, 3), (0.001, 1))
 REFERENCES, IMAGES, ANNOTATIONS = 50_000, 20_000, 200_000
 WORDS = ("the", "man", "woman", "left", "right", "blue", "red", "shirt", "dog", "chair", "front", "girl", "umbrella")
 
 
-class Python2(pickle._Pickler):  # type: ignore[name-defined,misc]  # the one in Python can be taught
+class Python2(pickle._Pickler):  # type: ignore[name-defined,misc]  # only the pickler in Python can be extended
     """Writes text as Python 2 wrote its strings."""
 
     dispatch: ClassVar = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
 
     def save_str(self, text: str) -> None:
-        said = text.encode()
-        self.write(b"U" + bytes([len(said)]) + said if self.proto else b"S" + repr(text).encode() + b"\n")
+        encoded = text.encode()
+        self.write(b"U" + bytes([len(encoded)]) + encoded if self.proto else b"S" + repr(text).encode() + b"\n")
         self.memoize(text)
 
     dispatch[str] = save_str
 
 
 def references(count: int, images: int, annotations: int) -> list[dict[str, Any]]:
-    """As the toolkit has them, 2.85 sentences each on average."""
+    """Draw references in the toolkit's format, 2.85 sentences each on average."""
     rng = np.random.default_rng(0)
     splits = rng.choice(["train", "val", "testA", "testB"], count, p=[0.85, 0.07, 0.04, 0.04]).tolist()
     made, sent_id = [], 0
     for number, split in enumerate(splits):
         sentences = []
         for _ in range(int(rng.choice([2, 3, 4], p=[0.25, 0.65, 0.1]))):
-            said = " ".join(WORDS[i] for i in rng.integers(0, len(WORDS), rng.integers(1, 7)))
-            sentences.append({"tokens": said.split(), "raw": said.title(), "sent_id": sent_id, "sent": said})
+            text = " ".join(WORDS[i] for i in rng.integers(0, len(WORDS), rng.integers(1, 7)))
+            sentences.append({"tokens": text.split(), "raw": text.title(), "sent_id": sent_id, "sent": text})
             sent_id += 1
         annotation = number * annotations // count
         made.append(
@@ -76,7 +76,7 @@ def references(count: int, images: int, annotations: int) -> list[dict[str, Any]
 
 
 def write_instances(path: Path, images: int, annotations: int) -> None:
-    """instances.json, with polygons of COCO's usual length."""
+    """Write instances.json, with polygons of COCO's usual length."""
     rng = np.random.default_rng(1)
     polygons = [json.dumps(rng.uniform(0, 600, (1, 2 * n)).round(2).tolist()) for n in rng.integers(8, 60, 500)]
     head = {"info": {"year": 2014}, "licenses": [], "categories": [{"id": i, "name": f"c{i}"} for i in range(1, 81)]}
@@ -89,13 +89,13 @@ def write_instances(path: Path, images: int, annotations: int) -> None:
         for i in range(annotations):
             one = {"id": i, "image_id": i % images, "category_id": 1, "iscrowd": 0, "area": 999.5 + i}
             box = {"bbox": [round(i % 500 + 0.37, 2), 20.5, 99.25, 60.01]}
-            told = f'{json.dumps(one | box)[:-1]}, "segmentation": {polygons[i % len(polygons)]}}}'
-            file.write(f"{', ' if i else ''}{told}")
+            entry = f'{json.dumps(one | box)[:-1]}, "segmentation": {polygons[i % len(polygons)]}}}'
+            file.write(f"{', ' if i else ''}{entry}")
         file.write("]}")
 
 
 def generate(root: Path, protocol: int, scale: float = SCALE) -> None:
-    """`refcoco` below `root`; the pictures are empty files, which loading does not open."""
+    """Write `refcoco` below `root`; the pictures are empty files, which loading does not open."""
     images, annotations = int(IMAGES * scale), int(ANNOTATIONS * scale)
     folder, pictures = root / "refcoco", root / "train2014"
     folder.mkdir()
@@ -136,8 +136,8 @@ WAYS: dict[str, Callable[[Path], Any]] = {
 
 
 def child(way: str, folder: Path) -> None:
-    """Print seconds and bytes at the peak beyond what was resident before; one where that was enough."""
-    import datasets  # noqa: F401 -- every user of either has it imported
+    """Print seconds, and the peak in bytes above what was resident before, at least 1."""
+    import datasets  # noqa: F401 -- every user of either imports it anyway
     import pyarrow.compute
     import pyarrow.parquet  # noqa: F401
 
@@ -150,11 +150,11 @@ def child(way: str, folder: Path) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     assert len(kept) > 0
     print(json.dumps([seconds, max(1, peak - before)]), flush=True)
-    os._exit(0)  # taking the objects down is no part of it, and takes long
+    os._exit(0)  # the time does not include freeing objects, which takes long
 
 
 def measure_once(way: str, folder: Path) -> tuple[float, float]:
-    """In a fresh process with an empty cache."""
+    """Measure once in a fresh process with an empty cache."""
     command = [sys.executable, "-m", "tests.benchmarks.bench_refer", "--child", way, "--folder", str(folder)]
     with tempfile.TemporaryDirectory() as cache:
         done = subprocess.run(command, env={**os.environ, "PETLBENCH_CACHE": cache}, capture_output=True, check=True)
@@ -164,7 +164,7 @@ def measure_once(way: str, folder: Path) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Ours over the standard library's, medians of both."""
+    """The ratio of our median to the standard library's."""
 
     time: float
     memory: float
@@ -180,9 +180,9 @@ def compare(ours: str, theirs: str, folder: Path, rounds: int) -> Ratio:
 
 
 def measure(protocol: int = 0, scale: float = SCALE, rounds: int = ROUNDS) -> dict[str, Ratio]:
-    """The whole data set, and its pickle alone."""
+    """Measure the whole data set, and its pickle alone."""
     with tempfile.TemporaryDirectory() as place:
-        # Elsewhere: on Linux, a process counts the peak of the one that started it as its own.
+        # A separate process generates: on Linux, a child counts its parent's peak as its own.
         maker = multiprocessing.get_context("spawn").Process(target=generate, args=(Path(place), protocol, scale))
         maker.start()
         maker.join()
@@ -201,7 +201,7 @@ def test_loading_against_the_standard_library(benchmark: BenchmarkFixture) -> No
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the ratios; exit status 1 where one is above LIMIT."""
+    """Print the ratios; the exit status is 1 if one is above LIMIT."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--protocol", type=int, default=0, help="of the pickle: 0 (as published) to 2")
     parser.add_argument("--scale", type=float, default=SCALE)

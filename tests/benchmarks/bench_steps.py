@@ -1,4 +1,4 @@
-"""Seconds of a training step and of a prediction, by method, on the embedded backbone; and the loop's overhead.
+"""Seconds of a training step and of a prediction, by method, on the embedded backbone, and the loop's overhead.
 
 Not collected with the tests: `make microbench` names these files.
 """
@@ -20,7 +20,7 @@ ROUNDS = sized(20, 1)
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> None:
-    torch.set_num_threads(1)  # the steadiest, and the same on machines with more cores
+    torch.set_num_threads(1)  # one thread gives the steadiest times, comparable between machines
 
 
 @pytest.mark.benchmark(group="training step")

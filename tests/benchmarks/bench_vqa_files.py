@@ -1,7 +1,7 @@
-"""VQAv2's files beside what parsing them takes at the very least: `python -m tests.benchmarks.bench_vqa_files`.
+"""The cost of loading VQAv2's files beyond parsing them: `python -m tests.benchmarks.bench_vqa_files`.
 
-Files of the published size are drawn: 650,000 questions with ten answers each. `VQAv2.load` of all of them, with a cold
-cache, and `json.load` of the same files run in processes of their own, in turns.
+Draws files of the published size: 650,000 questions with ten answers each. `VQAv2.load` of all of them, with a cold
+cache, and `json.load` of the same files take turns in separate processes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from petlbench.datasets.files.coco import image_name
 from petlbench.datasets.official.vqav2 import OfficialFiles, VQAv2, VQAv2Config
 from tests.benchmarks import holds, sized
 
-LIMIT = 1.5  # of both ratios
+LIMIT = 1.5  # highest allowed value of both ratios
 QUESTIONS, PER_IMAGE = sized(650_000, 650), 5
 PART = "train2014"
 COMMON = ["yes", "no", "1", "2", "white", "red", "don't know", "on the left", "tennis racket", "frisbee"]
@@ -32,14 +32,14 @@ COMMON = ["yes", "no", "1", "2", "white", "red", "don't know", "on the left", "t
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds, and bytes of resident memory at the peak, beyond what importing took; at least one."""
+    """Seconds, and the peak of resident bytes above the imports' own, at least 1."""
 
     seconds: float
     peak_bytes: int
 
 
 def generate(root: Path, questions: int) -> None:
-    """Both files in the official format, and an empty file for each image."""
+    """Write both files in the official format, and an empty file for each image."""
     draw = random.Random(0)
     answers = [json.dumps(a) for a in COMMON] + [f'"answer {n}"' for n in range(30_000)]
     head = f'{{"info": {{"version": "2.0"}}, "data_type": "mscoco", "data_subtype": "{PART}", "license": {{}}, '
@@ -55,7 +55,7 @@ def generate(root: Path, questions: int) -> None:
             ids = f'"image_id": {image_id}, "question_id": {image_id * 1000 + n % PER_IMAGE}'
             comma = ", " if n else ""
             left.write(f'{comma}{{{ids}, "question": "What is the thing of kind {n % 9973} doing here?"}}')
-            # People agree more often than not, and a few answers are most of all.
+            # Annotators mostly agree, and a few answers are far more frequent than the rest.
             chosen = [answers[int(len(answers) * draw.random() ** 12)] for _ in range(3)]
             ten = ", ".join(
                 f'{{"answer": {chosen[k % 3 if k < 4 else 0]}, "answer_confidence": "yes", "answer_id": {k + 1}}}'
@@ -68,12 +68,12 @@ def generate(root: Path, questions: int) -> None:
 
 
 def by_load(root: Path) -> int:
-    """All rows, as a cell gets them."""
+    """Load all rows as a cell does."""
     return len(VQAv2(VQAv2Config(split="official", layout=OfficialFiles.layout), root).load("vqa", PART))
 
 
 def by_json(root: Path) -> int:
-    """Both files, each let go before the next: less than it takes to join them."""
+    """Parse both files and free each before the next, which needs less than joining them."""
     found = 0
     for path in sorted(root.glob("*.json")):
         with path.open() as file:
@@ -85,7 +85,7 @@ WAYS: Mapping[str, Callable[[Path], int]] = {"load": by_load, "json": by_json}
 
 
 def measured(way: str, root: Path) -> Cost:
-    """In a process of its own."""
+    """Measure in a separate process."""
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, "-m", __spec__.name, "--way", way, "--root", str(root)]
         environment = {**os.environ, "PETLBENCH_CACHE": cache}
@@ -94,7 +94,7 @@ def measured(way: str, root: Path) -> Cost:
 
 
 def measure_here(way: str, root: Path) -> Cost:
-    """In this process, once imports are done."""
+    """Measure in this process, after the imports."""
     import datasets
     import pyarrow.compute
     import pyarrow.parquet
@@ -108,7 +108,7 @@ def measure_here(way: str, root: Path) -> Cost:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print medians and ratios; exit status 1 where one is above LIMIT."""
+    """Print medians and ratios; the exit status is 1 if one is above LIMIT."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--questions", type=int, default=QUESTIONS)
     parser.add_argument("--rounds", type=int, default=1)

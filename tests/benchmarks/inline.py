@@ -1,6 +1,6 @@
-"""BART layers with a method written straight into them, as a repository of its own would have it.
+"""BART layers with a method written directly into them, as in a repository of the method alone.
 
-Each takes an adapted layer apart and computes the same from the same modules, without sites, passes or paths.
+Each class takes an adapted layer apart and computes the same from its modules, without sites, passes or paths.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from torch.nn import functional as F
 
 from petlbench.api.sites import Layer, SubLayer
 
-TEXT_TOKENS = 20  # come first in the encoder's input
+TEXT_TOKENS = 20  # they come first in the encoder's input
 
 
 def inserted(sublayer: SubLayer, place: str) -> Any:
-    """The one module at a place."""
+    """Return the one module at a place."""
     (module,) = sublayer.sites[place].children()
     return module
 
 
 class InlineLayer(nn.Module):
-    """A post-norm layer of an encoder or, with `cross`, of a decoder; the methods go in at `after_*` and `at_end`."""
+    """A post-norm layer of an encoder or, with `cross`, of a decoder; methods override `after_*` and `at_end`."""
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
@@ -65,13 +65,13 @@ class InlineLayer(nn.Module):
 
 
 def through(bottleneck: Any, z: Tensor) -> Tensor:
-    """The mathematics of a bottleneck from its two linear modules."""
+    """Compute a bottleneck from its two linear modules."""
     found: Tensor = bottleneck.up(F.gelu(bottleneck.down(z), approximate="tanh"))
     return found
 
 
 class VLAdapterLayer(InlineLayer):
-    """h + bn(h) behind every sub-layer."""
+    """h + bn(h) after every sub-layer."""
 
     def __init__(self, layer: Layer) -> None:
         super().__init__(layer)
@@ -146,7 +146,7 @@ class VLPETLayer(InlineLayer):
 
 
 class MultiWayLayer(InlineLayer):
-    """Extractors by token type beside the feed-forward network, and the released enhancer behind encoder layers."""
+    """Extractors by token type beside the feed-forward network, and the released enhancer after encoder layers."""
 
     def __init__(self, layer: Layer) -> None:
         super().__init__(layer)
@@ -175,7 +175,7 @@ class MultiWayLayer(InlineLayer):
 
 
 class TappedLayer(InlineLayer):
-    """A frozen encoder layer that also returns what its attention and its feed-forward network give."""
+    """A frozen encoder layer that also returns the outputs of its attention and its feed-forward network."""
 
     def forward(self, x: Tensor, bias: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         attended = self.attention(x, attention_mask=bias)[0]
@@ -222,5 +222,5 @@ class SideEncoder(nn.Module):
 
 
 def bottleneck_of(module: Any) -> Any:
-    """What holds `down` and `up`: the inserted module itself, or a part of it."""
+    """Return the module with `down` and `up`: the inserted module itself, or its `bottleneck`."""
     return module if hasattr(module, "down") else module.bottleneck

@@ -1,7 +1,7 @@
-"""What the training loop costs beyond what anybody's loop would: `python -m tests.benchmarks.overhead`.
+"""The cost of the training loop beyond a plain loop's: `python -m tests.benchmarks.overhead`.
 
-After every step of the training loop one written by hand takes a step of its own, with the same modules, the same batch
-and the same kind of optimizer, so that a machine's drift hits both: the median ratio of such pairs is what counts.
+After every step of the training loop a hand-written loop takes a step with the same modules, the same batch and the
+same kind of optimizer, so that a machine's drift affects both. The result is the median ratio of such pairs.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from petlbench.training.optimizers import optimizer, rate
 from petlbench.training.setup import TrainingSetup
 from tests.benchmarks import holds, sized
 
-LIMIT = 1.05  # of the ratio
+LIMIT = 1.05  # highest allowed ratio
 STEPS = sized(150, 12)
-VALIDATION_ROWS = 2  # validation ends the run, and is not timed
+VALIDATION_ROWS = 2  # validation ends the run; the benchmark does not time it
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Overhead:
 
 
 def prepare(method: str, batch_size: int = 8) -> tuple[TrainingSetup, Dataset]:
-    """A method on `tiny` and vqa, ready to train, and rows of exactly one batch."""
+    """Return a method on `tiny` and vqa, ready to train, and rows of exactly one batch."""
     cell: Cell = profile_cells([method], task="vqa", batch_size=batch_size)[0]
     task, device = TASKS.get(cell.task)(), torch.device("cpu")
     rows = load_split(cell, load_source(cell, None), task, "train")
@@ -57,7 +57,7 @@ def prepare(method: str, batch_size: int = 8) -> tuple[TrainingSetup, Dataset]:
 
 
 def by_hand(setup: TrainingSetup, rows: Dataset) -> Iterator[None]:
-    """A plain loop, a step at a time: no clock, no report, no accounting."""
+    """Run a plain loop, a step at a time: no clock, no report, no accounting."""
     backbone, head, task, recipe = setup.backbone, setup.head, setup.task, setup.recipe
     parameters = setup.trainable()
     optim = optimizer(parameters, recipe, recipe.lr, backbone, setup.method_parameters())
@@ -75,9 +75,9 @@ def by_hand(setup: TrainingSetup, rows: Dataset) -> Iterator[None]:
 
 
 def measure(method: str = "lora", steps: int = STEPS, batch_size: int = 8) -> Overhead:
-    """Both loops, a step of the one and a step of the other in turns, without the first ones, which warm caches.
+    """Run steps of both loops in turns and time them, except the first ones, which warm caches.
 
-    A step of the training loop is all that it does between two reports.
+    A step of the training loop is everything it does between two reports.
     """
     setup, rows = prepare(method, batch_size)
     setup.recipe = setup.recipe.model_copy(update={"steps": steps})
@@ -103,7 +103,7 @@ def measure(method: str = "lora", steps: int = STEPS, batch_size: int = 8) -> Ov
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print both medians and the ratio; exit status 1 where the ratio is above LIMIT."""
+    """Print both medians and the ratio; the exit status is 1 if the ratio is above LIMIT."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--method", default="lora")
     parser.add_argument("--steps", type=int, default=STEPS)

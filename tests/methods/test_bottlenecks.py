@@ -47,13 +47,13 @@ Named = dict[str, Tensor]
 
 
 def method(name: str, **options: Any) -> BottleneckMethod:
-    """A method or `method:variant` with further options."""
+    """Make a method or `method:variant` with further options."""
     kind, _, variant = name.partition(":")
     cls = ALL[kind]
     return cls(cls.Config(**{**cls.variants.get(variant, {}), **options}))
 
 
-# The adapters library's formulas once more, written as the specification has them.
+# A second implementation of the adapters library's formulas, written from the specification.
 
 
 def norm(x: Tensor, gain: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -70,7 +70,7 @@ def phi(name: str, z: Tensor) -> Tensor:
 
 
 def formula(kind: str, p: Named, x: Tensor, z: Tensor, activation: str, scale: float) -> Tensor:
-    """y at one position."""
+    """Compute y at one position."""
     host = (lambda v: norm(v, p["host_ln_gamma"], p["host_ln_beta"], 1e-12)) if "host_ln_gamma" in p else (lambda v: v)
     before = kind.startswith(("pfeiffer", "adapterplus"))
     q = x if kind.startswith("parallel") else host(z + x) if before else z
@@ -87,7 +87,7 @@ def formula(kind: str, p: Named, x: Tensor, z: Tensor, activation: str, scale: f
 
 
 def file_of(kind: str, order: str, folder: Path) -> Path:
-    """A golden file of this kind that the formulas above fill."""
+    """Write a golden file of this kind with values of the formulas above."""
     draws = map(lambda seed: lambda *shape: draw(*shape, seed=seed), itertools.count(1))
     activation = "swish" if "houlsby" in kind else "gelu" if kind == "adapterplus" else "relu"
     scale = 4.0 if kind == "parallel" else 1.0
@@ -139,7 +139,7 @@ def test_a_parameter_too_many_in_a_file_is_an_error(tmp_path: Path) -> None:
         differences(path)
 
 
-# Where the adapter stands to the host's dropout, and what it reads.
+# The adapter's position relative to the host's dropout, and its input.
 
 
 class Times(nn.Module):
@@ -154,7 +154,7 @@ class Times(nn.Module):
 
 
 def doubling(pre_norm: bool) -> tuple[Bare, SubLayer]:
-    """A host with one sub-layer: h = 3 x, drop(h) = 2 h."""
+    """Return a host with one sub-layer: h = 3 x, drop(h) = 2 h."""
     sublayer = SubLayer(Times(3.0), nn.LayerNorm(D), Times(2.0), width=D, pre_norm=pre_norm, projections={})
     backbone = Bare(encoder=Stack([Layer(ffn=sublayer)], width=D))
     randomise(backbone, seed=3)
@@ -201,7 +201,7 @@ def test_the_branch_stands_behind_host_dropout_and_before_the_norm(case: str, pr
 
 
 def test_adaptformer_drops_its_activation_and_nothing_else() -> None:
-    """With every weight 1 and every bias 0, a token's branch is the number of units that are kept."""
+    """With every weight 1 and every bias 0, a token's branch counts the units that dropout keeps."""
     backbone, _ = doubling(True)
     method("adaptformer", rank=1000, scale=1.0).adapt(backbone)
     (module,) = inserted(backbone)
@@ -224,7 +224,7 @@ def test_dropout_is_on_the_scaled_branch_and_not_on_what_it_is_added_to() -> Non
     whole = module.eval()(x, value) - value
     dropped = module.train()(x, value) - value
     kept = dropped != 0
-    alive = whole.abs() > 1e-9  # a token on which every unit is silent has no branch to drop
+    alive = whole.abs() > 1e-9  # a token for which every unit is 0 has no branch to drop
     assert kept[alive].double().mean() == pytest.approx(0.75, abs=0.03)
     torch.testing.assert_close(dropped[kept], whole[kept] / 0.75, rtol=1e-9, atol=1e-12)
 
@@ -296,7 +296,7 @@ COUNTS: list[tuple[str, str, dict[str, Any], int]] = [
 def test_counts_are_the_published_ones(
     name: str, host: str, options: dict[str, Any], expected: int, hosts: dict[str, Backbone]
 ) -> None:
-    """On the meta device, host parts apart; what goes in comes out again."""
+    """Counts on the meta device, without host parts; removal restores the backbone."""
     backbone = hosts[host]
     names, own = list(backbone.state_dict()), backbone.host_parameters()
     with torch.device("meta"):
@@ -336,7 +336,7 @@ def drawn(name: str, **options: Any) -> nn.Module:
     return module
 
 
-CUT = 0.87963  # the standard deviation of a standard normal that is cut at two of them
+CUT = 0.87963  # standard deviation of a standard normal cut at two standard deviations
 INITIAL: dict[str, tuple[float, float, float]] = {  # std of down and of up, largest |value| of both
     "houlsby:hub": (0.02, 0.02, math.inf),
     "houlsby:paper": (CUT * 1e-3, CUT * 1e-3, 2e-3),
@@ -352,7 +352,7 @@ INITIAL: dict[str, tuple[float, float, float]] = {  # std of down and of up, lar
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_initial_values_have_the_specified_moments(name: str) -> None:
-    """131,072 draws of each weight: their standard deviation is known to some thousandths."""
+    """131,072 draws of each weight give its standard deviation to a few thousandths."""
     module: Any = drawn(name)
     bottleneck = module.bottleneck
     *deviations, bound = INITIAL[name]
@@ -386,7 +386,7 @@ def test_scales_and_dropout_rates_are_the_authors_and_learned_scales_start_at_on
 
 
 def outputs(backbone: Backbone) -> Tensor:
-    """Of all three stacks, on fixed states."""
+    """Return the outputs of all three stacks on fixed states."""
     x, mask = draw(2, 4, 16), torch.ones(2, 4, dtype=torch.bool)
     seen, _ = backbone.stack("vision").run(x, Pass())
     memory = backbone.fuse(plain_tokens(draw(2, 4, 32), mask, IMAGE), task="vqa")
@@ -468,7 +468,7 @@ def test_pfeiffer_in_a_copied_backbone_reads_the_copys_norm() -> None:
 
 
 def test_pfeiffer_reads_the_norm_that_the_host_has_at_that_time() -> None:
-    """Another that takes its place is taken too."""
+    """A norm that replaces the host's is used too."""
     backbone, sublayer = doubling(False)
     method("pfeiffer", rank=R).adapt(backbone)
     backbone.double()
@@ -479,7 +479,7 @@ def test_pfeiffer_reads_the_norm_that_the_host_has_at_that_time() -> None:
     torch.testing.assert_close(y, expected(7 * x + bn(module, expected(7 * x))), rtol=0, atol=1e-12)
 
 
-# The gate, and what is refused.
+# The gate, and refusals.
 
 
 def test_the_gate_leaves_padding_out_unless_told_otherwise() -> None:

@@ -1,4 +1,4 @@
-"""Ladder side-tuning: what it keeps, what it never lets in, how it starts, and what it refuses."""
+"""Ladder side-tuning: saved activations, isolation of the backbone, initial values, and refusals."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ DROPPED: dict[str, Any] = {"encoder": (1, 2), "decoder": (0, 2)}
 
 
 def t5() -> Host:
-    """A random one in double precision and evaluation mode, whose images are visual tokens."""
+    """Return a random host in double precision and evaluation mode, whose images are visual tokens."""
     host = Host(SIZES, {}, 6, 2).double()
     randomise(host)
     return host.eval()
@@ -54,7 +54,7 @@ def language(kind: str) -> Any:
 
 
 def tuned(host: Any, **options: Any) -> SideTuned:
-    """With every trained value random, gates and biases too; but for those that pruning gave."""
+    """Adapt with every trained value random, gates and biases too, except those from pruning."""
     adapted = LST(LSTConfig(**{"reduction": 2, "init": "random"} | options)).adapt(host)
     assert isinstance(adapted, SideTuned)
     randomise(adapted.side, seed=1)
@@ -62,7 +62,7 @@ def tuned(host: Any, **options: Any) -> SideTuned:
 
 
 def question(host: Any, rows: int = 2, length: int = 5) -> Tokens:
-    """Padded in the second row."""
+    """Return text tokens with padding in the second row."""
     ids = torch.arange(3, 3 + rows * length).reshape(rows, length) % 40 + 3
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[1, -2:] = False
@@ -71,7 +71,7 @@ def question(host: Any, rows: int = 2, length: int = 5) -> Tokens:
 
 
 def picture(host: Any, seed: int = 0, rows: int = 2) -> Tokens:
-    """Four visual tokens."""
+    """Return four visual tokens."""
     states = draw(rows, 4, host.width, seed=seed)
     return plain_tokens(states, torch.ones(rows, 4, dtype=torch.bool), IMAGE)
 
@@ -83,7 +83,7 @@ def bert(layers: int = 3, *, width: int = 16, heads: int = 4, ffn: int = 24) -> 
 
 @pytest.mark.parametrize("kind", ["t5", "bart"])
 def test_no_image_reaches_the_frozen_layers(kind: str) -> None:
-    """Their states are the same to the bit whatever the image, and as many as the text has tokens."""
+    """Their states are the same to the bit whatever the image, one per text token."""
     host = language(kind)
     model, seen = tuned(host), []
     hooks = [
@@ -139,12 +139,12 @@ def test_one_beam_is_greedy() -> None:
 @pytest.mark.parametrize("kind", ["t5", "bart"])
 @pytest.mark.parametrize("training", [False, True])
 def test_of_the_frozen_backbone_only_the_taps_are_saved(kind: str, training: bool) -> None:
-    """E_0 and the states after each layer; nothing inside the layers, and no gradient function anywhere."""
+    """These are E_0 and the states after each layer, none inside the layers, without any gradient function."""
     host = language(kind)
     model = tuned(host).train(training)
     frozen = {name: m for name, m in host.named_modules() if ".layers." in name}
     layers = [m for m in frozen.values() if isinstance(m, Layer)]
-    alive: list[Tensor] = []  # so that no address is used twice
+    alive: list[Tensor] = []  # keeps tensors alive, so that no address is used twice
     inner, taps, saved = set[int](), set[int](), list[int]()
 
     def look(module: nn.Module, _: Any, output: Any) -> None:
@@ -169,12 +169,12 @@ def test_of_the_frozen_backbone_only_the_taps_are_saved(kind: str, training: boo
         hook.remove()
     loss.backward()
     assert taps & set(saved) and not (inner - taps) & set(saved)
-    assert image.grad is not None and image.grad.any()  # what makes visual tokens trains
+    assert image.grad is not None and image.grad.any()  # the visual projection trains
     assert all(p.grad is None for p in host.parameters())
 
 
 def test_gates_mix_before_each_side_layer_and_visual_rows_get_no_ladder() -> None:
-    """Section 1 of the paper, with layers dropped in both stacks: z = mu side + (1 - mu) D_l E_l."""
+    """Follows section 1 of the paper, without some side layers: z = mu side + (1 - mu) D_l E_l."""
     model = tuned(t5(), layers=DROPPED)
     with watched(model) as seen:
         memory = model.fuse(question(model), picture(model), task="vqa")
@@ -193,7 +193,7 @@ def test_gates_mix_before_each_side_layer_and_visual_rows_get_no_ladder() -> Non
 
 
 def test_a_stack_of_another_host_gives_the_result_of_its_side() -> None:
-    """By hand: post-norm BERT layers at half the width, as many heads, ladders without bias; none for layer 1."""
+    """Computes by hand: post-norm BERT layers at half the width, as many heads, ladders without bias; no layer 1."""
     host = bert()
     adapted = LST(LSTConfig(reduction=2, layers={"fusion": (0, 2)})).adapt(Bare(fusion=host).double()).eval()
     randomise(adapted, seed=3)
@@ -316,7 +316,7 @@ def test_side_layers_start_as_pruned_weights_and_keep_all_relative_positions() -
 
 
 def test_pruning_goes_through_a_file_of_fisher_sums(tmp_path: Path) -> None:
-    """The first `limit` samples count; modes, flags and gradients stay; the file decides what is kept."""
+    """The first `limit` samples count; modes, flags and gradients stay; the file decides which rows stay."""
     host = t5().train()
     host.freeze()
     before = {name: p.requires_grad for name, p in host.named_parameters()}
@@ -338,7 +338,7 @@ def test_pruning_goes_through_a_file_of_fisher_sums(tmp_path: Path) -> None:
 
 
 def test_rows_that_stay_come_in_the_order_of_a_set() -> None:
-    """Few of many: not ascending, as in the authors' code, whose heads are cut from this order."""
+    """When few of many stay, the order is not ascending; the authors' code cuts heads from this order."""
     score = torch.zeros(768, 1)
     score[[531, 2, 28, 526, 3, 6]] = 1
     found = selected(score, 1 - 6 / 768)
@@ -365,7 +365,7 @@ def trainable(backbone: nn.Module) -> int:
     ("reduction", "published"), [(2, 59_124_504), (4, 17_967_384), (8, 6_678_552), (16, 3_356_568)]
 )
 def test_counts_beside_t5_base(reduction: int, published: int) -> None:
-    """With the visual block; 7.46 % at the authors' reduction of 4."""
+    """Counts include the visual block; the authors' reduction of 4 gives 7.46 %."""
     with torch.device("meta"):
         host = VLT5(VLT5.configured("vl_t5", {}))
     adapted = LST(LSTConfig(reduction=reduction)).adapt(host)

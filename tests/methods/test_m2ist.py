@@ -1,6 +1,6 @@
-"""M2IST: its formulas, what it starts from, what it keeps of the backbone, and what it refuses.
+"""M2IST: its formulas, initial values, saved activations of the backbone, and refusals.
 
-That it is the authors' is held by `test_golden.py`.
+`test_golden.py` compares it with the authors' code.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def side(backbone: Backbone, role: str) -> SideStack:
 
 
 def shaken(backbone: Backbone, std: float = 0.3) -> Backbone:
-    """All that trains at random, so that nothing is zero."""
+    """Draw all trainable values at random, so that none is zero."""
     generator = torch.Generator().manual_seed(1)
     for p in backbone.parameters():
         if p.requires_grad:
@@ -69,7 +69,7 @@ def shaken(backbone: Backbone, std: float = 0.3) -> Backbone:
     return backbone
 
 
-# The formulas once more, straight from the specification and from arrays.
+# A second implementation of the formulas, from the specification, on arrays.
 
 
 def norm(v: Arrays, name: str, x: Tensor, eps: float) -> Tensor:
@@ -99,7 +99,7 @@ def bottleneck(v: Arrays, at: str, z: Tensor) -> Tensor:
 
 
 def towers(v: Arrays, twice: bool) -> tuple[Tensor, Tensor]:
-    """f + s of both encoders, (B, N, d) and (B, L, d)."""
+    """Compute f + s of both encoders, (B, N, d) and (B, L, d)."""
     pairs = [tuple(pair) for pair in v.meta["pairs"]]
     of_vision, of_text = ({pair[i]: k for k, pair in enumerate(pairs)} for i in (0, 1))
     x, positions = (v[name].flatten(2).transpose(1, 2) for name in ("feature_map", "feature_pos"))
@@ -151,7 +151,7 @@ def loss(v: Arrays, image: Tensor, text: Tensor) -> dict[str, Tensor]:
 
 
 def computed(v: Arrays, twice: bool) -> dict[str, Tensor]:
-    """Outputs and gradients of a file's model by the formulas."""
+    """Compute outputs and gradients of a file's model by the formulas."""
     trained = [name.removeprefix("grad.") for name in v if name.startswith("grad.")]
     for name in trained:
         v[name] = v[name].clone().requires_grad_()
@@ -163,7 +163,7 @@ def computed(v: Arrays, twice: bool) -> dict[str, Tensor]:
 
 
 def test_the_clean_model_is_the_specifications(tmp_path: Path) -> None:
-    """Without the double residual and norm: no file of the authors', but formulas that meet the authors' other one."""
+    """No file of the authors' lacks the double residual and norm; the formulas reproduce the file that has it."""
     path = FOLDER / "m2ist" / "tiny_model.npz"
     for name, value in computed(Arrays(path), twice=True).items():
         torch.testing.assert_close(value, Arrays(path)[name], rtol=0, atol=1e-10)
@@ -201,7 +201,7 @@ def test_published_counts() -> None:
 
 
 def test_clean_on_clip_has_the_prototypes_size() -> None:
-    """7.5 million parameters for r = 128 on ViT-B/16 (specification, section 7.5)."""
+    """It has 7.5 million parameters for r = 128 on ViT-B/16 (specification, section 7.5)."""
     with torch.device("meta"):
         backbone = Clip(Clip.configured("clip:ViT-B-16", {"weights": "none", "tokenizer": "tiny/tokenizer.json"}))
     own = sum(p.numel() for n, p in adapted(backbone).named_parameters() if ".side." in n)
@@ -361,7 +361,7 @@ def test_encoder_decoders_start_at_the_pretrained_function(build: Any, generatio
 
 
 def test_relaxed_generation_reads_the_adapted_encoder() -> None:
-    """As the untouched backbone would, given those states."""
+    """It decodes as the untouched backbone would from those states."""
     backbone = shaken(adapted(small_tiny(), generation="relaxed"))
     memory = backbone.fuse(*encoder_input(backbone), task="vqa")
     ids = torch.tensor([[2, 7], [2, 5], [2, 30]])
@@ -372,7 +372,7 @@ def test_relaxed_generation_reads_the_adapted_encoder() -> None:
 
 
 def test_the_strict_decoder_attends_to_the_frozen_encoder() -> None:
-    """Frozen states are, to the bit, what the untouched backbone gives."""
+    """Frozen states equal those of the untouched backbone to the bit."""
     untouched, backbone = small_tiny(), shaken(adapted(small_tiny()))
     parts = encoder_input(untouched)
     memory = backbone.fuse(*parts, task="vqa")
@@ -390,7 +390,7 @@ def test_the_strict_decoder_attends_to_the_frozen_encoder() -> None:
 
 
 def test_an_adapted_encoder_reaches_the_words_through_the_ladder_alone() -> None:
-    """While the decoder's side is still zero, no word changes, however the encoder's side does."""
+    """While the decoder's side is zero, no word changes, whatever the encoder's side is."""
     with torch.no_grad():
         before, backbone = outputs(small_tiny()), adapted(small_tiny())
         for name, p in backbone.named_parameters():
@@ -402,7 +402,7 @@ def test_an_adapted_encoder_reaches_the_words_through_the_ladder_alone() -> None
 
 
 def test_what_trains_below_a_stack_feeds_the_side_alone() -> None:
-    """The derivative to the embeddings is that of s^0: the gate's share, and the way through the frozen layers none."""
+    """The derivative to the embeddings is that of s^0, the gate's share; none passes through the frozen layers."""
     backbone = adapted(small_tiny())
     text, image = encoder_input(backbone)
     stack = side(backbone, "encoder")
@@ -415,7 +415,7 @@ def test_what_trains_below_a_stack_feeds_the_side_alone() -> None:
     torch.testing.assert_close(x.grad, torch.full_like(x, 0.25), rtol=0, atol=1e-12)
 
 
-# What the side keeps for backward: the closed forms of the specification, section 6, in numbers per token and pair.
+# Values that the side saves for backward, per token and pair: closed forms of the specification, section 6.
 
 
 def kept(stack: SideStack, tokens: Tokens, **more: Any) -> int:
@@ -447,7 +447,7 @@ def bart_encoder(width: int, layers: int) -> Stack:
 
 
 def test_a_single_stream_keeps_the_taps_and_its_embeddings() -> None:
-    """3 d + 2 r + 2 for each token and pair, whatever its type, and d for the gate; at BART-base's size."""
+    """Saves 3 d + 2 r + 2 per token and pair, whatever its type, and d for the gate, at BART-base's size."""
     with torch.device("meta"):
         backbone = adapted(Bare(encoder=bart_encoder(768, 6)), start="gated")
         found = kept(side(backbone, "encoder"), meta_tokens(768, (TEXT, 20), (IMAGE, 36)))
@@ -459,7 +459,7 @@ def test_a_single_stream_keeps_the_taps_and_its_embeddings() -> None:
 def test_tiny_keeps_the_taps_and_what_its_final_norm_needs() -> None:
     backbone = adapted(small_tiny())
     tokens = tokens_for(backbone, "vision")
-    # Pre-norm: d and two statistics more per token, of the sum that the final norm is given.
+    # Pre-norm: d and two more statistics per token, for the input sum of the final norm.
     assert kept(side(backbone, "vision"), tokens) == 10 * (2 * (3 * 16 + 2 * 5 + 2) + 2 * 16 + 2)
     text, image = encoder_input(backbone)
     assert kept(side(backbone, "encoder"), join([text, image])) == len(QUESTIONS) * (text.states.shape[1] + 4) * (
@@ -468,8 +468,8 @@ def test_tiny_keeps_the_taps_and_what_its_final_norm_needs() -> None:
 
 
 def test_the_ladder_keeps_the_taps_and_one_small_attention() -> None:
-    """Per target token its pairs and gate, its query, state and answer; per source token LN's both ends, key and value;
-    and one map of attention. Nothing of the decoder, and of the output head nothing."""
+    """Saves per target token its pairs and gate, query, state and answer; per source token LN's input and output, key
+    and value; and one attention map. It saves nothing of the decoder or the output head."""
     backbone = adapted(small_tiny())
     memory = backbone.fuse(*encoder_input(backbone, QUESTIONS[:1]), task="vqa")
     ids = torch.tensor([[2, 7, 9, 11, 3]])
@@ -505,14 +505,14 @@ def test_a_pooled_side_is_the_whole_one_at_its_token() -> None:
 
 
 def test_a_pooled_side_keeps_one_token_alone() -> None:
-    """Not the layer's whole activation, of which a tap's slice would be a view."""
+    """A tap's slice is a copy; a view would keep the layer's whole activation."""
     backbone = adapted(small_clip(), tokens="pooled")
     stack, tokens = side(backbone, "vision"), tokens_for(backbone, "vision", 50)
     context = Pass(segments=tokens.segments, mark=torch.tensor([3, 1]))
     with SavedTensors(stack) as saved:
         stack.run(tokens.states, context)
     d, r, pairs = stack.width, stack.side.sizes.rank, len(stack.tapped)
-    indices = 4  # of the two tokens
+    indices = 4  # two for each of the two tokens
     assert saved.saved_bytes // 8 == 2 * (pairs * (3 * d + 2 * r + 2) + d + 2) + indices
 
 
@@ -568,7 +568,7 @@ def test_its_home_is_in_the_released_state() -> None:
 
 
 def test_what_is_pretrained_below_a_frozen_encoder_stays_as_it_is() -> None:
-    """A visual projection that moves takes from the frozen layers what they know."""
+    """If the visual projection changed, the frozen layers would lose what they learned."""
     backbones = {below: adapted(Tiny(TinyConfig()), below=below) for below in (None, "train", "freeze")}
     trained = {below: {n for n, p in b.named_parameters() if p.requires_grad} for below, b in backbones.items()}
     assert trained[None] == trained["freeze"] and not any("visual." in name for name in trained[None])

@@ -1,4 +1,4 @@
-"""Methods train exactly what they say, in the published amounts, and start where they should."""
+"""Methods train exactly the declared parameters, in the published numbers, from the right initial values."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def is_bias(name: str) -> bool:
 
 
 def sublayers(roles: Iterable[str] = ("vision", "encoder", "decoder")) -> list[str]:
-    """Names of all sub-layers of the small backbone, two layers a stack."""
+    """Return the names of all sub-layers of the small backbone, two layers per stack."""
     inside = {"decoder": ("attention", "cross_attention", "ffn")}
     return [
         f"stacks.{role}.layers.{i}.sublayers.{name}"
@@ -108,7 +108,7 @@ def test_counts_follow_the_closed_forms() -> None:
 
 
 def bart_base() -> Bare:
-    """Encoder and decoder stacks of BART-base, without storage."""
+    """Return encoder and decoder stacks of BART-base, without storage."""
     config = bart_config(768, 12, 3072)
     with torch.device("meta"):
         encoder = [bart_encoder_layer(BartEncoderLayer(config)) for _ in range(6)]

@@ -1,7 +1,7 @@
-"""Layers with a method in them compute what the specification's formulas say: outputs, and all gradients.
+"""Adapted layers compute the specification's formulas: outputs, and all gradients.
 
-The authors' files (`test_golden.py`) hold no gradients of single layers, and not every variant on every family; files
-of the same format are written here from the formulas, at other sizes.
+The authors' files (`test_golden.py`) hold no gradients of single layers, and not every variant on every family; these
+tests write files of the same format from the formulas, at other sizes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Formulas:
     def __init__(self, parameters: Named, heads: int = 4, *, t5: bool = False) -> None:
         self.p = {name: value.clone().requires_grad_() for name, value in parameters.items()}
         self.heads, self.t5 = heads, t5
-        self.seen: Named = {}  # what is between, by its golden name
+        self.seen: Named = {}  # intermediate values by golden name
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         y = x @ self.p[f"{name}.W"].T
@@ -60,7 +60,7 @@ class Formulas:
         return h + self.bottleneck(h, [f"{prefix}down"], f"{prefix}up")
 
     def control(self, name: str, x: Tensor, h: Tensor, variant: str, heads: int, scale: float) -> Tensor:
-        """VL-PET's u = s G (h + dH)."""
+        """Compute VL-PET's u = s G (h + dH)."""
         pet = f"pet_{name}."
         delta = self.bottleneck(h, [f"{pet}down{k}" for k in range(heads)], f"{pet}up")
         m = h + delta
@@ -95,7 +95,7 @@ class Formulas:
         return self.linear("ffn.out", z.clamp_min(0) if self.t5 else 0.5 * z * (1 + torch.erf(z / math.sqrt(2))))
 
     def residual(self, name: str, x: Tensor, core: Callable[[Tensor], Tensor], change: Callable[..., Tensor]) -> Tensor:
-        """A sub-layer whose output h becomes change(x, h)."""
+        """Run a sub-layer whose output h becomes change(x, h)."""
         if self.t5:
             return x + change(x, core(self.norm(f"{name}_ln", x)))
         return self.norm(f"{name}_ln", x + change(x, core(x)))
@@ -106,7 +106,7 @@ def hidden(mask: Tensor) -> Tensor:
 
 
 def agree(ours: Tensor, formula: Tensor, sides: tuple[Named, Named], parts: Parts) -> None:
-    """Equal outputs, and all gradients of a random functional of them; `sides`: leaves by name."""
+    """Check equal outputs, and all gradients of a random functional of them; `sides` holds leaves by name."""
     torch.testing.assert_close(ours, formula, rtol=0, atol=1e-9)
     weight = draw(*formula.shape, seed=9)
     first, second = (
@@ -132,7 +132,7 @@ BIAS = hidden(MASK)[:, None, None]
 
 
 def drawn_layer(attentions: tuple[str, ...], ffn: bool, t5: bool) -> dict[str, tuple[int, ...]]:
-    """Shapes of a layer's own parameters."""
+    """Return the shapes of a layer's own parameters."""
     shapes: dict[str, tuple[int, ...]] = {f"{a}.{p}.W": (WIDTH, WIDTH) for a in attentions for p in "qkvo"}
     shapes |= {"ffn.in.W": (FFN, WIDTH), "ffn.out.W": (WIDTH, FFN)} if ffn else {}
     if not t5:
@@ -142,7 +142,7 @@ def drawn_layer(attentions: tuple[str, ...], ffn: bool, t5: bool) -> dict[str, t
 
 
 def drawn_control(prefix: str, variant: str) -> dict[str, tuple[int, ...]]:
-    """Shapes of an encoder module's parameters."""
+    """Return the shapes of an encoder module's parameters."""
     linears = {f"down{k}": (RANK // N_H, WIDTH) for k in range(N_H)} | {"up": (WIDTH, RANK)}
     if variant == "large":
         linears |= {"gate_down": (GATE_RANK, WIDTH), "gate_up": (WIDTH, GATE_RANK)}
@@ -162,7 +162,7 @@ def drawn(shapes: dict[str, tuple[int, ...]]) -> Named:
 
 
 def written(path: Path, meta: dict[str, Any], formulas: Formulas, inputs: Named, y: Tensor) -> Arrays:
-    """A file as the authors' are, whose every array agrees with ours; read again with inputs that need gradients."""
+    """Write a file in the authors' format, check that ours agrees, and read it with inputs that need gradients."""
     tensors = {f"p/{name}": value for name, value in formulas.p.items()} | inputs | {"out/y": y} | formulas.seen
     plain = {name: value.detach().numpy() for name, value in tensors.items()}
     np.savez(path, meta_json=np.array(json.dumps(meta)), **plain)  # type: ignore[arg-type]
@@ -211,7 +211,7 @@ def unchanged(x: Tensor, h: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["bart_declayer", "t5_crosslayer"])
 def test_vl_pets_value_adapter_is_the_formula(kind: str, tmp_path: Path) -> None:
-    """In a whole decoder layer of BART, and in T5's cross-attention alone."""
+    """Runs a whole decoder layer of BART, and T5's cross-attention alone."""
     t5 = kind == "t5_crosslayer"
     shapes = drawn_layer(("cross",) if t5 else ("self", "cross"), not t5, t5)
     shapes |= linear_shapes("value_adapter.", {"down": (RANK, WIDTH), "up": (WIDTH, RANK)})
@@ -282,7 +282,7 @@ def test_vl_adapter_in_bart_layers_is_the_formula(kind: str) -> None:
 
 
 class Query(nn.Module):
-    """A core that is one projection."""
+    """A core of one projection."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

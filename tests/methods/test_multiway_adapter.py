@@ -1,7 +1,7 @@
-"""MultiWay-Adapter: its formula wherever it goes, what it shares, what it refuses; counts and first values.
+"""MultiWay-Adapter: its formula at every site, sharing, refusals, counts and initial values.
 
-That modules, layers and model are the authors' is held by `test_golden.py`, for the files that are here; for further
-compositions of the same formats, by a second writing of the specification below.
+`test_golden.py` compares modules, layers and model with the authors' files; a second implementation of the
+specification below covers further compositions in the same formats.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def trained(backbone: Backbone) -> dict[str, nn.Parameter]:
 
 
 def shaken(backbone: Backbone) -> Backbone:
-    """What was inserted, drawn anew, so that nothing is zero; evaluation mode."""
+    """Draw inserted parameters anew, so that none is zero; set evaluation mode."""
     with torch.no_grad():
         for p in trained(backbone).values():
             p.copy_(torch.randn_like(p) * 0.3)
@@ -66,7 +66,7 @@ def branch(layer: Layer) -> list[nn.Module]:
     return list(layer["ffn"].sites["branch"].children())
 
 
-# ---- the specification (sections 1.1 to 1.8), written a second time
+# ---- a second implementation of the specification (sections 1.1 to 1.8)
 
 
 def norm(x: Tensor, w: dict[str, Tensor], name: str) -> Tensor:
@@ -85,7 +85,7 @@ def gelu(x: Tensor) -> Tensor:
 
 def spec_block(h: Tensor, w: dict[str, Tensor], b: str, split: int, pad: Tensor, heads: int, s: float,
                masks: dict[str, Tensor] | None = None) -> Tensor:  # fmt: skip
-    """One block; `b` is the prefix of its arrays; `masks` divided by what is kept, in training."""
+    """Compute one block; `b` is the prefix of its arrays; in training, `masks` are divided by the kept share."""
     masks = masks or {}
     first = {-1: h.shape[1], 0: 0}.get(split, split)
 
@@ -112,7 +112,7 @@ def spec_block(h: Tensor, w: dict[str, Tensor], b: str, split: int, pad: Tensor,
 
 
 def block_arrays(b: str, d: int, f: int, m: int, parts: str) -> dict[str, Tensor]:
-    """Random values for one block with these parts (`plain`, `nke`, `ae`, `nke_ae`)."""
+    """Draw values for one block with these parts (`plain`, `nke`, `ae`, `nke_ae`)."""
     shapes: dict[str, tuple[int, ...]] = {}
     for mu in "vt":
         shapes |= {f"{mu}.{name}_{part}": (d,) for name in ("ln1", "lni", "ln2") for part in "gb"}
@@ -132,7 +132,7 @@ def drawn(*shape: int) -> Tensor:
 
 
 def written(path: Path, weights: dict[str, Tensor], rest: dict[str, Any]) -> Path:
-    """A golden file, with the gradients that the weights have."""
+    """Write a golden file with the weights' gradients."""
     grads = {f"grad_{name}": w.grad for name, w in weights.items() if w.grad is not None}
     arrays = {**weights, **grads, **rest}
     np.savez(path, **{name: np.asarray(a.detach() if isinstance(a, Tensor) else a) for name, a in arrays.items()})
@@ -165,7 +165,7 @@ def test_a_file_of_any_released_layer_agrees(tmp_path: Path, parts: str, split: 
 
 
 def spec_model(w: dict[str, Tensor], image: Tensor, ids: Tensor, pad: Tensor, layers: int) -> dict[str, Tensor]:
-    """All outputs of a g4 file."""
+    """Compute all outputs of a g4 file."""
     patches = F.conv2d(image, w["patch_w"], w["patch_b"], stride=16).flatten(2).transpose(1, 2)
     v = torch.cat([w["cls"].expand(len(image), -1, -1), patches], dim=1) + w["pos_v"][2:]
     t = (w["tok_emb"][ids] + w["pos_t"][2 : 2 + ids.shape[1]]) * (1 - pad)[..., None]
@@ -233,7 +233,7 @@ def test_a_file_of_any_extractor_agrees(tmp_path: Path, place: str, s: str) -> N
     assert largest(written(tmp_path / f"g1_nke_ln-{place}_s-{s}.npz", w, rest)) < 1e-12
 
 
-# ---- first values and counts
+# ---- initial values and counts
 
 
 def test_first_values_are_the_originals() -> None:
@@ -300,11 +300,11 @@ def test_an_extractor_is_a_twelfth_of_the_width_between_8_and_64() -> None:
     assert MultiWayAdapter.Config(bottleneck=7).rank(1024) == 7
 
 
-# ---- the formula, where it goes
+# ---- the formula at its sites
 
 
 def outputs(backbone: Backbone) -> list[Tensor]:
-    """Of passes over a text, an image, and both."""
+    """Return the states of passes over a text, an image, and both."""
     text, image = a_batch(backbone)  # type: ignore[arg-type]
     passes = (text,), (image,), (text, image)
     return [backbone.fuse(*parts, task="rec").states for parts in passes]
@@ -327,7 +327,7 @@ def test_all_but_the_released_enhancer_start_as_the_plain_model(enhancer: str) -
 
 @pytest.mark.parametrize("parts", [(TEXT,), (IMAGE,), (TEXT, IMAGE)])
 def test_every_token_goes_through_the_extractor_of_its_type(parts: tuple[int, ...]) -> None:
-    """In fused passes too; the enhancer is one for all."""
+    """This holds in fused passes too; all token types share one enhancer."""
     backbone = random_tiny()
     layer = backbone.stack("encoder").layers[1]
     method(scale=0.7, norm="in").adapt(backbone)
@@ -448,7 +448,7 @@ def test_the_extractors_hidden_values_drop_out_in_training(rate: float) -> None:
 
 
 class Traced(nn.Module):
-    """Drop-path that drops everything, and says so."""
+    """Drop-path that drops everything, and records it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * 0
@@ -492,7 +492,7 @@ def towers(vision: int, text: int, width: int = 16, text_width: int = 16) -> Bar
 
 
 def pairs(backbone: Backbone, part: str) -> list[tuple[int, int]]:
-    """(vision, text) layers whose enhancers are, or have, one `part`."""
+    """Return the (vision, text) layers whose enhancers are one `part`, or contain it."""
     of = {role: {i: layer.tail[0].enhancer for i, layer in enumerate(backbone.stack(role)) if len(layer.tail)}
           for role in ("vision", "text")}  # fmt: skip
     get = (lambda m: m) if part == "all" else (lambda m: getattr(m, part))
@@ -540,7 +540,7 @@ def test_the_core_is_what_unequal_towers_share() -> None:
         assert ae.core.weight.shape == (5, 5)
         assert error(tail(z), z + inner @ ae.up.weight.T + ae.up.bias) < 1e-12
     cores = [name for name in trained(backbone) if ".core.weight" in name]
-    assert len(cores) == 2  # one a pair
+    assert len(cores) == 2  # one per pair
 
 
 def test_in_one_stack_the_core_is_what_both_types_share() -> None:
@@ -556,7 +556,7 @@ def test_in_one_stack_the_core_is_what_both_types_share() -> None:
     assert moved == [True, False, True]
 
 
-# ---- what it refuses, and what it leaves alone
+# ---- refusals, and unchanged parts
 
 
 @pytest.mark.parametrize("enhancer", ["ffn", "bottleneck"])
@@ -615,7 +615,7 @@ def test_a_step_moves_what_was_inserted_and_nothing_else() -> None:
     adapted.double()
     before = {name: p.detach().clone() for name, p in adapted.named_parameters()}
     moved = optimizer(trained(adapted), Recipe(weight_decay=0.1), 0.01, adapted)
-    for _ in range(2):  # in the first, what stands behind zeros gets no gradient
+    for _ in range(2):  # in the first step, weights behind zeros get no gradient
         flat(adapted.train()).pow(2).sum().backward()
         moved.step()
     changed = {name for name, p in adapted.named_parameters() if not torch.equal(p, before[name])}
@@ -652,7 +652,7 @@ def test_the_recipe_is_the_authors_command(family: str, peak: float) -> None:
 
 
 def test_the_originals_parameter_groups_are_a_recipe() -> None:
-    """Inserted modules included, which the original's layer decay slows down too."""
+    """The original's layer decay also slows inserted modules."""
     golden = golden_json("g7_param_groups")
     backbone = tiny()
     method().adapt(backbone)

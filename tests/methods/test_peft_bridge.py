@@ -1,4 +1,4 @@
-"""The bridge to peft: what is listed, where its layers go, what they claim, and how they are taken out again."""
+"""The bridge to peft: listed types, sites of its layers, their claims, and their removal."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from tests.layer_cases import FAMILIES, B, N, make
 from tests.layer_cases import D as NARROW
 
 D = 32
-SHAPED_BY_VALUES = {"adamss"}  # how many parameters it has depends on the weights
+SHAPED_BY_VALUES = {"adamss"}  # its number of parameters depends on the weights
 
 
 def untouched() -> Bare:
-    """An encoder stack of two layers, in single precision: some types start from nothing else."""
+    """Return an encoder stack of two layers, in single precision, which some types need."""
     layers = [bart_encoder_layer(BartEncoderLayer(bart_config(D, 4, 64))) for _ in range(2)]
     backbone = Bare(encoder=Stack(layers, width=D))
     return randomise(backbone, std=0.2).float().eval()  # type: ignore[return-value]
@@ -50,7 +50,7 @@ def trained(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def moved(backbone: nn.Module, std: float = 0.05) -> None:
-    """As if something had been learnt."""
+    """Change the trained values, as learning would."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in trained(backbone).values():
@@ -61,7 +61,7 @@ def moved(backbone: nn.Module, std: float = 0.05) -> None:
 
 
 def kinds() -> dict[str, list[str]]:
-    """Variants by type."""
+    """Return the variants by type."""
     found: dict[str, list[str]] = {}
     for name, config in Peft.variants.items():
         found.setdefault(config.get("type", "lora"), []).append(name)
@@ -84,7 +84,7 @@ def test_an_impossible_type_is_refused_with_its_reason(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         ({"type": "lorra"}, "no type 'lorra': did you mean 'lora'"),
         ({"type": "zzzzz"}, "no type 'zzzzz': there are adalora, "),
@@ -96,13 +96,13 @@ def test_an_impossible_type_is_refused_with_its_reason(kind: str) -> None:
         ({"targets": []}, "at least 1 item"),
     ],
 )
-def test_a_configuration_that_cannot_be_is_refused(config: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
+def test_a_configuration_that_cannot_be_is_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         method(**config)
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         ({"type": "oft", "options": {"oft_block_size": 5}}, "a size that divides"),
         ({"type": "boft", "options": {"boft_block_size": 5}}, r"in_features \(32\) must be divisible"),
@@ -113,8 +113,8 @@ def test_a_configuration_that_cannot_be_is_refused(config: dict[str, Any], said:
         ({"stacks": ["decoder"]}, "no stack 'decoder'"),
     ],
 )
-def test_what_does_not_fit_the_backbone_is_refused_in_one_line(config: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said) as caught:
+def test_what_does_not_fit_the_backbone_is_refused_in_one_line(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
         method(**config).adapt(untouched())
     assert "\n" not in str(caught.value)
 
@@ -228,7 +228,7 @@ def test_what_is_drawn_follows_from_the_seed() -> None:
 
 
 def places(config: Mapping[str, Any], backbone: Bare | None = None) -> set[str]:
-    """Adapted projections of layer 0, by sub-layer and attribute."""
+    """Return the adapted projections of layer 0, by sub-layer and attribute."""
     backbone = backbone or untouched()
     method(**config).adapt(backbone)
     prefix = "stacks.encoder.layers.0.sublayers."
@@ -310,7 +310,7 @@ def test_a_second_method_is_refused_on_either_side(kind: str) -> None:
 
 
 def towers() -> Bare:
-    """Stacks of different widths, so that what is shared must be cut to fit, or not be shared."""
+    """Return stacks of different widths: shared weights must be cut to fit, or not be shared."""
     encoder = [bart_encoder_layer(BartEncoderLayer(bart_config(D, 4, 64))) for _ in range(2)]
     decoder = [bart_decoder_layer(BartDecoderLayer(bart_config(48, 4, 96), layer_idx=i)) for i in range(2)]
     return Bare(encoder=Stack(encoder, width=D), decoder=Stack(decoder, width=48)).eval()

@@ -50,14 +50,14 @@ def variant(kind: type[Method], name: str, *tasks: str, **options: Any) -> Metho
 
 @cache
 def on_meta(kind: Any, name: str) -> Backbone:
-    """To be given back as it was."""
+    """Return a shared backbone, which callers must leave as it was."""
     with torch.device("meta"):
         backbone: Backbone = kind(kind.configured(name, {}))
     return backbone
 
 
 def counted(method: Method, kind: Any, host: str) -> tuple[int, int]:
-    """Trainable and all parameters."""
+    """Count trainable and all parameters."""
     backbone, handle = adapt(method, on_meta(kind, host))
     parameters = list(backbone.parameters())
     assert all(p.is_meta for p in parameters)
@@ -66,7 +66,7 @@ def counted(method: Method, kind: Any, host: str) -> tuple[int, int]:
     return trained, sum(p.numel() for p in parameters)
 
 
-COUNTS = [  # method, variant, family: trainable and all parameters, by the authors' code
+COUNTS = [  # method, variant, family; the authors' code counts trainable and all parameters
     (VLAdapter, "single", "bart", 6_081_600, 145_606_464),
     (VLAdapter, "multiple", "bart", 19_430_400, 158_955_264),
     (VLAdapter, "half_shared_up", "bart", 12_725_760, 152_250_624),
@@ -94,7 +94,7 @@ COUNTS = [  # method, variant, family: trainable and all parameters, by the auth
     ("kind", "name", "family", "trained", "total"), COUNTS, ids=[f"{c[0].__name__}-{c[1]}-{c[2]}" for c in COUNTS]
 )
 def test_published_counts(kind: type[Method], name: str, family: str, trained: int, total: int) -> None:
-    """With default options, without storage."""
+    """Uses default options and no storage."""
     host = {"bart": VLBart, "t5": VLT5}[family], f"vl_{family}"
     assert counted(variant(kind, name), *host) == (trained, total)
 
@@ -119,7 +119,7 @@ def test_default_recipes_are_the_authors() -> None:
 
 @pytest.mark.parametrize("kind", METHODS)
 def test_variants_are_literals_and_the_first_is_the_default(kind: type[Method]) -> None:
-    """They are listed without an import."""
+    """The package lists variants without an import."""
     tree = ast.parse(inspect.getsource(kind))
     found = [n.value for n in ast.walk(tree) if isinstance(n, ast.AnnAssign) and ast.unparse(n.target) == "variants"]
     variants = {} if not found or found[0] is None else ast.literal_eval(found[0])
@@ -145,13 +145,13 @@ def logits(backbone: Backbone, task: str) -> Tensor:
 
 
 def adapted(method: Method, seed: int = 1) -> Backbone:
-    """A small random backbone; whatever the method brought is random too."""
+    """Adapt a small random backbone; the method's own parameters are random too."""
     backbone = method.adapt(small_tiny())
     return randomise(backbone, seed).eval()  # type: ignore[return-value]
 
 
 def reached(backbone: Backbone, task: str) -> tuple[set[str], set[str]]:
-    """Trainable names with a gradient of a pass with this task, and all others; of the stacks in that pass."""
+    """Return the trainable names in a task's pass that get a gradient, and those that do not."""
     backbone.zero_grad()
     logits(backbone, task).square().sum().backward()
     inside = ("stacks.encoder.", "stacks.decoder.", "prompts.", "inner.stacks.encoder.", "inner.stacks.decoder.")
@@ -176,7 +176,7 @@ def test_what_serves_other_tasks_is_dead_and_nothing_else(kind: type[Method], na
     ("kind", "name"), [(k, n) for k, n in VARIANTS if k is Hyperformer or n.startswith(("multiple", "half"))]
 )
 def test_a_task_is_computed_with_its_own_modules(kind: type[Method], name: str) -> None:
-    """Where they differ, results differ; and a task that has none is refused by name."""
+    """Different modules give different results; a task without modules is refused by name."""
     method = variant(kind, name, "vqa", "captioning")
     backbone = adapted(method)
     with torch.no_grad():
@@ -192,7 +192,7 @@ def test_modules_of_tasks_that_the_cell_does_not_train_on_are_declared_dead(kind
     """Published counts include them; a run has only its own task's, and a method without a task is refused."""
     several = variant(kind, name, "captioning", tasks=["rec", "vqa", "captioning"])
     alive, silent = reached(adapted(several), "captioning")
-    assert several.dead.keys() == {several.own.format(task=task) for task in ("rec", "vqa")}  # type: ignore[attr-defined]
+    assert several.unused_parameters.keys() == {several.own.format(task=task) for task in ("rec", "vqa")}  # type: ignore[attr-defined]
     assert alive and silent == {n for n in alive | silent if any(fnmatchcase(n, wild) for wild in several.dead)}
     one = variant(kind, name, "captioning")
     alive, silent = reached(adapted(one), "captioning")
@@ -231,7 +231,7 @@ def test_a_bottleneck_per_task_is_the_formula() -> None:
     h = draw(2, 5, 16).requires_grad_()
     down: Any = adapter.down.of("captioning")
     with Pass(task="captioning").active():
-        ours = adapter(draw(2, 5, 16, seed=3), h)  # the residual input is not looked at
+        ours = adapter(draw(2, 5, 16, seed=3), h)  # the adapter ignores the residual input
     formula = h + gelu_tanh(h @ down.weight.T + down.bias) @ adapter.up.weight.T + adapter.up.bias
     same(ours, formula, [h, *down.parameters(), *adapter.up.parameters()])
 
@@ -261,7 +261,7 @@ def test_a_shared_rule_is_one_parameter_of_the_whole_backbone() -> None:
 
 
 def test_a_shared_rule_is_no_other_tasks_own() -> None:
-    """Though it goes by the name of its first place, which is the first task's."""
+    """Its name comes from its first place, which is the first task's."""
     method = variant(Compacter, "multiple", shared_rule=True, stacks=("encoder", "decoder"))
     alive, _ = reached(adapted(method), "captioning")
     assert sum(name.endswith(".tasks.rec.A") for name in alive) == 1
@@ -302,7 +302,7 @@ def test_hyperformer_has_one_network_per_stack_and_one_embedding_per_task() -> N
 
 
 def test_plain_lora_is_pefts() -> None:
-    """The same outputs, gradients and defaults as peft's own layer with its default configuration."""
+    """Outputs, gradients and defaults equal those of peft's own layer with its default configuration."""
     defaults = peft.LoraConfig()
     config = LoRAConfig(**LoRA.variants["plain"])  # type: ignore[arg-type]
     assert (config.rank, config.alpha, config.dropout) == (defaults.r, defaults.lora_alpha, defaults.lora_dropout)
@@ -400,7 +400,7 @@ def test_a_second_method_would_freeze_prompts_and_is_refused() -> None:
         BitFit().adapt(Prompt().adapt(small_tiny()))
 
 
-# Names in golden files of whole models, of which some are not at hand.
+# Names in golden files of whole models, some of which the repository lacks.
 
 SOME_NAMES = {
     "vl_adapter": ({"enc.0.adapter_attn.down.W", "dec.1.adapter_cross.up.b"}, 2 * 5 * 4),
@@ -423,7 +423,7 @@ SOME_NAMES = {
 @pytest.mark.parametrize("family", ["bart", "t5"])
 @pytest.mark.parametrize("name", SOME_NAMES)
 def test_golden_names_cover_what_a_method_brings(name: str, family: str) -> None:
-    """Each parameter once, at the sizes that the README says for want of others."""
+    """Each parameter has one name, at the README's sizes if the file gives none."""
     assert ADAPTED.keys() == SOME_NAMES.keys()
     host = small_t5() if family == "t5" else VLBart(VLBart.configured("vl_bart:tiny", {"width": 32, "ffn": 64}))
     own = {id(p) for p in host.parameters()}
@@ -451,7 +451,7 @@ def test_shapes_in_a_file_decide_sizes() -> None:
 
 
 def test_module_files_that_are_not_at_hand_can_be_checked(tmp_path: Path) -> None:
-    """LoRA for several tasks, and half-shared adapters; a wrong number is seen, and so is one that nobody computed."""
+    """Checks LoRA for several tasks and half-shared adapters, and notices a wrong number and one without a check."""
     tasks, d, r = ("vqa", "gqa"), 6, 3
     lora = {"p/W": draw(5, d), "p/b": draw(5), "in/x": draw(2, 4, d, seed=1)}
     half = {"p/vqa.up.W": draw(d, r), "p/vqa.up.b": draw(d, seed=2), "in/h": draw(2, 4, d, seed=3)}
@@ -479,7 +479,7 @@ def test_module_files_that_are_not_at_hand_can_be_checked(tmp_path: Path) -> Non
 
 
 def moments(value: Tensor, std: float, mean: float = 0.0) -> None:
-    """Within five standard errors."""
+    """Check mean and standard deviation to five standard errors."""
     n = value.numel()
     assert abs(float(value.mean()) - mean) < 5 * std / math.sqrt(n)
     assert float(value.std()) == pytest.approx(std, rel=5 / math.sqrt(n))

@@ -1,4 +1,4 @@
-"""What side-tuning is for: what a training step keeps, beside full fine-tuning's, on the same batch."""
+"""Side-tuning saves memory: a training step keeps fewer bytes than full fine-tuning's on the same batch."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from petlbench.training.step_costs import canonical_saved_bytes, first_batch
 
 LIMIT = 0.45
 SCENES = dict.fromkeys(("train_scenes", "validation_scenes", "test_scenes"), 32)
-# BART-base as published, but with a small CNN, which keeps nothing, and no weights: bytes do not depend on them.
+# BART-base as published, with a small CNN, which keeps nothing, and random weights: they do not change the bytes.
 BASE = {"weights": "none", "cnn": "tiny", "tokenizer": "tiny/tokenizer.json"}
 
 
 def kept(method: str, task: str, name: str, config: dict[str, Any], batch: int) -> int:
-    """Canonical bytes saved for backward."""
+    """Return the canonical bytes saved for backward."""
     cell = Cell(
         method=method,
         task=task,

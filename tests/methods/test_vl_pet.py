@@ -1,6 +1,6 @@
-"""VL-PET: what it inserts and trains, published counts, initial values, and its gate over padded batches.
+"""VL-PET: inserted and trained modules, published counts, initial values, and its gate over padded batches.
 
-That its numbers are the authors' is held by `test_golden.py`, and its gradients by `test_methods_published.py`.
+`test_golden.py` compares its numbers with the authors', `test_methods_published.py` its gradients with the formulas.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ def value_paths(backbone: Backbone) -> list[Any]:
 
 @cache
 def untouched(family: str) -> Backbone:
-    """At the published size, on the meta device."""
+    """Build the backbone at the published size, on the meta device."""
     with torch.device("meta"):
         backbone: Backbone = KINDS[family](KINDS[family].configured(family, {}))
     return backbone
 
 
 def on_meta(family: str, variant: str) -> tuple[int, int]:
-    """Trainable and total parameters at the published size."""
+    """Count trainable and total parameters at the published size."""
     backbone = deepcopy(untouched(family))
     with torch.device("meta"):
         method(variant).adapt(backbone)
@@ -84,13 +84,13 @@ def test_parameters_are_the_published_ones(family: str, variant: str) -> None:
     ("variant", "percent"), [("small", 2.0799), ("middleX", 2.0735), ("middleY", 2.0735), ("large", 3.2753)]
 )
 def test_compacter_with_a_gate_and_light_decoder_has_the_papers_share(variant: str, percent: float) -> None:
-    """Table 9's "Compacter + G + LW", of which the specification derives four decimals."""
+    """The specification derives four decimals of Table 9's "Compacter + G + LW"."""
     trainable, total = on_meta("vl_bart", f"compacter_{variant}")
     assert round(100 * trainable / total, 4) == percent
 
 
 def test_what_trains_is_what_it_says() -> None:
-    """Encoder modules, value adapters, the norms of stacks without cross-attention, and the host's projection."""
+    """These are encoder modules, value adapters, norms of stacks without cross-attention, the host's projection."""
     backbone = small_tiny()
     before = {name for name, _ in backbone.named_parameters()}
     VLPET().adapt(backbone)
@@ -110,7 +110,7 @@ def test_what_trains_is_what_it_says() -> None:
 
 
 def adapted(family: str, variant: str, **options: Any) -> Backbone:
-    """A small one, as its own values are drawn."""
+    """Adapt a small backbone; the method's initial values stay."""
     torch.manual_seed(0)
     backbone: Backbone = KINDS[family](KINDS[family].configured(f"{family}:tiny", NARROW))
     return method(variant, **options).adapt(backbone)
@@ -173,7 +173,7 @@ def test_on_t5_a_share_of_the_frozen_output_is_left_at_the_start(variant: str, s
 
 
 def test_phm_layers_are_drawn_as_compacter_draws_them() -> None:
-    """On T5 too, where their last layers do not start at zero."""
+    """This holds on T5 too, where their last layers do not start at zero."""
     for family in KINDS:
         backbone = adapted(family, "compacter_middleX")
         made = [control.change for control in controls(backbone)] + value_paths(backbone)
@@ -183,7 +183,7 @@ def test_phm_layers_are_drawn_as_compacter_draws_them() -> None:
 
 @pytest.mark.parametrize(("family", "ranks"), [("vl_bart", (32, 32, 32)), ("vl_t5", (64, 64, 32))])
 def test_ranks_are_shares_of_the_width(family: str, ranks: tuple[int, int, int]) -> None:
-    """Of the encoder module, its gate, and the value adapter."""
+    """The ranks are those of the encoder module, its gate, and the value adapter."""
 
     def found(**options: Any) -> tuple[int, int, int]:
         backbone = adapted(family, "large", **options)
@@ -199,7 +199,7 @@ def test_ranks_are_shares_of_the_width(family: str, ranks: tuple[int, int, int])
 
 
 def encoded(backbone: Backbone, ids: Tensor) -> Tensor:
-    """States of the text's real tokens and the image's, of the first row."""
+    """Return the first row's states of real text tokens and image tokens."""
     texts = Texts(ids, ids != backbone.pad_id)
     batch = len(ids)
     pixels = plain_tokens(draw(1, 4, 32).expand(batch, -1, -1), torch.ones(batch, 4, dtype=torch.bool), IMAGE)
@@ -209,7 +209,7 @@ def encoded(backbone: Backbone, ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("variant", [*VARIANTS, "small_released"])
 def test_a_sample_depends_on_who_shares_its_batch_only_as_released(variant: str) -> None:
-    """The row beside it is longer, so that it is padded."""
+    """The row beside the sample is longer, which pads the sample."""
     backbone = method(variant).adapt(small_tiny()).eval()
     backbone.double().requires_grad_(False)
     for control in controls(backbone):
@@ -233,7 +233,7 @@ def test_small_gate_sees_no_token_to_come_where_its_tower_decodes() -> None:
 
 
 def test_several_heads_are_one() -> None:
-    """Table 9's "VL-Adapter + G + LW" has one head, the same parameters, drawn alike, and the same function."""
+    """Table 9's "VL-Adapter + G + LW" has one head, but the same function, parameters and initial values."""
     one, four = adapted("vl_bart", "large", heads=1), adapted("vl_bart", "large", heads=4)
     first, second = one.state_dict(), four.state_dict()
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
@@ -248,9 +248,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "said"), WRONG)
-def test_sizes_that_cannot_be_are_refused(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+@pytest.mark.parametrize(("options", "message"), WRONG)
+def test_sizes_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         VLPET(VLPETConfig(**options)).adapt(small_tiny(vision_width=32))
 
 

@@ -1,4 +1,4 @@
-"""TransVG's augmentation: what is drawn, and that a box frames the same thing before and after."""
+"""TransVG's augmentation: its random values, and that a box frames the same thing before and after."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BOX = [61.0, 33.0, 42.0, 27.0]
 
 
 def row(size: tuple[int, int] = (160, 120), box: list[float] = BOX, text: str = "the dog", **columns: Any) -> Row:
-    """A target in red, in full on a background of grey noise, which no change of colour makes another than grey."""
+    """Return a row with a red target on grey noise, which stays grey under every change of colour."""
     noise = np.random.default_rng(0).integers(60, 200, (size[1], size[0], 1), dtype=np.uint8).repeat(3, axis=2)
     x, y, width, height = map(int, box)
     noise[y : y + height, x : x + width] = (230, 60, 60)
@@ -29,7 +29,7 @@ def row(size: tuple[int, int] = (160, 120), box: list[float] = BOX, text: str = 
 
 
 def framed(image: Image.Image) -> list[float]:
-    """The box (x, y, width, height) around what is red."""
+    """Return the box (x, y, width, height) around the red pixels."""
     pixels = np.asarray(image, dtype=int)
     y, x = np.nonzero(pixels[..., 0] - pixels[..., 1] > 30)
     return [float(x.min()), float(y.min()), float(np.ptp(x) + 1), float(np.ptp(y) + 1)]
@@ -89,7 +89,7 @@ def test_boxes_keep_fractions_of_a_pixel_and_lie_within_the_image_with_an_area()
 
 
 def test_a_cut_keeps_the_middle_of_the_target() -> None:
-    """Of one at the edge, which most cuts would miss: what is left of it has at least half of each length."""
+    """A target at the edge, which most cuts would miss, keeps at least half of each length."""
     box = [148.0, 108.0, 12.0, 12.0]
     for found in changed(transvg, row((160, 120), box), 200):
         assert found["box"][2] >= 6 and found["box"][3] >= 6
@@ -97,16 +97,16 @@ def test_a_cut_keeps_the_middle_of_the_target() -> None:
 
 
 def test_a_target_that_no_cut_can_keep_leaves_the_image_whole() -> None:
-    outside = row(box=[150.0, 40.0, 30.0, 10.0])  # its middle is beyond the right edge
+    outside = row(box=[150.0, 40.0, 30.0, 10.0])  # its centre is beyond the right edge
     assert {found["image"].size for found in changed(transvg, outside, 40)} == {(160, 120)}
 
 
 @BOTH
 def test_cuts_are_as_large_as_the_release_draws_them(augment: Augmentation) -> None:
-    """Lengths from 384 to 600 pixels of an image enlarged to a short side of 400, 500 or 600; in every second row."""
+    """Half of the rows are cut, to 384 to 600 pixels of an image enlarged to a short side of 400, 500 or 600."""
     sizes = [found["image"].size for found in changed(augment, row((200, 100), [90.0, 40.0, 20.0, 20.0]), 800)]
     cuts = np.array([size for size in sizes if size != (200, 100)])
-    assert 0.44 < len(cuts) / len(sizes) < 0.54  # of those, few in a hundred keep every pixel, or find no cut
+    assert 0.44 < len(cuts) / len(sizes) < 0.54  # a few in a hundred keep every pixel, or find no cut
     assert cuts[:, 0].min() == 64 and cuts[:, 0].max() == 150  # 384 of 600 / 100, and 600 of 400 / 100
     assert cuts[:, 1].min() == 64 and cuts[:, 1].max() == 100
 
@@ -128,7 +128,7 @@ def test_words_that_only_contain_a_place_stop_the_cut_of_the_release_alone(text:
 
 
 def mirrored(augment: Augmentation, text: str) -> str:
-    """What becomes of a text where the image is mirrored; where it is not, it stays."""
+    """Return the text of a mirrored image; check that the text of an unmirrored one stays."""
     given = row(text=text)
     found = {}
     for made in changed(augment, given, 30):
@@ -196,7 +196,7 @@ def test_brightness_contrast_and_saturation_change_by_four_tenths_at_most_in_any
 
 
 class Recorder:
-    """In the place of a change of colour: writes down what it is asked for."""
+    """Replaces a change of colour and records its factor."""
 
     def __init__(self, image: Image.Image, name: str, factors: dict[str, list[float]], calls: list[str]) -> None:
         self.image, self.values, self.calls, self.name = image, factors[name], calls, name
@@ -231,8 +231,8 @@ def test_a_placement_reaches_every_pixel_alike_and_the_middle_is_rounded_to_the_
     ("centre", "cut", "right", "released"),
     [
         ((50, 50), (10, 10, 90, 90), True, True),
-        ((80, 10), (0, 0, 50, 50), False, True),  # nobody looks at the right edge
-        ((10, 80), (0, 0, 50, 50), False, True),  # nor at the lower one
+        ((80, 10), (0, 0, 50, 50), False, True),  # the release ignores the right edge
+        ((10, 80), (0, 0, 50, 50), False, True),  # and the lower one
         ((10, 80), (5, 40, 60, 100), True, False),  # x against the upper edge
         ((80, 10), (40, 5, 100, 60), True, False),  # y against the left edge
         ((50, 50), (60, 0, 90, 90), False, False),
@@ -257,7 +257,7 @@ def test_the_release_may_cut_a_box_to_nothing() -> None:
     given = row((400, 100), [380.0, 8.0, 12.0, 6.0])
     cut = [found for found in changed(transvg_released, given, 300) if found["image"].width < 380]
     assert len(cut) > 20
-    for found in cut:  # at the edge that it lies beyond, which mirroring makes the left one
+    for found in cut:  # the box is at the edge that it crosses; mirroring makes it the left one
         assert found["box"][2] == 0 and found["box"][0] in (0, found["image"].width)
 
 

@@ -1,4 +1,4 @@
-"""Statements and questions about two images: batches, answers without generating, and who can tell the images apart."""
+"""Statements and questions about two images: batches, answers without generation, telling the two images apart."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ COLOURS = [("red", "blue"), ("white", "green"), ("black", "yellow")]
 
 
 def built(name: str) -> Backbone:
-    """With what `pairs` needs of it, lent where it lacks it."""
+    """Build a backbone; the suite supplies the abilities for `pairs` that it lacks."""
     kind: Any = BACKBONES.get(name)
     torch.manual_seed(0)
     return supply(kind(kind.configured(name, {"weights": "none"})), Pairs.needs).eval()
 
 
 def rows(kinds: tuple[str, ...] = ("true/false",) * 3) -> list[Row]:
-    """Images of two colours; odd statements are false."""
+    """Return rows of images of two colours; odd statements are false."""
     return [
         {
             "sample_id": f"s{i}",
@@ -56,7 +56,7 @@ def rows(kinds: tuple[str, ...] = ("true/false",) * 3) -> list[Row]:
 
 
 def swapped(images: Images) -> Images:
-    """Second images first."""
+    """Return the images with the second ones first."""
     half = len(images.pixels) // 2
     return Images(*(t.roll(half, 0) for t in (images.pixels, images.mask, images.scale, images.offset)))
 
@@ -82,7 +82,7 @@ def test_every_family_that_serves_it_hears_which_image_is_which(name: str) -> No
 @pytest.mark.parametrize("name", sorted(NATIVE))
 def test_the_first_image_is_embedded_as_one_alone_and_the_second_differs_by_its_row(name: str) -> None:
     backbone = built(name)
-    assert isinstance(backbone, GridVision), "nothing is lent"
+    assert isinstance(backbone, GridVision), "nothing is supplied"
     images = backbone.images([Image.new("RGB", (40, 30), colour) for colour in ("red", "blue", "white", "green")])
     first, second = backbone.embed_pair(images)
     alone = backbone.embed_image(images)
@@ -123,7 +123,7 @@ def test_the_loss_is_a_mean_over_samples_of_means_over_tokens() -> None:
 
 
 class Decoder:
-    """Stands for `decode`: the logits of `true` less those of `false`, by row; keeps what it was given."""
+    """Stands for `decode`: logits of `true` exceed those of `false` by a margin per row; keeps its inputs."""
 
     def __init__(self, words: int, true: int, false: int, margins: list[float]) -> None:
         self.words, self.true, self.false, self.margins = words, true, false, margins
@@ -132,9 +132,9 @@ class Decoder:
     def __call__(self, memory: Any, ids: Tensor, cache: Any = None, *, task: str) -> tuple[Tensor, Any]:
         self.given = ids.tolist()
         logits = torch.zeros(*ids.shape, self.words)
-        logits[..., 7] = 9.0  # a word that generating would choose
+        logits[..., 7] = 9.0  # generation would choose this word
         logits[:, -1, self.true] = torch.tensor(self.margins)
-        logits[:, :-1, self.false] = 5.0  # at other places nobody looks
+        logits[:, :-1, self.false] = 5.0  # the task ignores other positions
         return logits, cache
 
 
@@ -208,8 +208,8 @@ def test_an_embedded_statement_is_about_the_scene_on_the_side_it_names(digit_pai
     assert rows.features == PAIRS and len(rows) == len(set(rows["sample_id"])) == 120
     drawn: Counter[tuple[str, str]] = Counter()
     for row in rows:
-        _, _, side, said = row["question"].split(" ", 3)
-        question, answer = said.rsplit(" ", 1)
+        _, _, side, rest = row["question"].split(" ", 3)
+        question, answer = rest.rsplit(" ", 1)
         if sum(one == question for one in asked) != 1 or question not in asked:
             continue
         sides = dict(zip(("left", "right"), row["image_id"].split("+"), strict=True))

@@ -1,4 +1,4 @@
-"""Referring expressions in training: augmented rows, whoever makes them."""
+"""Referring expressions in training: augmented rows, in any number of worker processes."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_placements_reach_the_canvas(adapt: Callable[[Backbone], Backbone]) -> N
 
 
 def test_on_the_canvas_a_box_frames_what_it_framed_in_the_stored_image() -> None:
-    """To a pixel, after every cut and mirroring, at every size and place; in red on grey, which stays grey."""
+    """Boxes are right to a pixel after every cut and mirroring, at every size and place; the target is red on grey."""
     side = 320
     backbone = TransVG(TransVG.configured("transvg:tiny", {"image_size": side}))
     task = TASKS.get("rec")()

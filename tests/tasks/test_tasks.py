@@ -1,4 +1,4 @@
-"""Tasks: what a batch holds, what the losses are, and that a sample's prediction is its own."""
+"""Tasks: contents of a batch, losses, and predictions that depend on their own sample alone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TASKS = [ReferringExpressions, VisualQuestionAnswering, Captioning, Retrieval]
 
 
 def rows() -> list[Row]:
-    """One row per size, with the columns of every task."""
+    """Return one row per size, with the columns of every task."""
     rng = np.random.default_rng(0)
     texts = ["red circle", "the small blue square on the left", "two", "a green triangle"]
     answers = [["red"], ["yes"] * 4 + ["no"] * 6, ["two"] * 10, ["left", "right"]]
@@ -70,7 +70,7 @@ def without_images(chosen: list[Row]) -> list[Row]:
 
 
 class Mute(Bare):
-    """Can nothing, and says why nothing can be lent to it."""
+    """A backbone without abilities; its refusals say why the suite can supply none."""
 
     refusals = dict.fromkeys(("embed", "fuse", "decode", "ground"), "it is mute")
 
@@ -109,7 +109,7 @@ def test_a_prediction_does_not_depend_on_the_rest_of_the_batch(kind: type[Task])
         together = task.predict(backbone, head, double(task.collate(data, backbone, None)))
         alone = [task.predict(backbone, head, double(task.collate([row], backbone, None)))[0] for row in data]
     for one, other in zip(together, alone, strict=True):
-        if kind is Retrieval:  # handed on in single precision
+        if kind is Retrieval:  # its predictions are in single precision
             np.testing.assert_allclose(np.vstack(one), np.vstack(other), rtol=0, atol=1e-6)
         elif kind is ReferringExpressions:
             np.testing.assert_allclose(one, other, rtol=0, atol=1e-9)
@@ -156,7 +156,7 @@ def test_boxes_return_to_the_pixels_they_came_from(monkeypatch: pytest.MonkeyPat
 
 
 class Fixed(nn.Module):
-    """A head that gives the same boxes whatever it sees."""
+    """A head that gives the same boxes for every input."""
 
     def __init__(self, boxes: Tensor) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ def test_box_losses_are_transvgs() -> None:
 
 
 def test_boxes_without_an_area_have_a_finite_loss() -> None:
-    """As the release's cuts leave them."""
+    """The release's cuts leave such boxes."""
     task, backbone = ReferringExpressions(), small_tiny()
     data = [row | {"box": [3.0, 2.0, 0.0, height]} for row, height in zip(rows(), (5.0, 0.0, 4.0, 0.0), strict=True)]
     head = randomise(task.head(backbone))
@@ -188,7 +188,7 @@ def test_boxes_without_an_area_have_a_finite_loss() -> None:
 
 
 def scored(*subsets: str) -> dict[str, float]:
-    """The metrics of rows of these subsets, whose overlaps are 1, 0.5, 0.25, 1, 0.5, ..."""
+    """Return the metrics of rows of these subsets, whose overlaps are 1, 0.5, 0.25, 1, 0.5, ..."""
     data = [{"box": [0.0, 0.0, 4.0, 4.0], "sample_id": str(i), "subset": name} for i, name in enumerate(subsets)]
     return ReferringExpressions().score(data, [[0, 0, 4, (4, 2, 1)[i % 3]] for i in range(len(data))]).metrics
 
@@ -253,7 +253,7 @@ def test_contrastive_loss_is_clips_with_one_caption_per_image() -> None:
 
 
 def test_contrastive_loss_spreads_over_every_caption_of_an_image() -> None:
-    """With all own pairs at z and all others at 0 it has a closed form, whose floor is the entropy of the target."""
+    """With own pairs at z and all others at 0 the loss has a closed form, at least the target's entropy."""
     task, data = Retrieval(), [rows()[3]] * 2 + [rows()[0]]  # an image twice, with two captions drawn each time
     batch = task.collate(data, small_tiny(), np.random.default_rng(0))
     assert batch.extras["owners"].tolist() == [0, 0, 1, 1, 2]

@@ -47,7 +47,7 @@ def check(arrays: Arrays) -> Iterator[Difference]:
 
 @contextmanager
 def double_norm() -> Iterator[None]:
-    """T5's norm in the input's precision, as in the authors' numbers; the library's computes in float32."""
+    """Let T5's norm compute in the input's precision, as for the authors' numbers; the library's uses float32."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         found: Tensor = self.weight * x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
@@ -209,7 +209,7 @@ def tuned_model(arrays: Arrays) -> tuple[SideTuned, Named]:
 
 
 def check_model(arrays: Arrays) -> Iterator[Difference]:
-    """Compute states, logits, losses, greedy ids and every gradient."""
+    """Compare states, logits, losses, greedy ids and every gradient."""
     tuned, mine = tuned_model(arrays)
     pad = arrays.meta["pad_id"]
     ids, labels = arrays["in/input_ids"], arrays["in/labels"]

@@ -264,7 +264,7 @@ def _model(arrays: Arrays) -> Iterator[Difference]:
             yield difference(name, value, arrays[name])
     for name, expected in arrays.under("grad.").items():
         yield difference(f"grad.{name}", names[name].grad if name in names else None, expected)
-    # Nothing of the frozen towers may have one.
+    # No parameter of the frozen towers may have a gradient.
     frozen = [p for name, p in names.items() if f"grad.{name}" not in arrays and name[0] in "VTE" and name[:2] != "VL"]
     yield difference(
         "gradients of frozen towers", torch.tensor(any(p.grad is not None for p in frozen)), torch.tensor(False)

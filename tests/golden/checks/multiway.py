@@ -1,4 +1,4 @@
-"""MultiWay-Adapter's files: its modules, BEiT-3's layers and model with and without it, and what surrounds them."""
+"""MultiWay-Adapter's files: its modules, BEiT-3's layers and model with and without it, and their training."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from tests.backbone_factory import Bare
 from tests.golden.arrays import SINGLE, Arrays, Difference, difference
 
 KINDS = {"v": "image", "t": "text"}
-RELEASED = "_as_released"  # computed with softmax and activation in single precision
-Names = dict[str, list[str]]  # our parameters to the golden ones, which stand one above another in ours
+RELEASED = "_as_released"  # values computed with softmax and activation in single precision
+Names = dict[str, list[str]]  # golden names by our parameter, which stacks their rows
 
 
 def check(arrays: Arrays) -> Iterator[Difference]:
@@ -43,7 +43,7 @@ def check(arrays: Arrays) -> Iterator[Difference]:
 
 
 def check_extractor(arrays: Arrays) -> Iterator[Difference]:
-    """g1: NKE in evaluation and in training, and the gradients of the former."""
+    """Compare g1: NKE in evaluation and in training, and its gradients in evaluation."""
     rank, width = arrays["down_w"].shape
     norm = re.search(r"_ln-(\w+?)_", arrays.name)
     assert norm is not None
@@ -69,7 +69,7 @@ def check_extractor(arrays: Arrays) -> Iterator[Difference]:
 
 
 def check_enhancer(arrays: Arrays) -> Iterator[Difference]:
-    """g2: AE, and its sum with what enters."""
+    """Compare g2: AE, and its sum with its input."""
     ffn, width = arrays["ae_w1"].shape
     enhancer = FeedForwardEnhancer(width, ffn)
     module = Enhanced(enhancer, nn.Identity())
@@ -88,7 +88,7 @@ def check_enhancer(arrays: Arrays) -> Iterator[Difference]:
 
 
 def adapted(backbone: Backbone, arrays: Mapping[str, Tensor], block: str = "") -> Backbone:
-    """With the parts that the file has, as released, where everything gets a gradient."""
+    """Adapt with the parts that the file has, as released; every parameter requires a gradient."""
     extractor, enhancer = f"{block}v.nke_down_w", f"{block}ae_w1"
     if extractor in arrays or enhancer in arrays:
         config = MultiWayAdapter.Config(
@@ -103,7 +103,7 @@ def adapted(backbone: Backbone, arrays: Mapping[str, Tensor], block: str = "") -
 
 
 def check_block(arrays: Arrays) -> Iterator[Difference]:
-    """g3: a whole layer in evaluation and in training with the original's masks, and the gradients of the former."""
+    """Compare g3: a layer in evaluation, its gradients, and the layer in training with the original's masks."""
     h = arrays["h"].clone().requires_grad_()
     split, length = int(arrays["split"]), h.shape[1]
     stack = multiway_stack(
@@ -125,14 +125,14 @@ def check_block(arrays: Arrays) -> Iterator[Difference]:
 
 
 def segments_of(split: int, length: int) -> Segments:
-    """-1: an image, 0: a text, n: n tokens of an image, then text."""
+    """Return segments; -1 means an image, 0 a text, n an image of n tokens and then text."""
     if split <= 0:
         return ((TEXT if split == 0 else IMAGE, length),)
     return ((IMAGE, split), (TEXT, length - split))
 
 
 def record(layer: Layer, arrays: Mapping[str, Tensor]) -> None:
-    """In training, drop what the original dropped."""
+    """Let training drop the values that the original dropped."""
     path = float(arrays["p_path"])
     for name, short in (("attention", "attn"), ("ffn", "ffn")):
         layer[name].drop = Recorded(arrays[f"path_mask_{short}"], path)
@@ -143,7 +143,7 @@ def record(layer: Layer, arrays: Mapping[str, Tensor]) -> None:
 
 
 def record_dropout(module: nn.Module, kept: Tensor, p: float) -> None:
-    """The same in every knowledge extractor."""
+    """Give every knowledge extractor the original's dropout mask."""
     for child in module.modules():
         if isinstance(child, KnowledgeExtractor):
             child.bottleneck.activation[1] = Recorded(kept, p)  # type: ignore[index]
@@ -161,7 +161,7 @@ class Recorded(nn.Module):
 
 
 def model_of(arrays: Mapping[str, Tensor]) -> tuple[BEiT3, Names]:
-    """BEiT-3 of the file's sizes and values, adapted as the file says."""
+    """Build BEiT-3 of the file's sizes and values, with the file's adaptation."""
     layers = len({key.split(".")[0] for key in arrays if re.match(r"b\d+\.", key)})
     options = {
         "image_size": arrays["image"].shape[-1],
@@ -170,7 +170,9 @@ def model_of(arrays: Mapping[str, Tensor]) -> tuple[BEiT3, Names]:
         "layers": layers,
         "attention_heads": int(arrays["heads"]),
         "ffn": len(arrays["b0.v.w1"]),
-        "vocabulary": max(len(arrays["tok_emb"]), BEiT3.sizes["tiny"]["vocabulary"]),  # of the tokenizer, not used here
+        "vocabulary": max(
+            len(arrays["tok_emb"]), BEiT3.sizes["tiny"]["vocabulary"]
+        ),  # the tokenizer needs it, the check does not
         "text_positions": len(arrays["pos_t"]),
         "max_text": len(arrays["pos_t"]) - UNUSED,
     }
@@ -182,7 +184,7 @@ def model_of(arrays: Mapping[str, Tensor]) -> tuple[BEiT3, Names]:
 
 
 def inputs_of(backbone: BEiT3, arrays: Mapping[str, Tensor]) -> tuple[Tokens, Tokens]:
-    """The embedded image and text."""
+    """Embed the image and the text."""
     pixels = arrays["image"]
     real = torch.ones(len(pixels), *pixels.shape[2:], dtype=torch.bool)
     images = Images(pixels, real, *torch.ones(2, len(pixels), 2).double())
@@ -191,7 +193,7 @@ def inputs_of(backbone: BEiT3, arrays: Mapping[str, Tensor]) -> tuple[Tokens, To
 
 
 def check_model(arrays: Arrays) -> Iterator[Difference]:
-    """g4: states after every layer of both passes and of a fused one, features, logits, loss, and its gradients."""
+    """Compare g4: states after every layer of both passes and a fused one, features, logits, loss, gradients."""
     backbone, names = model_of(arrays)
     image, text = inputs_of(backbone, arrays)
     head = backbone.own_heads["retrieval"]
@@ -214,7 +216,7 @@ def check_model(arrays: Arrays) -> Iterator[Difference]:
 
 
 def hidden(short: str, backbone: BEiT3, tokens: Tokens, arrays: Arrays) -> Iterator[Difference]:
-    """States of one modality alone, as embedded and after every layer."""
+    """Compare the states of one modality alone, as embedded and after every layer."""
     x, context = tokens.states, tokens.context(bias=additive(tokens.mask, torch.float64))
     yield difference(f"hid_{short}_0", x, arrays[f"hid_{short}_0"])
     for depth, layer in enumerate(backbone.stack("encoder"), start=1):
@@ -222,11 +224,11 @@ def hidden(short: str, backbone: BEiT3, tokens: Tokens, arrays: Arrays) -> Itera
         yield difference(f"hid_{short}_{depth}", x, arrays[f"hid_{short}_{depth}"])
 
 
-# ---- what surrounds them
+# ---- loss, metric, schedule, positions
 
 
 def check_loss(arrays: Arrays) -> Iterator[Difference]:
-    """g5: both directions of the contrastive loss, and their mean, which is ours."""
+    """Compare g5: both directions of the contrastive loss, and their mean, which is our loss."""
     logits = arrays["log_scale"].exp() * arrays["feat_v"] @ arrays["feat_t"].T
     loss = contrastive_loss(logits, torch.eye(len(logits), dtype=torch.bool))
     by_image = -logits.log_softmax(1).diagonal().mean()
@@ -236,7 +238,7 @@ def check_loss(arrays: Arrays) -> Iterator[Difference]:
 
 
 def check_recall(arrays: Arrays) -> Iterator[Difference]:
-    """g6: percentages, which the original averages in single precision."""
+    """Compare g6: percentages, which the original averages in single precision."""
     ours = recall(*(arrays[name].numpy() for name in ("image_feat", "text_feat", "text_image_id")))
     for short, direction in (("tr", "i2t"), ("ir", "t2i")):
         for k in (1, 5, 10):
@@ -245,7 +247,7 @@ def check_recall(arrays: Arrays) -> Iterator[Difference]:
 
 
 def check_schedule(arrays: Arrays) -> Iterator[Difference]:
-    """g7: the rate of every step, with warm-up over epochs or (`lr_warmup_steps7`) over steps; in units of its peak."""
+    """Compare g7: each step's rate in units of its peak; warm-up is over epochs or (`lr_warmup_steps7`) steps."""
     peak, floor = float(arrays["lr_peak"]), float(arrays["lr_min"])
     for name, theirs in arrays.items():
         found = re.fullmatch(r"lr(?:_warmup_steps(\d+))?", name)
@@ -261,7 +263,7 @@ def check_schedule(arrays: Arrays) -> Iterator[Difference]:
 
 
 def check_positions(arrays: Arrays) -> Iterator[Difference]:
-    """g8: the image's position table for another grid, in single precision; the first rows are not touched."""
+    """Compare g8: the image's position table for another grid, in single precision; the first rows stay."""
     theirs, kept = arrays["pos_v_dst"], int(arrays["n_extra"])
     ours = resized_positions(arrays["pos_v_src"], len(theirs))
     yield difference("pos_v_dst", ours, theirs, SINGLE)
@@ -286,7 +288,7 @@ VALUES = ("weight", "bias")
 
 
 def names_of_layer(layer: str, block: str, arrays: Mapping[str, Tensor]) -> Names:
-    """Of BEiT-3's layer, and of what the file says was put into it."""
+    """Name the parameters of BEiT-3's layer, and of the parts that the file inserts."""
     names: Names = {}
     for short, kind in KINDS.items():
         for value in VALUES:
@@ -343,9 +345,9 @@ def stacked(arrays: Mapping[str, Tensor], names: list[str]) -> Tensor:
 
 
 def fill(module: nn.Module, names: Names, arrays: Mapping[str, Tensor]) -> None:
-    """Golden values into all parameters; golden tables with fewer rows than ours go to the top.
+    """Copy golden values into all parameters; golden tables with fewer rows than ours fill the top rows.
 
-    Raises ValueError where a parameter of ours has no name there, or a name no parameter; KeyError for a missing array.
+    Raises ValueError if names and parameters of ours do not match one to one, KeyError if an array is missing.
     """
     module.double()
     parameters = dict(module.named_parameters())
@@ -358,7 +360,7 @@ def fill(module: nn.Module, names: Names, arrays: Mapping[str, Tensor]) -> None:
 
 
 def gradients(module: nn.Module, names: Names, arrays: Mapping[str, Tensor]) -> Iterator[Difference]:
-    """Every gradient; one that the original does not have must not be there."""
+    """Compare every gradient; ours must have none that the original lacks."""
     for name, parameter in module.named_parameters():
         parts = [f"grad_{part}" for part in names[name]]
         label = ", ".join(parts)
@@ -374,7 +376,7 @@ def gradients(module: nn.Module, names: Names, arrays: Mapping[str, Tensor]) -> 
 
 
 def both(name: str, ours: Tensor, arrays: Mapping[str, Tensor]) -> Iterator[Difference]:
-    """An output, and as it was released."""
+    """Compare an output, and the same output as released."""
     yield difference(name, ours, arrays[name])
     if name + RELEASED in arrays:
         yield difference(name + RELEASED, ours, arrays[name + RELEASED], SINGLE)

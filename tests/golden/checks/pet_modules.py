@@ -35,7 +35,7 @@ Named = dict[str, Tensor]
 
 
 def check(arrays: Arrays) -> Iterator[Difference]:
-    """Everything in the file that is neither an input nor a parameter."""
+    """Compare everything in the file that is neither an input nor a parameter."""
     if arrays.meta.get("act", "gelu_tanh") != "gelu_tanh":
         raise ValueError(f"no adapter has the activation {arrays.meta['act']}")
     layer = any(name.endswith(".q.W") for name in arrays)
@@ -52,7 +52,7 @@ def tasks_of(arrays: Arrays) -> list[str]:
 
 
 def for_tasks(module: Callable[[], Tensor], arrays: Arrays) -> Named:
-    """What it gives in a pass of each task that the file has."""
+    """Return the module's output in a pass of each of the file's tasks."""
     found = {}
     for task in tasks_of(arrays):
         with Pass(task=task).active():
@@ -61,7 +61,7 @@ def for_tasks(module: Callable[[], Tensor], arrays: Arrays) -> Named:
 
 
 def side_of(arrays: Arrays, side: str, prefix: str = "") -> Callable[[Callable[[], nn.Module]], nn.Module]:
-    """How a projection is made: one, or one for each task that the file has one of."""
+    """Return a maker of projections: one for all tasks, or one for each task of the file."""
     ends, start = (f"{side}.W", f"{side}.b", f"{side}.A"), f"p/{prefix}"
     named = [name.removeprefix(start) for name in arrays if name.startswith(start) and name.endswith(ends)]
     tasks = list(dict.fromkeys(name.split(".")[0] for name in named if name.count(".") == 2))
@@ -69,17 +69,17 @@ def side_of(arrays: Arrays, side: str, prefix: str = "") -> Callable[[Callable[[
 
 
 def bottleneck(arrays: Arrays) -> Named:
-    """VL-Adapter's."""
+    """Run VL-Adapter's bottleneck."""
     h, rank = arrays["in/h"], int(arrays.meta["r"])
     width = h.shape[-1]
     down = side_of(arrays, "down")(lambda: nn.Linear(width, rank))
     adapter = Adapter(down, side_of(arrays, "up")(lambda: nn.Linear(rank, width))).double()
     fill(parts_of(adapter_names(adapter)), arrays.under("p/"))
-    return for_tasks(lambda: adapter(torch.zeros_like(h), h), arrays)  # the residual input is not looked at
+    return for_tasks(lambda: adapter(torch.zeros_like(h), h), arrays)  # the adapter ignores the residual input
 
 
 def low_rank(arrays: Arrays) -> Named:
-    """A projection with LoRA's path beside it, as the method puts it there."""
+    """Run a projection with LoRA's path beside it, where the method inserts it."""
     weight, x = arrays["p/W"], arrays["in/x"]
     stored = {_lora_name(name): value for name, value in arrays.under("p/").items()}
     core = nn.ModuleDict({"q": nn.Linear(weight.shape[1], len(weight))})
@@ -109,14 +109,14 @@ def low_rank(arrays: Arrays) -> Named:
 
 
 def _lora_name(name: str) -> str:
-    """`A`, or `A.<task>`, however the two are put together."""
+    """Return `A` or `A.<task>`, whatever the order of the two in the name."""
     words = name.replace("lora_", "").split(".")
     matrix = next((word for word in words if word in ("A", "B")), "")
     return ".".join([matrix, *(word for word in words if word != matrix)]) if matrix else name
 
 
 def kronecker(arrays: Arrays) -> Named:
-    """Compacter's bottleneck, without the residual."""
+    """Run Compacter's bottleneck, without the residual."""
     h, stored = arrays["in/h"], arrays.under("p/")
     rules = [name for name in stored if name.rpartition(".")[2] == "A"]
     left = stored.get("down.S_left")
@@ -133,7 +133,7 @@ def kronecker(arrays: Arrays) -> Named:
 
 
 def generated(arrays: Arrays) -> Named:
-    """Hyperformer's adapters of one layer for one task, and their weights."""
+    """Run Hyperformer's adapters of one layer for one task, and return their weights too."""
     stored, h, meta = arrays.under("p/"), arrays["in/h"], arrays.meta
     tasks = {name.removeprefix("task_emb."): value for name, value in stored.items() if name.startswith("task_emb.")}
     places = [name.split(".")[1] for name in stored if name.endswith(".down.gen_W.W")]
@@ -166,7 +166,7 @@ def prompt(arrays: Arrays) -> Named:
 
 
 def layer_values(arrays: Arrays) -> Named:
-    """A BART layer with VL-Adapter's adapters in it, as the method puts them there."""
+    """Run a BART layer with VL-Adapter's adapters, where the method inserts them."""
     meta, decoder = arrays.meta, any(name.startswith("p/cross.") for name in arrays)
     places = PLACES["decoder" if decoder else "encoder"]
     width, heads, first = int(meta["d"]), int(meta["heads_attn"]), next(iter(places.values()))

@@ -1,7 +1,7 @@
-"""How each method of the VL-Adapter family is built for a whole golden model, and its parameters by their names there.
+"""Builds each method of the VL-Adapter family for a whole golden model, and names its parameters as the model does.
 
-Sizes are those of the file: of its arrays where their shapes are given (`meta["shapes"]`, by golden name), else of the
-options that the authors' script was called with, else what the README says of all whole models.
+Sizes come from the file: from its arrays if it gives their shapes (`meta["shapes"]`, by golden name), else from the
+options of the authors' script, else from the README's sizes of all whole models.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ SHORT = {"encoder": "enc", "decoder": "dec"}
 
 @dataclass(frozen=True)
 class Adapted:
-    """A method as a file has it: `build(meta, family)`, and `names(adapted backbone, meta)` without `p/`."""
+    """A file's method: `build(meta, family)` makes it, `names(adapted backbone, meta)` gives names without `p/`."""
 
     build: Callable[[Meta, str], Method]
     names: Callable[[Backbone, Meta], Named]
 
 
 def size(meta: Meta, pattern: str, axis: int, options: tuple[str, ...], default: int) -> int:
-    """One size: of the first array that the pattern names, or of the first option that is given."""
+    """Return one size: from the first array that the pattern matches, or from the first given option."""
     for name, shape in meta.get("shapes", {}).items():
         if fnmatchcase(name.removeprefix("p/"), pattern):
             return int(shape[axis])
@@ -55,14 +55,14 @@ def size(meta: Meta, pattern: str, axis: int, options: tuple[str, ...], default:
 
 
 def reduction(meta: Meta, pattern: str) -> int:
-    """Of bottlenecks whose down projection has a bias that the pattern names."""
+    """Return the reduction of bottlenecks; the pattern matches their down projections' biases."""
     width = int(meta["base"]["d_model"])
     rank = size(meta, pattern, 0, (), 0)
     return reduction_to(rank, width) if rank else size(meta, "", 0, ("reduction_factor",), 4)
 
 
 def reduction_to(rank: int, width: int) -> int:
-    """Raises ValueError where no reduction of the width gives the rank."""
+    """Return a reduction of the width that gives the rank. Raises ValueError if there is none."""
     found = next((reduction for reduction in range(1, width + 1) if width // reduction == rank), None)
     if found is None:
         raise ValueError(f"no reduction of a width of {width} gives a rank of {rank}")
@@ -70,7 +70,7 @@ def reduction_to(rank: int, width: int) -> int:
 
 
 def sublayers(backbone: Backbone) -> Iterator[tuple[str, str, SubLayer]]:
-    """(`enc.0.`, `attn`, sub-layer) and so on."""
+    """Yield (`enc.0.`, `attn`, sub-layer) and so on."""
     for role, places in PLACES.items():
         for index, layer in enumerate(backbone.stack(role)):
             for ours, theirs in places.items():
@@ -78,7 +78,7 @@ def sublayers(backbone: Backbone) -> Iterator[tuple[str, str, SubLayer]]:
 
 
 def by_task(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(`vqa.`, module) and so on; ("", module) of one for all tasks."""
+    """Yield (`vqa.`, module) and so on, or ("", module) if all tasks share one."""
     if isinstance(module, PerTask):
         yield from ((f"{task}.", one) for task, one in module.tasks.items())
     else:
@@ -90,7 +90,7 @@ def linear_names(linear: nn.Linear, name: str) -> Named:
 
 
 def projection_names(module: nn.Module, name: str) -> Named:
-    """Of a linear or a PHM layer."""
+    """Return the parameters of a linear or a PHM layer by name."""
     if isinstance(module, nn.Linear):
         return linear_names(module, name)
     assert isinstance(module, PHMLinear)
@@ -98,7 +98,7 @@ def projection_names(module: nn.Module, name: str) -> Named:
 
 
 def adapter_names(adapter: Adapter, prefix: str = "") -> Named:
-    """A projection that tasks share goes by the first task's name where the other one is by task."""
+    """Name an adapter's parameters; beside a projection per task, a shared one has the first task's name."""
     sides = {"down": list(by_task(adapter.down)), "up": list(by_task(adapter.up))}
     tasks = max((list(side) for side in sides.values()), key=len)
     first = tasks[0][0]
@@ -139,7 +139,7 @@ def low_ranks(backbone: Backbone, meta: Meta) -> Named:
 
 
 def hyper_names(adapters: list[tuple[str, GeneratedAdapter]], prefix: str = "") -> Named:
-    """Of one stack's network, whose adapters stand at these places (by golden name); task embeddings aside."""
+    """Name the parameters of one stack's network and its adapters' places, without the task embeddings."""
     network = adapters[0][1].network
     found: Named = {f"{prefix}layer_emb": network.layers}
     found |= linear_names(network.enter, f"{prefix}mlp1") | linear_names(network.leave, f"{prefix}mlp2")
@@ -155,7 +155,7 @@ def hyper_names(adapters: list[tuple[str, GeneratedAdapter]], prefix: str = "") 
 
 def hyper_networks(backbone: Backbone, meta: Meta) -> Named:
     found: Named = {}
-    # A decoder's self-attention is called as its other parts are, or as a hyper-network's encoder has it.
+    # A decoder's self-attention is named like its other parts, or like a hyper-network's encoder.
     own = any(".hyper.self." in name for name in meta.get("trainable", ()))
     for role, places in PLACES.items():
         adapters = []

@@ -39,7 +39,7 @@ DEFINED = re.compile(r"mid/((h|delta|gate_logits|u|sum|x)_(attn|ffn)|value_froze
 
 
 def check(arrays: Arrays) -> Iterator[Difference]:
-    """Outputs, and what is between them, of an encoder layer, a decoder layer or T5's cross-attention alone."""
+    """Compare outputs and intermediate values of an encoder layer, a decoder layer or T5's cross-attention alone."""
     with torch.no_grad():
         ours, _ = values(arrays)
     for name, theirs in arrays.items():
@@ -48,7 +48,7 @@ def check(arrays: Arrays) -> Iterator[Difference]:
 
 
 def values(arrays: Arrays) -> tuple[Named, Parts]:
-    """Ours by their names in the files, and the parameters behind them. Raises ValueError for another kind of file."""
+    """Return our values by their names in the files, and their parameters. Raises ValueError for other files."""
     run = next((function for kind, function in KINDS.items() if kind in arrays.name), None)
     if run is None:
         raise ValueError(f"no layer of this kind: there are {', '.join(KINDS)}")
@@ -69,7 +69,7 @@ def _t5(arrays: Arrays, decoder: bool) -> T5Block:
 
 
 def _adapted(layer: Layer, arrays: Arrays) -> Stack:
-    """A stack of one layer with VL-PET in it, at the file's sizes."""
+    """Build a stack of one layer with VL-PET, at the file's sizes."""
     meta = arrays.meta
     encoder = "variant" in meta
     config = VLPETConfig(
@@ -83,16 +83,16 @@ def _adapted(layer: Layer, arrays: Arrays) -> Stack:
     )
     backbone = Bare(encoder=Stack([layer], width=meta["d"])).double().eval()
     VLPET(config).adapt(backbone)
-    return backbone.double().requires_grad_(True).stack("encoder")  # gradients of everything can be asked for
+    return backbone.double().requires_grad_(True).stack("encoder")  # the checks need gradients of everything
 
 
 def _watch(module: nn.Module, seen: dict[str, Any], name: str) -> None:
-    """Note what the module is given and gives."""
+    """Record the module's input and output."""
     module.register_forward_hook(lambda _, given, made: seen.update({name: (given, made)}))
 
 
 def encoder_layer(arrays: Arrays) -> tuple[Named, Parts]:
-    """All values around both encoder modules."""
+    """Return all values around both encoder modules."""
     bart = "bart" in arrays.name
     sizes = (arrays.meta["d"], arrays.meta["heads_attn"], len(arrays["p/ffn.in.W"]))
     layer = bart_encoder_layer(BartEncoderLayer(bart_config(*sizes))) if bart else t5_encoder_layer(_t5(arrays, False))
@@ -120,7 +120,7 @@ def encoder_layer(arrays: Arrays) -> tuple[Named, Parts]:
 
 
 def _run_decoder(arrays: Arrays, layer: Layer, places: dict[str, str], context: Pass, x: Tensor) -> tuple[Named, Parts]:
-    """Values around the value adapter; `places`: our sub-layers and theirs."""
+    """Return the values around the value adapter; `places` maps our sub-layers to theirs."""
     stack = _adapted(layer, arrays)
     parts, seen = parts_of(value_names(layer["cross_attention"], "value_adapter")), {}
     for ours, theirs in places.items():
@@ -137,7 +137,7 @@ def _run_decoder(arrays: Arrays, layer: Layer, places: dict[str, str], context: 
 
 
 def decoder_layer(arrays: Arrays) -> tuple[Named, Parts]:
-    """BART's, with causal self-attention."""
+    """Run BART's decoder layer, with causal self-attention."""
     sizes = (arrays.meta["d"], arrays.meta["heads_attn"], len(arrays["p/ffn.in.W"]))
     layer = bart_decoder_layer(BartDecoderLayer(bart_config(*sizes), 0))
     x = arrays["in/y"]
@@ -145,7 +145,7 @@ def decoder_layer(arrays: Arrays) -> tuple[Named, Parts]:
 
 
 def cross_layer(arrays: Arrays) -> tuple[Named, Parts]:
-    """T5's cross-attention, norm and residual addition included."""
+    """Run T5's cross-attention, norm and residual addition included."""
     layer = Layer(cross_attention=t5_decoder_layer(_t5(arrays, True))["cross_attention"])
     (prefix,) = (key.removeprefix("p/").removesuffix(".q.W") for key in arrays if key.endswith(".q.W"))
     others = ("memory", "mask", "bias")
@@ -154,7 +154,7 @@ def cross_layer(arrays: Arrays) -> tuple[Named, Parts]:
 
 
 def _looking(arrays: Arrays, **more: Any) -> Pass:
-    """A pass that looks at the file's memory."""
+    """Return a pass that attends to the file's memory."""
     memory, given = arrays["in/memory"], arrays.under("in/")
     bias = next((value for key, value in given.items() if "bias" in key), None)
     mask = next((value.bool() for key, value in given.items() if "mask" in key), None)

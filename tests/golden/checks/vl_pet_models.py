@@ -42,13 +42,13 @@ VARIANTS = ("small", "middleX", "middleY", "large")
 
 @dataclass(frozen=True)
 class Part:
-    """What a golden name stands for: a parameter, or some of its rows."""
+    """The parameter of a golden name, or some of its rows."""
 
     parameter: nn.Parameter
     rows: slice | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The same rows of the parameter, or of its gradient."""
+        """Return the same rows of a tensor: the parameter, or its gradient."""
         return tensor if self.rows is None else tensor[self.rows]
 
 
@@ -57,7 +57,7 @@ Parts = dict[str, Part]
 
 @contextmanager
 def double_norm() -> Iterator[None]:
-    """The library computes T5's norm in float32; the authors' numbers were made with it promoted."""
+    """Let T5's norm compute in the input's precision, as for the authors' numbers; the library's uses float32."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         normed: Tensor = self.weight * x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
@@ -68,7 +68,7 @@ def double_norm() -> Iterator[None]:
 
 
 class Given(nn.Module):
-    """Stands for the CNN: `grid` x `grid` cells of `channels`, which come with the images."""
+    """Stands for the CNN: returns `grid` x `grid` cells of `channels`, which the images carry."""
 
     note = ""
 
@@ -82,20 +82,20 @@ class Given(nn.Module):
 
 
 class Ids:
-    """Stands for a codec."""
+    """Stands for a codec; it has only the special ids."""
 
     def __init__(self, pad_id: int, start_id: int, eos_id: int) -> None:
         self.pad_id, self.start_id, self.eos_id = pad_id, start_id, eos_id
 
 
 def given(features: Tensor) -> Images:
-    """Images that the stand-in has the features of."""
+    """Return images that carry the given features to the stand-in."""
     batch = len(features)
     nothing = torch.ones(batch, 0, 0, dtype=torch.bool)
     return Images(features.new_zeros(batch, 3, 0, 0), nothing, torch.ones(batch, 2), torch.zeros(batch, 2), features)
 
 
-# Our parameters by the names in the files.
+# Our parameters, by the names in the files.
 
 
 def norm_names(norm: nn.Module, name: str) -> dict[str, nn.Parameter]:
@@ -109,7 +109,7 @@ def linear_names(linear: nn.Linear, name: str) -> dict[str, nn.Parameter]:
 
 
 def sublayer_names(sublayer: SubLayer, name: str) -> dict[str, nn.Parameter]:
-    """The frozen ones: the norm, and the projections beneath any paths."""
+    """Return a sub-layer's frozen parameters: the norm, and the projections beneath any paths."""
     found = norm_names(sublayer.norm, f"{name}_ln")
     for role, projection in sublayer.projections.items():
         for single in projection.singles():
@@ -147,7 +147,7 @@ def parts_of(names: dict[str, Any]) -> Parts:
 
 
 def control_names(sublayer: SubLayer, name: str, heads: int) -> Parts:
-    """VL-PET's encoder module in a sub-layer; head i of the down projection is some rows of ours."""
+    """Return the parts of VL-PET's encoder module; head i of the down projection is some rows of ours."""
     (control,) = sublayer.sites["output"].children()
     assert isinstance(control, GranularityControl)
     found: Parts = parts_of(linear_names(control.change.up, f"{name}.up"))  # type: ignore[arg-type]
@@ -165,7 +165,7 @@ def control_names(sublayer: SubLayer, name: str, heads: int) -> Parts:
 
 
 def value_names(sublayer: SubLayer, name: str) -> Parts:
-    """VL-PET's value adapter of a sub-layer."""
+    """Return the parts of VL-PET's value adapter in a sub-layer."""
     (value,) = sublayer.projections["v"].singles()
     beside: Any = getattr(value.owner, value.name)
     assert isinstance(beside, Parallel)
@@ -202,7 +202,7 @@ METHODS = {**ADAPTED, **{f"vlpet_{name}": Adapted(partial(_build, name), _names)
 
 @dataclass(frozen=True)
 class Model:
-    """An adapted host with the file's values, and what the file asks of it."""
+    """An adapted host with the file's values, and the passes that the file needs."""
 
     host: Host
     backbone: Backbone
@@ -214,7 +214,7 @@ class Model:
         return Texts(labels.masked_fill(labels < 0, self.backbone.pad_id), labels >= 0)
 
     def memory(self, task: str) -> Tokens:
-        """The joint pass over the batch, as for `task`: NLVR2 has two images to a sample."""
+        """Run the joint pass over the batch for `task`; NLVR2 has two images per sample."""
         ids = self.arrays["in/input_ids"]
         text = self.backbone.embed_text(Texts(ids, ids != self.backbone.pad_id), task=task)
         return self.backbone.fuse(text, self._image(task), task=task)
@@ -228,12 +228,12 @@ class Model:
         return plain_tokens(states, torch.ones(states.shape[:2], dtype=torch.bool), IMAGE)
 
     def logits(self, memory: Tokens, ids: Tensor, task: str) -> Tensor:
-        """(B, T, V), each for the token behind those before it."""
+        """Return the logits (B, T, V) of each token given the tokens before it."""
         start = torch.full_like(ids[:, :1], self.backbone.start_id)
         return self.backbone.decode(memory, torch.cat([start, ids[:, :-1]], dim=1), task=task)[0]
 
     def loss(self, task: str) -> Tensor:
-        """The authors' loss of a task: of VQA weighted by the answers' scores, of captions a mean over all tokens."""
+        """Return the authors' loss: VQA's is weighted by the answers' scores, captions' is a mean over all tokens."""
         target, memory = self.target(), self.memory(task)
         losses = token_losses(self.backbone, memory, target, task)
         means = losses.sum(1) / target.mask.sum(1)
@@ -263,7 +263,7 @@ def _sizes(base: dict[str, Any], family: str) -> dict[str, Any]:
 
 
 def host_of(arrays: Arrays) -> Host:
-    """The family at the file's sizes, in evaluation mode and double precision, its values as they were drawn."""
+    """Build the family at the file's sizes, in evaluation mode and double precision, with random values."""
     meta = arrays.meta
     base, family = meta["base"], meta["backbone"]
     sizes = {"width": base["d_model"], "vocabulary": base["vocab_size"], "added_rows": 0, **_sizes(base, family)}
@@ -277,7 +277,7 @@ def host_of(arrays: Arrays) -> Host:
 
 
 def fill(parts: Parts, stored: dict[str, Tensor]) -> None:
-    """Give every parameter the file's values. Raises ValueError when one is missing, left over or of another shape."""
+    """Fill every parameter from the file. Raises ValueError if one is missing, left over or of another shape."""
     if parts.keys() != stored.keys():
         raise ValueError(f"parameters that only one side has: {', '.join(sorted(parts.keys() ^ stored.keys())[:6])}")
     for name, part in parts.items():
@@ -288,7 +288,7 @@ def fill(parts: Parts, stored: dict[str, Tensor]) -> None:
 
 
 def model_of(arrays: Arrays) -> Model:
-    """Raises ValueError for a method that no such file is for."""
+    """Build the model of a file. Raises ValueError if no check has the file's method."""
     family = arrays.meta["backbone"]
     wanted = arrays.name.removeprefix(f"tiny_{family}_")
     found = [name for name in METHODS if wanted.startswith(name)]
@@ -308,7 +308,7 @@ def model_of(arrays: Arrays) -> Model:
 
 
 def check_model(arrays: Arrays) -> Iterator[Difference]:
-    """Outputs for each task, what trains, and the gradients of VQA's loss."""
+    """Compare outputs for each task, the trainable names, and the gradients of VQA's loss."""
     with double_norm():
         model = model_of(arrays)
         yield from _check_trained(model)
@@ -333,7 +333,7 @@ def _check_trained(model: Model) -> Iterator[Difference]:
 
 
 def _outputs(model: Model) -> dict[str, Any]:
-    """By their names in the files."""
+    """Return outputs by their names in the files."""
     backbone, arrays, target = model.backbone, model.arrays, model.target()
     memory, two = model.memory("vqa"), model.memory("nlvr")
     meta, batch = arrays.meta, len(target.ids)
@@ -352,13 +352,13 @@ def _outputs(model: Model) -> dict[str, Any]:
 
 
 def _until_end(backbone: Backbone, rows: list[list[int]]) -> list[list[int]]:
-    """Generated ids up to the end token or padding, as ours are given."""
+    """Cut generated ids before the end token or padding, like ours."""
     stops = (backbone.eos_id, backbone.pad_id)
     return [row[: next((i for i, token in enumerate(row) if token in stops), len(row))] for row in rows]
 
 
 def _check_gradients(model: Model) -> Iterator[Difference]:
-    """Of every parameter that trains, and none for those of other tasks."""
+    """Compare the gradients of all trainable parameters; those of other tasks must have none."""
     parameters = {id(p): p for p in model.backbone.parameters() if p.requires_grad}
     found = torch.autograd.grad(model.loss("vqa"), list(parameters.values()), allow_unused=True)
     gradients = dict(zip(parameters, found, strict=True))
@@ -378,7 +378,7 @@ def _check_gradients(model: Model) -> Iterator[Difference]:
 
 
 def check_training(arrays: Arrays) -> Iterator[Difference]:
-    """Some steps of the authors' optimizer, clipping and schedule, from the values of another file beside this one."""
+    """Compare some steps of the authors' optimizer, clipping and schedule; they start from another file's values."""
     meta = arrays.meta
     (start,) = re.findall(r"\S+\.npz", meta["start"])
     model = model_of(Arrays(getattr(arrays, "folder", FOLDER / "vl_pet_family") / start))
@@ -402,7 +402,7 @@ def check_training(arrays: Arrays) -> Iterator[Difference]:
 
 
 def _steps(model: Model, recipe: Recipe, tasks: list[str]) -> Iterator[tuple[float, float, float]]:
-    """Loss, gradient norm before clipping, and rate of one step after the other, as the training loop takes them."""
+    """Train as the training loop does; yield each step's loss, gradient norm before clipping, and rate."""
     backbone = model.backbone
     parameters = {f"backbone.{name}": p for name, p in backbone.named_parameters() if p.requires_grad}
     stepper = optimizer(parameters, recipe, recipe.lr, backbone)
@@ -420,7 +420,7 @@ def _steps(model: Model, recipe: Recipe, tasks: list[str]) -> Iterator[tuple[flo
 
 
 def check_visual_block(arrays: Arrays) -> Iterator[Difference]:
-    """With boxes that are not zero, for one image and for two."""
+    """Compare the visual block with non-zero boxes, for one image and for two."""
     one, two = arrays["in/feats_one"], arrays["in/feats_two"]
     tokens, cells = arrays["out/one_image"].shape[1], one.shape[1]
     norm = nn.LayerNorm if "p/vis.feat_ln.bias" in arrays else T5LayerNorm

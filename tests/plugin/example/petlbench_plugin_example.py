@@ -33,7 +33,7 @@ class NormGainsConfig(MethodConfig):
 
 
 class NormGains(Method):
-    """Layer norms only."""
+    """Only the gains of layer norms train."""
 
     Config = NormGainsConfig
     recipe: ClassVar[dict[str, Any]] = {"lr": 5e-3}
@@ -130,7 +130,7 @@ class CountsFile(Reader):
 
 
 class CountedFiles(FileSource):
-    """Photographs of squares, counted by hand; one image in twenty of the training part is held out to choose on."""
+    """Photographs of squares, counted by hand; one training image in twenty is held out for model choice."""
 
     name = "counted_files"
     tasks = frozenset({"counting"})
