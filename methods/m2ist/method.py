@@ -208,7 +208,7 @@ class M2IST(Method[M2ISTConfig]):
         text = stacks.get("text")
         twice = text is not None and any(layer["attention"].norm_twice for layer in text)
         if self.config.variant == "released" and not twice:
-            raise ValueError("variant released needs the authors' own model: transvg with released: true")
+            raise ValueError("variant released needs the authors' model, which is only transvg with released: true")
         if self.config.variant == "clean" and twice:
             raise ValueError("variant clean needs transvg with released: false")
         return twice

@@ -41,7 +41,7 @@ ALL: dict[str, type[BottleneckMethod]] = {
     "parallel": ParallelAdapter,
     "adaptformer": AdaptFormer,
 }
-VARIANTS = [f"{name}:{variant}" for name, kind in ALL.items() for variant in kind.variants]
+VARIANTS = [f"{name}:{variant}" for name, cls in ALL.items() for variant in cls.variants]
 D, R = 8, 3
 Named = dict[str, Tensor]
 
@@ -249,8 +249,8 @@ def test_adapter_plus_leaves_whole_samples_without_the_branch() -> None:
 def hosts() -> dict[str, Backbone]:
     with torch.device("meta"):
         return {
-            name: kind(kind.configured(name, options))
-            for name, kind, options in (
+            name: cls(cls.configured(name, options))
+            for name, cls, options in (
                 ("vl_bart", VLBart, {}),
                 ("vl_t5", VLT5, {}),
                 ("clip:ViT-B-16", Clip, {"weights": "none", "tokenizer": "tiny/tokenizer.json"}),

@@ -240,7 +240,9 @@ def test_released_dead_parameters_are_declared_and_get_no_gradient() -> None:
     side(backbone, "text").run(tokens.states, tokens.context())[0].sum().backward()
     silent = {n for n, p in side(backbone, "text").named_parameters() if p.requires_grad and p.grad is None}
     assert silent and all(".unused." in f".{name}" for name in silent)
-    assert list(method.unused_parameters) == ["*.side.unused.*"] and not M2IST(config(variant="clean")).dead
+    assert (
+        list(method.unused_parameters) == ["*.side.unused.*"] and not M2IST(config(variant="clean")).unused_parameters
+    )
 
 
 def tokens_for(backbone: Backbone, role: str, length: int = 5) -> Tokens:

@@ -41,24 +41,24 @@ from tests.golden.checks.pet_names import ADAPTED
 
 TASKS = ("rec", "vqa", "captioning", "retrieval")
 METHODS: tuple[type[Method], ...] = (VLAdapter, LoRA, Compacter, Hyperformer, Prompt)
-VARIANTS = [(kind, name) for kind in METHODS for name in kind.variants or ("",)]
+VARIANTS = [(cls, name) for cls in METHODS for name in cls.variants or ("",)]
 
 
-def variant(kind: type[Method], name: str, *tasks: str, **options: Any) -> Method:
-    return make_method(kind, {**kind.variants.get(name, {}), **options}, tasks or TASKS)
+def variant(cls: type[Method], name: str, *tasks: str, **options: Any) -> Method:
+    return make_method(cls, {**cls.variants.get(name, {}), **options}, tasks or TASKS)
 
 
 @cache
-def on_meta(kind: Any, name: str) -> Backbone:
+def on_meta(cls: Any, name: str) -> Backbone:
     """Return a shared backbone, which callers must leave as it was."""
     with torch.device("meta"):
-        backbone: Backbone = kind(kind.configured(name, {}))
+        backbone: Backbone = cls(cls.configured(name, {}))
     return backbone
 
 
-def counted(method: Method, kind: Any, host: str) -> tuple[int, int]:
+def counted(method: Method, cls: Any, host: str) -> tuple[int, int]:
     """Count trainable and all parameters."""
-    backbone, handle = adapt(method, on_meta(kind, host))
+    backbone, handle = adapt(method, on_meta(cls, host))
     parameters = list(backbone.parameters())
     assert all(p.is_meta for p in parameters)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
@@ -91,12 +91,12 @@ COUNTS = [  # method, variant, family; the authors' code counts trainable and al
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "family", "trained", "total"), COUNTS, ids=[f"{c[0].__name__}-{c[1]}-{c[2]}" for c in COUNTS]
+    ("cls", "name", "family", "trained", "total"), COUNTS, ids=[f"{c[0].__name__}-{c[1]}-{c[2]}" for c in COUNTS]
 )
-def test_published_counts(kind: type[Method], name: str, family: str, trained: int, total: int) -> None:
+def test_published_counts(cls: type[Method], name: str, family: str, trained: int, total: int) -> None:
     """Uses default options and no storage."""
     host = {"bart": VLBart, "t5": VLT5}[family], f"vl_{family}"
-    assert counted(variant(kind, name), *host) == (trained, total)
+    assert counted(variant(cls, name), *host) == (trained, total)
 
 
 def test_options_change_what_trains_on_t5() -> None:
@@ -106,24 +106,24 @@ def test_options_change_what_trains_on_t5() -> None:
 
 def test_default_recipes_are_the_authors() -> None:
     rates = {
-        (kind, name, family): variant(kind, name).default_recipe(family)["lr"]
-        for kind, name in [*VARIANTS, (BitFit, ""), (Full, "")]
+        (cls, name, family): variant(cls, name).default_recipe(family)["lr"]
+        for cls, name in [*VARIANTS, (BitFit, ""), (Full, "")]
         for family in ("vl_bart", "vl_t5")
     }
     slow = {(VLAdapter, name) for name in VLAdapter.variants if name != "single"}
     on_t5 = {VLAdapter: 3e-4, LoRA: 3e-4, BitFit: 3e-3, Prompt: 3e-3}
-    for (kind, name, family), rate in rates.items():
-        other = 1e-4 if kind is Full else 3e-4 if (kind, name) in slow else 1e-3
-        assert rate == (on_t5.get(kind, other) if family == "vl_t5" else other), (kind, name, family)
+    for (cls, name, family), rate in rates.items():
+        other = 1e-4 if cls is Full else 3e-4 if (cls, name) in slow else 1e-3
+        assert rate == (on_t5.get(cls, other) if family == "vl_t5" else other), (cls, name, family)
 
 
-@pytest.mark.parametrize("kind", METHODS)
-def test_variants_are_literals_and_the_first_is_the_default(kind: type[Method]) -> None:
+@pytest.mark.parametrize("cls", METHODS)
+def test_variants_are_literals_and_the_first_is_the_default(cls: type[Method]) -> None:
     """The package lists variants without an import."""
-    tree = ast.parse(inspect.getsource(kind))
+    tree = ast.parse(inspect.getsource(cls))
     found = [n.value for n in ast.walk(tree) if isinstance(n, ast.AnnAssign) and ast.unparse(n.target) == "variants"]
     variants = {} if not found or found[0] is None else ast.literal_eval(found[0])
-    assert variants == dict(kind.variants)
+    assert variants == dict(cls.variants)
     assert not variants or next(iter(variants.values())) == {}
 
 
@@ -160,24 +160,24 @@ def reached(backbone: Backbone, task: str) -> tuple[set[str], set[str]]:
     return alive, names.keys() - alive
 
 
-@pytest.mark.parametrize(("kind", "name"), VARIANTS)
-def test_what_serves_other_tasks_is_dead_and_nothing_else(kind: type[Method], name: str) -> None:
-    method = variant(kind, name, **({"stacks": ("encoder", "decoder")} if kind is not Prompt else {}))
+@pytest.mark.parametrize(("cls", "name"), VARIANTS)
+def test_what_serves_other_tasks_is_unused_and_nothing_else(cls: type[Method], name: str) -> None:
+    method = variant(cls, name, **({"stacks": ("encoder", "decoder")} if cls is not Prompt else {}))
     backbone = adapted(method)
     for task in ("vqa", "captioning"):
         alive, silent = reached(backbone, task)
-        shared = kind is not Hyperformer and method.config.sharing == "single"
+        shared = cls is not Hyperformer and method.config.sharing == "single"
         others = [] if shared else [method.own.format(task=name) for name in TASKS if name != task]
         assert alive and silent == {n for n in alive | silent if any(fnmatchcase(n, wild) for wild in others)}
         assert not method.unused_parameters, "the cell trains on all of them"
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [(k, n) for k, n in VARIANTS if k is Hyperformer or n.startswith(("multiple", "half"))]
+    ("cls", "name"), [(k, n) for k, n in VARIANTS if k is Hyperformer or n.startswith(("multiple", "half"))]
 )
-def test_a_task_is_computed_with_its_own_modules(kind: type[Method], name: str) -> None:
+def test_a_task_is_computed_with_its_own_modules(cls: type[Method], name: str) -> None:
     """Different modules give different results; a task without modules is refused by name."""
-    method = variant(kind, name, "vqa", "captioning")
+    method = variant(cls, name, "vqa", "captioning")
     backbone = adapted(method)
     with torch.no_grad():
         assert not torch.allclose(logits(backbone, "vqa"), logits(backbone, "captioning"))
@@ -186,19 +186,21 @@ def test_a_task_is_computed_with_its_own_modules(kind: type[Method], name: str) 
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [(k, n) for k, n in VARIANTS if k is Hyperformer or n.startswith(("multiple", "half"))]
+    ("cls", "name"), [(k, n) for k, n in VARIANTS if k is Hyperformer or n.startswith(("multiple", "half"))]
 )
-def test_modules_of_tasks_that_the_cell_does_not_train_on_are_declared_dead(kind: type[Method], name: str) -> None:
+def test_modules_of_tasks_that_the_cell_does_not_train_on_are_declared_unused(cls: type[Method], name: str) -> None:
     """Published counts include them; a run has only its own task's, and a method without a task is refused."""
-    several = variant(kind, name, "captioning", tasks=["rec", "vqa", "captioning"])
+    several = variant(cls, name, "captioning", tasks=["rec", "vqa", "captioning"])
     alive, silent = reached(adapted(several), "captioning")
     assert several.unused_parameters.keys() == {several.own.format(task=task) for task in ("rec", "vqa")}  # type: ignore[attr-defined]
-    assert alive and silent == {n for n in alive | silent if any(fnmatchcase(n, wild) for wild in several.dead)}
-    one = variant(kind, name, "captioning")
+    assert alive and silent == {
+        n for n in alive | silent if any(fnmatchcase(n, wild) for wild in several.unused_parameters)
+    }
+    one = variant(cls, name, "captioning")
     alive, silent = reached(adapted(one), "captioning")
     assert alive and not silent and not one.unused_parameters
     with pytest.raises(ValueError, match="no task was given"):
-        make_method(kind, kind.variants.get(name, {})).adapt(small_tiny())
+        make_method(cls, cls.variants.get(name, {})).adapt(small_tiny())
 
 
 @pytest.mark.parametrize("side", ["down", "up"])
@@ -383,16 +385,16 @@ def test_beit3_pools_the_token_that_it_marked() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "reason"),
+    ("cls", "name", "reason"),
     [
         (TransVG, "transvg:tiny", "its fusion encoder has a learned place for every token"),
         (Clip, "clip:tiny", "a causal text tower like CLIP's has a learned place for every token"),
         (Clip, "clip:coca-tiny", "a causal text tower like CLIP's has a learned place for every token"),
     ],
 )
-def test_prompts_are_refused_where_every_token_has_a_learned_place(kind: Any, name: str, reason: str) -> None:
+def test_prompts_are_refused_where_every_token_has_a_learned_place(cls: Any, name: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        Prompt().adapt(on_meta(kind, name))
+        Prompt().adapt(on_meta(cls, name))
 
 
 def test_a_second_method_would_freeze_prompts_and_is_refused() -> None:
@@ -422,7 +424,7 @@ SOME_NAMES = {
 
 @pytest.mark.parametrize("family", ["bart", "t5"])
 @pytest.mark.parametrize("name", SOME_NAMES)
-def test_golden_names_cover_what_a_method_brings(name: str, family: str) -> None:
+def test_golden_names_cover_all_parameters_of_a_method(name: str, family: str) -> None:
     """Each parameter has one name, at the README's sizes if the file gives none."""
     assert ADAPTED.keys() == SOME_NAMES.keys()
     host = small_t5() if family == "t5" else VLBart(VLBart.configured("vl_bart:tiny", {"width": 32, "ffn": 64}))
@@ -450,7 +452,7 @@ def test_shapes_in_a_file_decide_sizes() -> None:
         ADAPTED["vl_adapter"].build(meta | {"shapes": {"enc.0.adapter_attn.down.b": (17,)}}, "bart")
 
 
-def test_module_files_that_are_not_at_hand_can_be_checked(tmp_path: Path) -> None:
+def test_files_of_modules_outside_the_repository_can_be_checked(tmp_path: Path) -> None:
     """Checks LoRA for several tasks and half-shared adapters, and notices a wrong number and one without a check."""
     tasks, d, r = ("vqa", "gqa"), 6, 3
     lora = {"p/W": draw(5, d), "p/b": draw(5), "in/x": draw(2, 4, d, seed=1)}
@@ -551,7 +553,7 @@ def test_prompts_start_as_the_host_draws(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"),
+    ("cls", "options"),
     [
         (VLAdapter, {"reduction": 0}),
         (VLAdapter, {"sharing": "half"}),
@@ -567,9 +569,9 @@ def test_prompts_start_as_the_host_draws(family: str) -> None:
         (Prompt, {"stacks": ("nowhere",), "no_such_option": 1}),
     ],
 )
-def test_wrong_options_are_refused(kind: type[Method], options: dict[str, Any]) -> None:
+def test_wrong_options_are_refused(cls: type[Method], options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        kind.Config(**options)
+        cls.Config(**options)
 
 
 @pytest.mark.parametrize(("options", "sides"), [({"n": 3}, "16 to 2"), ({"n": 2, "reduction": 10}, "16 to 1")])

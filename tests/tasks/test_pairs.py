@@ -34,9 +34,9 @@ COLOURS = [("red", "blue"), ("white", "green"), ("black", "yellow")]
 
 def built(name: str) -> Backbone:
     """Build a backbone; the suite supplies the abilities for `pairs` that it lacks."""
-    kind: Any = BACKBONES.get(name)
+    cls: Any = BACKBONES.get(name)
     torch.manual_seed(0)
-    return supply(kind(kind.configured(name, {"weights": "none"})), Pairs.needs).eval()
+    return supply(cls(cls.configured(name, {"weights": "none"})), Pairs.needs).eval()
 
 
 def rows(kinds: tuple[str, ...] = ("true/false",) * 3) -> list[Row]:
@@ -93,8 +93,8 @@ def test_the_first_image_is_embedded_as_one_alone_and_the_second_differs_by_its_
 
 
 def test_a_backbone_with_fixed_places_is_refused_with_the_reason() -> None:
-    kind: Any = BACKBONES.get("transvg")
-    reason = Pairs().refuses(kind, kind.configured("transvg:tiny", {}))
+    cls: Any = BACKBONES.get("transvg")
+    reason = Pairs().refuses(cls, cls.configured("transvg:tiny", {}))
     assert reason is not None and reason.startswith("it cannot pair (its fusion encoder has a learned place")
 
 

@@ -75,10 +75,10 @@ class Mute(Bare):
     refusals = dict.fromkeys(("embed", "fuse", "decode", "ground"), "it is mute")
 
 
-@pytest.mark.parametrize("kind", TASKS)
-def test_a_task_trains_predicts_and_scores(kind: type[Task]) -> None:
+@pytest.mark.parametrize("cls", TASKS)
+def test_a_task_trains_predicts_and_scores(cls: type[Task]) -> None:
     # One caption each: retrieval's per-sample scores are per image, its metric also counts captions.
-    task, data = kind(), [row | {"captions": row["captions"][:1]} for row in rows()]
+    task, data = cls(), [row | {"captions": row["captions"][:1]} for row in rows()]
     backbone, head = setup(task)
     assert task.refuses(Tiny, TinyConfig()) is None
     assert re.fullmatch(
@@ -101,17 +101,17 @@ def test_a_task_trains_predicts_and_scores(kind: type[Task]) -> None:
     json.dumps([scores.metrics, scores.samples, predictions if task.keeps_predictions else None])
 
 
-@pytest.mark.parametrize("kind", TASKS)
-def test_a_prediction_does_not_depend_on_the_rest_of_the_batch(kind: type[Task]) -> None:
-    task, data = kind(), rows()
+@pytest.mark.parametrize("cls", TASKS)
+def test_a_prediction_does_not_depend_on_the_rest_of_the_batch(cls: type[Task]) -> None:
+    task, data = cls(), rows()
     backbone, head = setup(task)
     with torch.no_grad():
         together = task.predict(backbone, head, double(task.collate(data, backbone, None)))
         alone = [task.predict(backbone, head, double(task.collate([row], backbone, None)))[0] for row in data]
     for one, other in zip(together, alone, strict=True):
-        if kind is Retrieval:  # its predictions are in single precision
+        if cls is Retrieval:  # its predictions are in single precision
             np.testing.assert_allclose(np.vstack(one), np.vstack(other), rtol=0, atol=1e-6)
-        elif kind is ReferringExpressions:
+        elif cls is ReferringExpressions:
             np.testing.assert_allclose(one, other, rtol=0, atol=1e-9)
         else:
             assert one == other

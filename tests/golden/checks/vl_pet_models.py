@@ -269,9 +269,9 @@ def host_of(arrays: Arrays) -> Host:
     sizes = {"width": base["d_model"], "vocabulary": base["vocab_size"], "added_rows": 0, **_sizes(base, family)}
     sizes["cells"] = math.isqrt(meta["n_visual_tokens"])
     stand_in = partial(Given, meta["feat_dim"], math.isqrt(arrays["in/vis_feats"].shape[1]))
-    kind = KINDS[family]
+    cls = KINDS[family]
     with patch.object(visual_block, "GridFeatures", stand_in):
-        host: Host = kind(kind.configured(f"vl_{family}:tiny", sizes))
+        host: Host = cls(cls.configured(f"vl_{family}:tiny", sizes))
     host.codec = Ids(meta["pad_id"], meta["decoder_start_id"], meta["eos_id"])  # type: ignore[assignment]
     return host.double().eval()
 
